@@ -1,0 +1,32 @@
+"""aim-surgery: automatic model surgery for PyTorch.
+
+One learned memory for a whole network, read by each of its convolution and linear layers.
+"""
+
+from aim_surgery.config import AimConfig
+from aim_surgery.errors import (
+    AimSurgeryError,
+    CaptureError,
+    CheckpointError,
+    ModelSpecError,
+    PlanError,
+    UnsupportedLayerError,
+)
+from aim_surgery.operation import apply, plan, transform
+from aim_surgery.planning.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AimConfig",
+    "AimSurgeryError",
+    "CaptureError",
+    "CheckpointError",
+    "ModelSpecError",
+    "Plan",
+    "PlanError",
+    "UnsupportedLayerError",
+    "apply",
+    "plan",
+    "transform",
+]

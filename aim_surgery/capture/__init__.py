@@ -1,0 +1,17 @@
+"""Capture: a model and example inputs go in, one fx graph with example values comes out."""
+
+from aim_surgery.capture.assumptions import Assumption
+from aim_surgery.capture.capture import Capture, Trace, capture
+from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
+from aim_surgery.capture.tracer import OpaqueCall
+
+__all__ = [
+    "Argument",
+    "Assumption",
+    "Capture",
+    "ExampleInputs",
+    "Inputs",
+    "OpaqueCall",
+    "Trace",
+    "capture",
+]

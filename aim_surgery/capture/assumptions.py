@@ -1,0 +1,153 @@
+"""What a trace took for granted, and the checks that hold the graph to it.
+
+A graph is one path through a model. Where Python branched on a value (`if x.shape[2] % 32:`), the
+graph holds only the branch that the example took. Each such answer becomes one `torch._assert` in
+the graph, placed right where its ingredients are known (for input shapes: at the entrance). An
+input that would have gone another way gets an error that names the condition; it never gets the
+result of another function.
+"""
+
+from __future__ import annotations
+
+import builtins
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_SYMBOLS = {
+    "add": "+", "sub": "-", "mul": "*", "truediv": "/", "floordiv": "//", "mod": "%",
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "and_": "&", "or_": "|",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Assumption:
+    """One answer that Python was given while the model was traced.
+
+    Attributes:
+        node: What was asked about.
+        how: What Python did with it: `bool`, `len`, `int`, ...
+        value: The answer.
+        path: The module that asked ("" for the model itself).
+    """
+
+    node: fx.Node
+    how: Callable[[Any], Any]
+    value: Any
+    path: str
+
+    def __str__(self) -> str:
+        what = describe(self.node)
+        if self.how is len:
+            what = f"len({what})"
+        where = f" (asked in {self.path})" if self.path else ""
+        if self.how is bool:
+            return f"{what} is {'true' if self.value else 'false'}{where}"
+        return f"{what} is {self.value!r}{where}"
+
+
+def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
+    """Make a graph refuse inputs that break an assumption.
+
+    Args:
+        graph: The traced graph; gets one `torch._assert` for each assumption that an input can
+            break (sizes of parameters can't change and need none).
+        assumptions: Answers about nodes of this graph.
+    """
+    variable = _depends_on_call(graph)
+    for assumption in assumptions:
+        if assumption.node in variable:
+            _hoist(graph, assumption.node)
+            _insert_check(graph, assumption)
+
+
+def _insert_check(graph: fx.Graph, assumption: Assumption) -> None:
+    node, how, value = assumption.node, assumption.how, assumption.value
+    message = (
+        f"this input breaks what the graph was captured with: {assumption}. "
+        f"Capture again with such an input as the example."
+    )
+    after = node
+    while after.next.op == "placeholder":
+        after = after.next
+    with graph.inserting_after(after):
+        if how is bool:
+            condition = node if value else _scalar(graph, operator.not_, node)
+        elif value is None:
+            condition = _scalar(graph, operator.is_, node, None)
+        else:
+            measured = node
+            if how is len:
+                measured = _scalar(graph, len, node)
+            elif how.__name__ == "_keys":
+                measured, value = _scalar(graph, list, node), list(value)
+            graph._insert = (measured if measured is not node else after).append
+            condition = _scalar(graph, operator.eq, measured, value)
+        graph._insert = (condition if condition is not node else after).append
+        check = graph.call_function(torch._assert, (condition, message))
+        check.meta["val"] = None
+
+
+def _scalar(graph: fx.Graph, function: Callable[..., Any], *args: Any) -> fx.Node:
+    node = graph.call_function(function, args)
+    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+    node.meta["val"] = function(*values)
+    return node
+
+
+def _hoist(graph: fx.Graph, node: fx.Node) -> None:
+    """Move a condition on input sizes up to the placeholders, with all that it is computed from."""
+    chain: list[fx.Node] = []
+    pending = [node]
+    while pending:
+        source = pending.pop()
+        if source.op == "placeholder" or source in chain:
+            continue
+        if source.op == "call_module" or isinstance(source.meta.get("val"), torch.Tensor):
+            return
+        chain.append(source)
+        pending.extend(source.all_input_nodes)
+    order = {member: index for index, member in enumerate(graph.nodes)} if len(chain) > 1 else {}
+    place = next(n for n in graph.nodes if n.op == "placeholder")
+    while place.next.op == "placeholder":
+        place = place.next
+    for member in sorted(chain, key=lambda member: order.get(member, 0)):
+        place.append(member)
+        place = member
+
+
+def _depends_on_call(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes whose value can differ from call to call: they depend on inputs or training flags."""
+    variable: set[fx.Node] = set()
+    for node in graph.nodes:
+        flag = node.op == "get_attr" and isinstance(node.meta.get("val"), bool)
+        if node.op == "placeholder" or flag or any(n in variable for n in node.all_input_nodes):
+            variable.add(node)
+    return variable
+
+
+def describe(node: fx.Node, depth: int = 6) -> str:
+    """A node as the expression that a reader of the model would write, `x.shape[2] % 32`."""
+    if node.op in ("placeholder", "get_attr"):
+        return str(node.target)
+    if depth == 0 or isinstance(node.meta.get("val"), torch.Tensor):
+        return node.name
+    args = [
+        describe(arg, depth - 1) if isinstance(arg, fx.Node) else repr(arg) for arg in node.args
+    ]
+    if node.op == "call_method":
+        return f"{args[0]}.{node.target}({', '.join(args[1:])})"
+    if node.op != "call_function":
+        return node.name
+    if node.target is builtins.getattr:
+        return f"{args[0]}.{node.args[1]}"
+    if node.target is operator.getitem:
+        return f"{args[0]}[{args[1]}]"
+    name = getattr(node.target, "__name__", str(node.target))
+    if name in _SYMBOLS and len(args) == 2:
+        return f"{args[0]} {_SYMBOLS[name]} {args[1]}"
+    return f"{name}({', '.join(args)})"

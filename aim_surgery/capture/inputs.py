@@ -1,0 +1,194 @@
+"""Example inputs: given by the user, declared by the model, or found by trial.
+
+`transform(model)` needs one input that the model accepts, for its shapes alone. In this order:
+what the user gives; what the model declares (timm's `default_cfg`, a `dummy_inputs` attribute);
+what its first layer suggests (a 2-d convolution over 3 channels: images of the usual sizes), tried
+one after the other until one can be captured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from aim_surgery.errors import CaptureError
+
+if TYPE_CHECKING:
+    from aim_surgery.capture.tracer import ValueTracer
+
+Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
+
+_LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_BATCH = 2  # one sample would make batch norm fail in training and every size-1 rule apply
+_USUAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
+    1: ((1024,), (16000,), (256,), (128,), (64,), (32,), (16,)),
+    2: tuple((s, s) for s in (224, 299, 256, 384, 512, 128, 64, 32, 28, 16, 8)),
+    3: ((16, 112, 112), (16, 224, 224), (32, 64, 64), (16, 16, 16), (8, 8, 8)),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One parameter of the captured forward, with its value on the example input.
+
+    Attributes:
+        name: Name of the placeholder, and of the parameter in the emitted forward.
+        value: Its example value: a tensor, a literal, or a nest of them.
+        default: Its default in the emitted forward, `NO_DEFAULT` where it has none.
+        positional: Whether the model is called with it by position.
+        keyword: The model's own name for it.
+    """
+
+    NO_DEFAULT: ClassVar[object] = inspect.Parameter.empty
+
+    name: str
+    value: Any
+    default: Any
+    positional: bool
+    keyword: str
+
+    def placeholder(self, tracer: ValueTracer) -> Any:
+        """Create the placeholder; what the forward of the model is called with."""
+        if type(self.value) not in _LITERALS:
+            return tracer.value_placeholder(self.name, self.default, self.value)
+        default = self.value if self.default is self.NO_DEFAULT else self.default
+        proxy = tracer.value_placeholder(self.name, default, self.value)
+        tracer.assume_literal(proxy)
+        return self.value
+
+
+@dataclass(frozen=True)
+class ExampleInputs:
+    """Positional and keyword arguments to capture a model with, and where they come from."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    source: str
+
+    @classmethod
+    def given(cls, inputs: Inputs) -> ExampleInputs:
+        """From what a user passes: a tensor, a tuple of arguments, or a dict of keyword ones."""
+        if isinstance(inputs, Mapping):
+            return cls((), dict(inputs), "given")
+        return cls(inputs if isinstance(inputs, tuple) else (inputs,), {}, "given")
+
+    def describe(self) -> str:
+        """The shapes in words: `x: float32[2, 3, 224, 224]`."""
+        parts = [_describe_value(value) for value in self.args]
+        parts += [f"{name}={_describe_value(value)}" for name, value in self.kwargs.items()]
+        return ", ".join(parts)
+
+
+def bind_arguments(model: nn.Module, inputs: ExampleInputs) -> tuple[Argument, ...]:
+    """Match example inputs with the parameters of the model's forward.
+
+    Args:
+        model: The model; its forward's signature is read, nothing is called.
+        inputs: The arguments.
+
+    Returns:
+        One `Argument` for each value given, and for each parameter left at a literal default.
+
+    Raises:
+        CaptureError: The arguments don't fit the signature; the message shows both.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        bound = signature.bind(*inputs.args, **inputs.kwargs)
+    except TypeError as err:
+        raise CaptureError(
+            f"example inputs don't fit {type(model).__name__}.forward{signature}: {err}; "
+            f"got ({inputs.describe()})"
+        ) from err
+    arguments: list[Argument] = []
+    missing = Argument.NO_DEFAULT
+    defaults_begun = False
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            for index, value in enumerate(bound.arguments.get(name, ())):
+                arguments.append(Argument(f"{name}_{index}", value, missing, True, name))
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            for key, value in bound.arguments.get(name, {}).items():
+                arguments.append(Argument(key, value, None, False, key))
+        elif name in bound.arguments or type(parameter.default) in _LITERALS:
+            value = bound.arguments.get(name, parameter.default)
+            default = parameter.default if type(parameter.default) in _LITERALS else missing
+            if default is missing and defaults_begun:
+                default = None
+            defaults_begun |= default is not missing
+            positional = parameter.kind is not parameter.KEYWORD_ONLY
+            arguments.append(Argument(name, value, default, positional, name))
+    return tuple(arguments)
+
+
+def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
+    """Inputs that the model may accept, the likeliest first, on the meta device's terms.
+
+    Args:
+        model: The model; its attributes and first layers are looked at, nothing is called.
+
+    Yields:
+        Candidates without data (uninitialised tensors); the caller tries them in turn.
+    """
+    yield from _declared(model)
+    dtype, device = _floating_type(model)
+    for layer in model.modules():
+        shapes = _usual_shapes(layer)
+        if shapes is None:
+            continue
+        integers = isinstance(layer, nn.Embedding | nn.EmbeddingBag)
+        for shape in shapes:
+            kind = torch.int64 if integers else dtype
+            yield ExampleInputs(
+                (torch.zeros(shape, dtype=kind, device=device),), {}, f"found: {list(shape)} fits"
+            )
+        return
+
+
+def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
+    dtype, device = _floating_type(model)
+    for name in ("pretrained_cfg", "default_cfg"):
+        config = getattr(model, name, None)
+        size = config.get("input_size") if isinstance(config, Mapping) else None
+        if size:
+            example = torch.zeros((_BATCH, *size), dtype=dtype, device=device)
+            yield ExampleInputs((example,), {}, f"declared by {name}")
+            break
+    dummy = getattr(model, "dummy_inputs", None)
+    if isinstance(dummy, Mapping) and dummy:
+        yield ExampleInputs((), dict(dummy), "declared by dummy_inputs")
+
+
+def _usual_shapes(layer: nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        dims = len(layer.kernel_size)
+        return tuple((_BATCH, layer.in_channels, *size) for size in _USUAL_SIZES[dims])
+    if isinstance(layer, nn.Linear):
+        return ((_BATCH, layer.in_features), (_BATCH, 16, layer.in_features))
+    if isinstance(layer, nn.RNNBase):
+        return ((_BATCH, 16, layer.input_size),)
+    if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
+        return ((_BATCH, 16),)
+    return None
+
+
+def _floating_type(model: nn.Module) -> tuple[torch.dtype, torch.device]:
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.dtype, parameter.device
+    return torch.get_default_dtype(), torch.device("cpu")
+
+
+def _describe_value(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k}: {_describe_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_describe_value(v) for v in value) + "]"
+    return repr(value)

@@ -1,0 +1,123 @@
+"""What is changed in torch while a model is traced, and put back afterwards whatever happens.
+
+Three things escape `torch.fx`: the training flag (a plain attribute, which a trace would freeze),
+tensor factories (`torch.arange(n)` has no tensor argument that could record it, and a traced
+`torch.rand` would become a constant), and attributes that a forward sets on its module (which
+would leave the input model changed).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils._device import _device_constructors
+
+from aim_surgery.capture.proxy import ValueProxy
+from aim_surgery.errors import CaptureError
+
+if TYPE_CHECKING:
+    from aim_surgery.capture.tracer import ValueTracer
+
+FACTORIES = frozenset(_device_constructors())
+
+_MISSING = object()
+
+
+@contextlib.contextmanager
+def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
+    """Make training flags, factories and attribute assignment visible to the tracer."""
+    with (
+        _symbolic_training_flag(tracer),
+        _recorded_factories(tracer),
+        _restored_attributes(tracer),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _symbolic_training_flag(tracer: ValueTracer) -> Iterator[None]:
+    def get(module: nn.Module) -> Any:
+        return tracer.training_flag(module)
+
+    def put(module: nn.Module, value: bool) -> None:
+        module.__dict__["training"] = value
+
+    # a data descriptor on the class goes before the instance's own attribute
+    nn.Module.training = property(get, put)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.training
+
+
+@contextlib.contextmanager
+def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
+
+    def record(factory: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if tracer.evaluating or not tracer.can_record((args, kwargs)):
+            return factory(*args, **kwargs)
+        return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    def wrapper(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            return record(factory, args, kwargs)
+
+        return recorded
+
+    # By name and not by a TorchFunctionMode: torch's parser would ask proxies for their int
+    # before the mode is asked. `from torch import arange` is covered by fx's autowrap.
+    originals = {
+        name: value
+        for name, value in vars(torch).items()
+        if callable(value) and isinstance(value, type(torch.arange)) and value in FACTORIES
+    }
+    for name, value in originals.items():
+        setattr(torch, name, wrapper(value))
+    try:
+        yield
+    finally:
+        for name, value in originals.items():
+            setattr(torch, name, value)
+
+
+@contextlib.contextmanager
+def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
+    original = nn.Module.__setattr__
+    changed: dict[tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]] = {}
+
+    def guarded(module: nn.Module, name: str, value: Any) -> None:
+        homes = (module._parameters, module._buffers, module._modules, module.__dict__)
+        home = next((home for home in homes if name in home), None)
+        is_proxy = type(value) is ValueProxy
+        if is_proxy and home in homes[:3]:
+            raise CaptureError(
+                f"{tracer.path_of(module) or 'the model'}.{name} is replaced inside forward(). A "
+                f"graph can't rebind a registered buffer or parameter: write "
+                f"`self.{name}.copy_(...)` instead, which can be captured."
+            )
+        old = _MISSING if home is None else home[name]
+        changed.setdefault((id(module), name), (module, name, home, old))
+        if is_proxy:
+            module.__dict__[name] = value
+        else:
+            original(module, name, value)
+
+    nn.Module.__setattr__ = guarded  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        for module, name, home, old in changed.values():
+            homes = (module.__dict__, module._parameters, module._buffers, module._modules)
+            for other in homes:
+                if other is not home:
+                    other.pop(name, None)
+            if home is not None:
+                home[name] = old

@@ -1,0 +1,162 @@
+"""The proxy that flows through a model while it is traced: a graph node with a value in its hand.
+
+`torch.fx` proxies know nothing but their node, so Python can't branch on them. A `ValueProxy`
+carries besides the value that the node has on the example input (tensors as fake tensors). What can
+be recorded is recorded, as usual: tensor arithmetic, sizes, attributes. Only what Python itself
+forces (`bool`, `int`, `len`, iteration, `in`, hashing) is answered from the value, and each such
+answer is noted by the tracer as an assumption (`ValueTracer.answer`).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from aim_surgery.capture.tracer import ValueTracer
+
+# Object protocol names that must come from the proxy itself, never from the carried value.
+_HIDDEN = frozenset({"_is_param", "__fx_create_arg__", "__torch_dispatch__"})
+
+
+class ValueProxy(fx.Proxy):
+    """A node of the graph being traced, with its value on the example inputs."""
+
+    tracer: ValueTracer
+    aim_value: Any
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.aim_value = value
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
+        # so that `isinstance(x, torch.Tensor)` in a model's forward is true for a tensor's proxy
+        return type(self.aim_value)
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name})"
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _HIDDEN:
+            raise AttributeError(name)
+        value = getattr(self.aim_value, name)  # AttributeError, as on the value: hasattr() works
+        if isinstance(self.aim_value, Mapping) and name in _MAPPING_METHODS:
+            return lambda *args: _MAPPING_METHODS[name](self, *args)
+        if callable(value) and not isinstance(value, torch.Tensor):
+            return ValueMethod(self, name)
+        return self.tracer.attribute(self, name)
+
+    def __bool__(self) -> bool:
+        return self.tracer.answer(self, bool)
+
+    def __int__(self) -> int:
+        return self.tracer.answer(self, int)
+
+    def __index__(self) -> int:
+        return self.tracer.answer(self, operator.index)
+
+    def __float__(self) -> float:
+        return self.tracer.answer(self, float)
+
+    def __len__(self) -> int:
+        return self.tracer.answer(self, len)
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(self.aim_value, torch.Tensor):
+            return bool((self == item).any())  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(self.aim_value, Mapping):
+            return item in self.keys()
+        return any(element is item or bool(element == item) for element in self)
+
+    def __iter__(self) -> Iterator[Any]:
+        if isinstance(self.aim_value, Mapping):
+            return iter(self.keys())
+        return iter([self[i] for i in range(len(self))])
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+
+    def __hash__(self) -> int:
+        if isinstance(self.aim_value, torch.Tensor):
+            return id(self)
+        return hash(self.tracer.answer(self, _identity))
+
+    def __format__(self, spec: str) -> str:
+        return format(self.aim_value if spec else str(self.aim_value), spec)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        args = (self,) if digits is None else (self, digits)
+        return self.tracer.create_proxy("call_function", round, args, {})
+
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
+
+    def keys(self) -> Any:
+        """The keys of a mapping, as Python needs them: known, and noted as an assumption."""
+        return list(self.tracer.answer(self, _keys))
+
+
+class ValueMethod:
+    """A method of the carried value, not called yet."""
+
+    def __init__(self, owner: ValueProxy, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Record the call."""
+        owner = self._owner
+        return owner.tracer.create_proxy("call_method", self._name, (owner, *args), kwargs)
+
+
+def _identity(value: Any) -> Any:
+    return value
+
+
+def _keys(value: Mapping[Any, Any]) -> tuple[Any, ...]:
+    return tuple(value.keys())
+
+
+def _get(proxy: ValueProxy, key: Any, default: Any = None) -> Any:
+    return proxy[key] if key in proxy else default  # noqa: SIM401 - this is `get`
+
+
+_MAPPING_METHODS: dict[str, Callable[..., Any]] = {
+    "get": _get,
+    "items": lambda proxy: [(key, proxy[key]) for key in proxy],
+    "values": lambda proxy: [proxy[key] for key in proxy],
+}
+
+
+def _inplace_operator(name: str) -> Callable[[ValueProxy, Any], Any]:
+    inplace = getattr(operator, f"i{name}")
+    plain = getattr(operator, f"{name}_" if name in ("and", "or") else name)
+
+    def method(self: ValueProxy, other: Any) -> Any:
+        # fx has no in-place operators and would record `x += y` as `x = x + y`, which is another
+        # function wherever `x` has a second name
+        target = inplace if isinstance(self.aim_value, torch.Tensor) else plain
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+for _name in (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"),
+    *("and", "or", "xor", "lshift", "rshift"),
+):
+    setattr(ValueProxy, f"__i{_name}__", _inplace_operator(_name))

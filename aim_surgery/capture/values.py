@@ -1,0 +1,137 @@
+"""What a node's value is on the example inputs, without doing its arithmetic.
+
+Tensors are `FakeTensor`s: shape, dtype, device and strides, no storage. A stock layer is evaluated
+once per (type, hyperparameters, shapes): deep networks repeat few geometries many times, and a
+shape rule costs a hundred times what looking it up does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_map_only
+
+_empty_strided = (
+    torch.empty_strided
+)  # the original: while a model is traced, factories are recorded
+_SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+Spec = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+
+class FakeValues:
+    """Fake tensors for the parameters, inputs and layers of one model."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._tensors: dict[int, torch.Tensor] = {}
+        self._sources: list[torch.Tensor] = []  # keeps the ids above valid
+        self._layers: dict[int, tuple[Any, ...] | None] = {}
+        self._outputs: dict[tuple[Any, ...], Spec] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The fake twin of a tensor; the same one each time."""
+        if isinstance(tensor, FakeTensor) and tensor.fake_mode is self.mode:
+            return tensor
+        twin = self._tensors.get(id(tensor))
+        if twin is None:
+            if type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided:
+                twin = self._fresh(
+                    _spec(tensor)
+                )  # what `from_tensor` gives, at a tenth of its time
+            else:
+                twin = self.mode.from_tensor(tensor)
+            self._tensors[id(tensor)] = twin
+            self._sources.append(tensor)
+        return twin
+
+    def of_all(self, value: Any) -> Any:
+        """A nested value with every tensor in it replaced by its fake twin."""
+        if isinstance(value, torch.Tensor):
+            return self.of(value)
+        return tree_map_only(torch.Tensor, self.of, value)
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run a function on fake values."""
+        with self.mode, torch.no_grad():
+            return function(*args, **kwargs)
+
+    def call_layer(
+        self, layer: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Run a stock layer on fake values, or remember what such a layer gave for such values."""
+        key = self._key(layer, args, kwargs)
+        if key is not None and key in self._outputs:
+            return self._fresh(self._outputs[key])
+        for tensor in (*layer._parameters.values(), *layer._buffers.values()):
+            if tensor is not None:
+                self.of(
+                    tensor
+                )  # here, because inside the fake mode it would take ten times as long
+        output = self.call(forward, args, kwargs)
+        if key is not None and isinstance(output, FakeTensor):
+            self._outputs[key] = _spec(output)
+        return output
+
+    def _fresh(self, spec: Spec) -> torch.Tensor:
+        size, stride, dtype, device = spec
+        meta = _empty_strided(size, stride, dtype=dtype, device="meta")
+        return FakeTensor(self.mode, meta, device)
+
+    def _key(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
+        """What a stock layer's output shape can depend on; None: not to be remembered."""
+        if kwargs or not all(isinstance(arg, FakeTensor) for arg in args):
+            return None
+        if id(layer) not in self._layers:
+            self._layers[id(layer)] = _hyperparameters(layer)
+        hyperparameters = self._layers[id(layer)]
+        if hyperparameters is None:
+            return None
+        return (hyperparameters, layer.training, *(_spec(arg) for arg in args))
+
+
+def _spec(tensor: torch.Tensor) -> Spec:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _hyperparameters(layer: nn.Module) -> tuple[Any, ...] | None:
+    state = vars(layer)
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    if hooked or layer._modules or "parametrizations" in state:
+        return None
+    scalars = []
+    for name, value in state.items():
+        if name == "training":
+            continue
+        if isinstance(value, _SCALARS) or (
+            isinstance(value, tuple) and all(isinstance(item, _SCALARS) for item in value)
+        ):
+            scalars.append((name, value))
+        elif not name.startswith("_"):
+            return None  # a hyperparameter that can't be compared
+    tensors = (
+        *((name, t if t is None else _spec(t)) for name, t in layer._parameters.items()),
+        *((name, t if t is None else _spec(t)) for name, t in layer._buffers.items()),
+    )
+    return (type(layer), *scalars, *tensors)
+
+
+def node_value(argument: Any) -> Any:
+    """The carried value of a node's arguments, nested as they are.
+
+    Args:
+        argument: What stands in `node.args` or `node.kwargs`.
+
+    Returns:
+        The same structure with each node replaced by its value.
+    """
+    return map_aggregate(argument, _value_of)
+
+
+def _value_of(argument: Any) -> Any:
+    return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument

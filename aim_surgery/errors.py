@@ -1,0 +1,29 @@
+"""The errors of this package.
+
+Every failure that a user can cause or mend is an `AimSurgeryError`. Its message says where (site,
+file or parameter), what was expected, what was there, and what to do.
+"""
+
+
+class AimSurgeryError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class CaptureError(AimSurgeryError):
+    """The model could not be captured as a graph: example inputs, control flow, unknown values."""
+
+
+class PlanError(AimSurgeryError):
+    """No valid plan: nothing to read with, a budget that is too small, a filter without a match."""
+
+
+class UnsupportedLayerError(AimSurgeryError):
+    """A layer that the plan wants to widen has a form that surgery does not know."""
+
+
+class CheckpointError(AimSurgeryError):
+    """A file or state dict does not hold what was asked of it, or could not be written."""
+
+
+class ModelSpecError(AimSurgeryError):
+    """A model spec such as ``torchvision:resnet50`` names nothing that can be built."""

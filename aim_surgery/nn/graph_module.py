@@ -1,0 +1,99 @@
+"""The module that surgery returns: a `torch.fx.GraphModule` that keeps what fx would drop.
+
+A plain `GraphModule` keeps only the attributes that its graph names, so a deep copy would lose
+parameters that this mode does not use and make buffers persistent that were not; its pickle traces
+its own code again, which would freeze training flags. `AimGraphModule` copies and pickles whole.
+Where training and evaluation take different paths through the model, it holds both graphs and
+changes over in `train()`.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Self
+
+from torch import fx, nn
+
+from aim_surgery.nn.graph_state import graph_from_state, graph_state
+
+
+class AimGraphModule(fx.GraphModule):
+    """A model with a memory, as an fx graph.
+
+    Attributes:
+        plan: The plan that it was operated by.
+    """
+
+    plan: Any
+    _graphs: dict[bool, fx.Graph]
+
+    def __init__(
+        self, root: nn.Module, graphs: dict[bool, fx.Graph], plan: Any, class_name: str
+    ) -> None:
+        """Wrap a module tree and its graph(s).
+
+        Args:
+            root: The tree whose names the graphs use; its children and tensors are taken over.
+            graphs: The graph for training (True) and for evaluation (False); one graph may be both.
+            plan: What the operation did.
+            class_name: Name of the original model's class, for `repr`.
+        """
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+            self.__dict__[name] = vars(root)[name]
+        extra = {k: v for k, v in vars(root).items() if k not in self.__dict__}
+        self.__dict__.update(extra)
+        self.training = root.training
+        self.plan = plan
+        self._install(graphs)
+
+    def _install(self, graphs: dict[bool, fx.Graph]) -> None:
+        self._graphs = graphs
+        self.graph = graphs[self.training]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, and change graphs where the two modes have one each."""
+        super().train(mode)
+        if self._graphs[mode] is not self._graph:
+            self.graph = self._graphs[mode]
+        return self
+
+    def _state(self) -> dict[str, Any]:
+        dropped = ("_graph", "_graphs", "_code", "_lineno_map", "_prologue_start")
+        return {name: value for name, value in vars(self).items() if name not in dropped}
+
+    def _distinct_graphs(self) -> tuple[fx.Graph, ...]:
+        if self._graphs[True] is self._graphs[False]:
+            return (self._graphs[True],)
+        return (self._graphs[True], self._graphs[False])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AimGraphModule:
+        twin = _bare()
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self._state(), memo))
+        twin._install(_by_mode([copy.deepcopy(graph) for graph in self._distinct_graphs()]))
+        return twin
+
+    def __copy__(self) -> AimGraphModule:
+        twin = _bare()
+        twin.__dict__.update(self._state())
+        twin._install(_by_mode([copy.deepcopy(graph) for graph in self._distinct_graphs()]))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self._state(), [graph_state(g) for g in self._distinct_graphs()])
+
+
+def _bare() -> AimGraphModule:
+    return AimGraphModule.__new__(AimGraphModule)
+
+
+def _by_mode(graphs: list[fx.Graph]) -> dict[bool, fx.Graph]:
+    return {True: graphs[0], False: graphs[-1]}
+
+
+def _rebuild(state: dict[str, Any], graph_states: list[Any]) -> AimGraphModule:
+    module = _bare()
+    module.__dict__.update(state)
+    module._install(_by_mode([graph_from_state(state) for state in graph_states]))
+    return module

@@ -1,0 +1,97 @@
+"""An fx graph as plain data that pickles: one tuple a node, functions by qualified name.
+
+fx pickles a `GraphModule` as Python code and traces that code again on loading, which answers
+`self.dropout.training` once and for all. Plain data keeps every node as it is.
+"""
+
+from __future__ import annotations
+
+import builtins
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import _get_qualified_name, map_aggregate
+
+GraphState = list[tuple[str, str, str, Any, Any]]
+
+
+class _Ref(str):
+    """The name of a node, where an argument is one."""
+
+    __slots__ = ()
+
+
+def graph_state(graph: fx.Graph) -> GraphState:
+    """Describe a graph as plain data.
+
+    Args:
+        graph: Any graph whose functions can be imported by name.
+
+    Returns:
+        (op, name, target, args, kwargs) for each node, in order.
+    """
+    return [
+        (
+            node.op,
+            node.name,
+            node.target if isinstance(node.target, str) else _name_of(node.target),
+            map_aggregate(node.args, _to_ref),
+            map_aggregate(node.kwargs, _to_ref),
+        )
+        for node in graph.nodes
+    ]
+
+
+def graph_from_state(state: GraphState) -> fx.Graph:
+    """Rebuild a graph from `graph_state`.
+
+    Args:
+        state: The nodes.
+
+    Returns:
+        A new graph with the same nodes under the same names.
+    """
+    graph = fx.Graph()
+    nodes: dict[str, fx.Node] = {}
+
+    def from_ref(argument: Any) -> Any:
+        return nodes[argument] if isinstance(argument, _Ref) else argument
+
+    for op, name, target, args, kwargs in state:
+        resolved = _function(target) if op == "call_function" else target
+        nodes[name] = graph.create_node(
+            op, resolved, map_aggregate(args, from_ref), map_aggregate(kwargs, from_ref), name
+        )
+    return graph
+
+
+def _to_ref(argument: Any) -> Any:
+    return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
+
+
+def _name_of(function: Callable[..., Any]) -> str:
+    if getattr(builtins, getattr(function, "__name__", ""), None) is function:
+        return f"builtins.{function.__name__}"
+    return _get_qualified_name(function)
+
+
+def _function(name: str) -> Callable[..., Any]:
+    if name.startswith("torch."):  # also for `torch.ops`, which is no importable module
+        return _resolve(torch, name.split(".")[1:])
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+        except ImportError:
+            continue
+        return _resolve(module, parts[cut:])
+    raise ImportError(f"cannot find {name}, which a pickled graph calls")
+
+
+def _resolve(value: Any, names: list[str]) -> Any:
+    for name in names:
+        value = getattr(value, name)
+    return value

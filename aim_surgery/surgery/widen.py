@@ -1,0 +1,130 @@
+"""Widening tensors and layers: no graph here.
+
+    conv(cat[x, m], [W_x ; W_m]) = conv(x, W_x) + conv(m, W_m)
+
+    conv            (C_out, C_in/g, *kernel)  ->  (C_out, C_in/g + k, *kernel)
+    conv_transpose  (C_in, C_out/g, *kernel)  ->  (C_in + g·k, C_out/g, *kernel)
+    linear          (out, in)                 ->  (out, in + k)
+
+Each of g groups gets all k planes, placed behind its own channels. The old entries keep their
+values and their order.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import nn
+
+from aim_surgery.sites import Kind
+
+Init = Literal["preserve", "fresh"]
+
+
+def widen_weight(
+    weight: torch.Tensor, planes: int, *, kind: Kind, groups: int, init: Init
+) -> torch.Tensor:
+    """Widen a weight by input channels for the memory.
+
+    Shapes:
+        See the table at the top of this file.
+
+    Args:
+        weight: The layer's weight; left unchanged.
+        planes: k, the planes (features) of memory that each group gets.
+        kind: The layer's kind.
+        groups: g, 1 for a linear layer.
+        init: "preserve" for zeros, "fresh" for the layer's own initialiser at the new fan-in.
+
+    Returns:
+        A new tensor of the weight's dtype, device and memory format.
+
+    Example:
+        >>> weight = torch.randn(8, 3, 5, 5)
+        >>> widen_weight(weight, 2, kind="conv", groups=1, init="preserve").shape
+        torch.Size([8, 5, 5, 5])
+    """
+    with torch.no_grad():
+        if kind == "conv_transpose":
+            shape = (weight.shape[0] + groups * planes, *weight.shape[1:])
+            wide = _empty_like(weight, shape)
+            each = wide.view(groups, -1, *weight.shape[1:])
+            old, new = each.split((weight.shape[0] // groups, planes), dim=1)
+            old.copy_(weight.view(groups, -1, *weight.shape[1:]))
+        else:
+            shape = (weight.shape[0], weight.shape[1] + planes, *weight.shape[2:])
+            wide = _empty_like(weight, shape)
+            old, new = wide.split((weight.shape[1], planes), dim=1)
+            old.copy_(weight)
+        initialize(new, init, fan_in=_fan_in(wide.shape))
+    return wide
+
+
+def beside_weight(
+    weight: torch.Tensor, shape: tuple[int, ...], *, fan_in: int, init: Init
+) -> nn.Parameter:
+    """Make the memory weight W_m of a layer whose own weight is left alone.
+
+    Args:
+        weight: The layer's weight; gives dtype and device.
+        shape: Shape of W_m: (C_out, k, *kernel), (k, C_out, *kernel) transposed, or (out, k).
+        fan_in: Fan-in that the widened layer would have.
+        init: As in `widen_weight`.
+
+    Returns:
+        A new parameter.
+    """
+    with torch.no_grad():
+        new = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        initialize(new, init, fan_in=fan_in)
+    return nn.Parameter(new)
+
+
+def initialize(new: torch.Tensor, init: Init, *, fan_in: int) -> None:
+    """Fill new weights in place: with zeros, or as `reset_parameters` draws them.
+
+    Args:
+        new: The new entries.
+        init: "preserve" or "fresh".
+        fan_in: Inputs of one output unit, old and new.
+
+    Source: `torch.nn.modules.conv._ConvNd.reset_parameters`; Kaiming uniform with a = √5 is uniform
+    in ±1/√fan_in.
+    """
+    if init == "preserve":
+        new.zero_()
+    else:
+        bound = 1 / math.sqrt(fan_in)
+        new.uniform_(-bound, bound)
+
+
+def widen_layer(layer: nn.Module, planes: int) -> None:
+    """Tell a layer, whose weight has been widened already, of its new input width.
+
+    Args:
+        layer: A convolution or linear layer; changed in place.
+        planes: k.
+    """
+    if isinstance(layer, nn.Linear):
+        layer.in_features += planes
+    elif isinstance(layer, nn.modules.conv._ConvNd):
+        layer.in_channels += planes * layer.groups
+
+
+def _fan_in(shape: torch.Size) -> int:
+    return math.prod(shape[1:])
+
+
+def channels_last_format(tensor: torch.Tensor) -> torch.memory_format | None:
+    """The channels-last format that a tensor is in, None where it is in another."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if layout is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=layout):
+        return None
+    return layout
+
+
+def _empty_like(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    layout = channels_last_format(weight) or torch.contiguous_format
+    return torch.empty(shape, dtype=weight.dtype, device=weight.device, memory_format=layout)

@@ -1,0 +1,339 @@
+"""Capture: values, assumptions, modes, inputs, and leaving the model alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+from aim_surgery.capture import capture
+from aim_surgery.capture.tracer import is_stock
+from aim_surgery.errors import CaptureError
+from tests.cases import CASES, Case, SameConv, SmallNet, Standardized, assert_same
+
+
+def run(captured: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call a captured graph with the model's own tensors."""
+    return torch.fx.GraphModule(captured.model, captured.graph)(*args, **kwargs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_the_graph_computes_what_the_model_does(case: Case, training: bool) -> None:
+    model, x = case.model().train(training), case.input()
+    captured = capture(model, x)
+    for batch in (2, 5):
+        x = case.input(batch=batch)
+        torch.manual_seed(3)
+        actual = run(captured, x)
+        torch.manual_seed(3)
+        assert_same(actual, model(x), tolerance=0)
+
+
+def test_values_are_those_of_the_run() -> None:
+    model, x = SmallNet(), torch.randn(2, 3, 32, 32)
+    graph = capture(model, x).graph
+    *nodes, output = graph.nodes
+    assert output.op == "output"
+    assert all("val" in node.meta for node in nodes)
+    shapes = {node.name: tuple(node.meta["val"].shape) for node in nodes
+              if isinstance(node.meta["val"], torch.Tensor)}  # fmt: skip
+    assert shapes["stem"] == (2, 12, 16, 16)
+    assert shapes["head"] == (2, 7)
+
+
+def test_one_graph_serves_both_modes_where_only_flags_differ() -> None:
+    model = SmallNet().train()
+    captured = capture(model, torch.randn(2, 3, 32, 32))
+    assert len(captured.traces) == 1
+    flags = [n for n in captured.graph.nodes if n.op == "get_attr" and n.target == "training"]
+    assert len(flags) == 1  # F.dropout(..., self.training)
+
+
+class Auxiliary(nn.Module):
+    """Another output in training, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head, self.aux = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = torch.relu(self.body(x))
+        if self.training:
+            return self.head(x), self.aux(x)
+        return self.head(x)
+
+
+def test_two_graphs_where_python_branches_on_the_mode() -> None:
+    captured = capture(Auxiliary().eval(), torch.randn(2, 4))
+    assert [trace.training for trace in captured.traces] == [False, True]
+    targets = [{n.target for n in trace.graph.nodes} for trace in captured.traces]
+    assert "aux" not in targets[0]
+    assert "aux" in targets[1]
+
+
+class DropPath(nn.Module):
+    """Branches on its mode, but holds no weights."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], *(1,) * (x.ndim - 1)).bernoulli_(0.5)
+
+
+def test_a_weightless_module_that_branches_on_its_mode_stays_a_call() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), DropPath(), nn.Linear(4, 4))
+    captured = capture(model, torch.randn(2, 4))
+    assert [call.path for call in captured.traces[0].opaque] == ["1"]
+    assert len(captured.traces) == 1
+    gm = torch.fx.GraphModule(model, captured.graph)
+    x = torch.randn(64, 4)
+    assert torch.equal(gm.eval()(x), model.eval()(x))
+    torch.manual_seed(0)
+    expected = model.train()(x)
+    torch.manual_seed(0)
+    assert torch.equal(gm.train()(x), expected)
+
+
+class OnData(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_a_branch_on_data_stays_a_call() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), OnData(), nn.Linear(4, 4))
+    captured = capture(model, torch.randn(2, 4))
+    (opaque,) = captured.traces[0].opaque
+    assert opaque.path == "1"
+    assert "bool" in opaque.reason
+    for x in (torch.randn(3, 4), -torch.randn(3, 4)):
+        assert torch.equal(run(captured, x), model(x))
+
+
+def test_a_branch_on_data_in_the_model_itself_is_named() -> None:
+    with pytest.raises(CaptureError, match=r"the model itself can't be captured.*bool"):
+        capture(OnData(), torch.randn(2, 4))
+
+
+class OnSize(nn.Module):
+    """Pads to a multiple of four, as models with strides do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[2] % 4:
+            x = F.pad(x, (0, 0, 0, 4 - x.shape[2] % 4))
+        n, c, h, w = x.shape
+        return self.conv(x).view(n, c, h * w).mean(-1)
+
+
+def test_an_assumption_is_recorded_and_held() -> None:
+    model = OnSize()
+    captured = capture(model, torch.randn(2, 3, 8, 8))
+    texts = [str(assumption) for assumption in captured.traces[0].assumptions]
+    assert any("x.shape[2] % 4 is false" in text for text in texts), texts
+    for size in ((8, 8), (12, 6)):
+        x = torch.randn(3, 3, *size)
+        assert torch.equal(run(captured, x), model(x))
+    with pytest.raises(AssertionError, match=r"breaks what.*x\.shape\[2\] % 4 is false"):
+        run(captured, torch.randn(2, 3, 9, 8))
+    # checked at the entrance, before anything is computed
+    calls = [node.target for node in captured.graph.nodes]
+    assert calls.index(torch._assert) < calls.index("conv")
+
+
+class Contexts(nn.Module):
+    """Factories, a `no_grad` region, an assigned attribute and item assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.last: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scale = self.fc(x).abs().mean()
+        positions = torch.arange(x.shape[1], dtype=x.dtype, device=x.device)
+        noise = torch.rand(4)
+        y = self.fc(x) * scale + positions + noise * 0
+        y[:, 0] = 0
+        self.last = y
+        return y
+
+
+def test_what_fx_would_drop_is_kept() -> None:
+    model = Contexts()
+    x = torch.randn(3, 4)
+    captured = capture(model, x)
+    assert model.last is None  # the trace leaves no attribute behind
+    assert torch.equal(run(captured, x), model(x))
+    targets = [node.target for node in captured.graph.nodes]
+    assert torch.rand in targets  # drawn at each call, not once
+    gradients = []
+    for call in (lambda: run(captured, x), lambda: model(x)):
+        model.zero_grad()
+        call().sum().backward()
+        assert model.fc.weight.grad is not None
+        gradients.append(model.fc.weight.grad.clone())
+    assert_same(*gradients, tolerance=1e-6)
+    assert torch.is_grad_enabled()
+
+
+class InPlace(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * 1
+        z = y
+        y += 1
+        return z * 2  # sees the sum: `y` and `z` are one tensor
+
+
+def test_in_place_operators_stay_in_place() -> None:
+    x = torch.randn(3)
+    assert torch.equal(run(capture(InPlace(), x), x), InPlace()(x))
+
+
+class Rebinds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen = self.seen + x.sum(0)
+        return self.fc(x)
+
+
+def test_a_rebound_buffer_is_refused_and_the_model_left_alone() -> None:
+    model: Any = nn.Sequential(Rebinds())
+    before = model[0].seen
+    with pytest.raises(CaptureError, match=r"0\.seen is replaced inside forward.*copy_"):
+        capture(model, torch.randn(3, 2))
+    assert model[0].seen is before
+    assert type(vars(nn.Module).get("training")) is not property
+
+
+class Nested(nn.Module):
+    """Nested inputs and outputs, a flag, a mask that may be None."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(
+        self, batch: dict[str, Any], mask: torch.Tensor | None = None, *, double: bool = False
+    ) -> dict[str, Any]:
+        x = self.fc(batch["x"])
+        if mask is not None:
+            x = x * mask
+        if "shift" in batch:
+            x = x + batch["shift"]
+        for value in batch["list"]:
+            x = x + value
+        if double:
+            x = 2 * x
+        return {"out": x, "parts": (x.sum(), None)}
+
+
+def test_nested_inputs_and_outputs() -> None:
+    model = Nested()
+    batch = {"x": torch.randn(2, 4), "list": [torch.ones(4), torch.ones(4)]}
+    captured = capture(model, ({**batch},))
+    assert_same(run(captured, batch), model(batch), tolerance=0)
+    for kwargs, name in (({"mask": torch.ones(4)}, "mask"), ({"double": True}, "double")):
+        with pytest.raises(AssertionError, match=f"{name} is"):
+            run(captured, batch, **kwargs)
+    with pytest.raises(AssertionError, match="batch"):
+        run(captured, {**batch, "shift": torch.ones(4)})
+    keyword = capture(model, {"batch": batch, "mask": torch.ones(4), "double": True})
+    assert_same(
+        run(keyword, batch, torch.ones(4), double=True),
+        model(batch, torch.ones(4), double=True),
+        tolerance=0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("inputs", "essentials"),
+    [
+        ((), "missing a required argument: 'x'"),
+        ((torch.zeros(2, 3, 8, 8), torch.zeros(1)), "too many positional arguments"),
+        ({"y": torch.zeros(2, 3, 8, 8)}, "missing a required argument: 'x'"),
+        (torch.zeros(2, 5, 8, 8), r"in 'stem'.*x: float32\[2, 5, 8, 8\]"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.int64), r"x: int64\[2, 3, 8, 8\]"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(inputs: Any, essentials: str) -> None:
+    with pytest.raises(CaptureError, match=essentials):
+        capture(SmallNet(), inputs)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (nn.Sequential(nn.Linear(7, 3)), (2, 7)),
+        (nn.Sequential(nn.Conv1d(2, 4, 3)), (2, 2, 1024)),
+        (nn.Sequential(nn.Conv3d(1, 4, 3)), (2, 1, 16, 112, 112)),
+        (SmallNet(), (2, 3, 224, 224)),
+        (nn.Sequential(nn.Conv2d(1, 2, 5), nn.Flatten(), nn.Linear(2 * 24 * 24, 3)),
+         (2, 1, 28, 28)),
+    ],
+)  # fmt: skip
+def test_inputs_are_found(model: nn.Module, shape: tuple[int, ...]) -> None:
+    captured = capture(model)
+    assert captured.inputs.args[0].shape == shape
+    assert captured.inputs.source.startswith("found")
+
+
+def test_declared_inputs_go_first() -> None:
+    model = SmallNet()
+    model.default_cfg = {"input_size": (3, 48, 40)}  # type: ignore[assignment]
+    captured = capture(model)
+    assert captured.inputs.args[0].shape == (2, 3, 48, 40)
+    assert "default_cfg" in captured.inputs.source
+
+
+def test_no_input_to_be_found_says_what_was_tried() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(5, 5))
+    with pytest.raises(CaptureError, match=r"pass example_inputs.*224, 224"):
+        capture(model)
+
+
+def test_sizes_pass_through_python_arithmetic() -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h, w = x.shape[-2:]
+            h = math.ceil(h / 2) + max(w, 1) * 0
+            return F.interpolate(x, size=(h, round(w / 2)), mode="nearest")
+
+    model = Sizes()
+    captured = capture(model, torch.randn(1, 1, 8, 8))
+    x = torch.randn(2, 1, 13, 10)
+    assert torch.equal(run(captured, x), model(x))
+
+
+def test_stock_is_what_runs_only_torch_code() -> None:
+    patched = nn.Linear(2, 2)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    assert is_stock(nn.Conv2d(1, 1, 1))
+    assert is_stock(SameConv(1, 1, 1))
+    assert not is_stock(Standardized(1, 1, 1))
+    assert not is_stock(nn.Sequential())
+    assert not is_stock(patched)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = SmallNet().train()
+    model.stem.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    keys = [set(vars(module)) for module in model.modules()]
+    capture(model, torch.randn(2, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert keys == [set(vars(module)) for module in model.modules()]

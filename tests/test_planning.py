@@ -1,0 +1,271 @@
+"""Plans: sizes, budgets, filters, edits, JSON. Integers only."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import aim_surgery
+from aim_surgery import AimConfig, PlanError
+from aim_surgery.checkpoint.models import build
+from aim_surgery.config import ARTICLE_FLOATS
+from aim_surgery.planning import Plan
+from aim_surgery.planning.budget import available_planes, choose_sizes, plane_costs
+from aim_surgery.sites import Site
+from tests.cases import CASES, Case, SmallNet, Tied, Twice, mlp
+
+X = torch.zeros(2, 3, 32, 32)
+
+
+def conv_site(name: str, channels: int, size: int, kernel: int = 3, groups: int = 1) -> Site:
+    spatial = (size, size)
+    kernel_size = (kernel, kernel)
+    weights = (f"{name}.weight",)
+    return Site(
+        name, name, "conv", channels, channels, groups, kernel_size, spatial, size**2, weights, True
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "classes", "total"),
+    [
+        ("torchvision:resnet50", 120, 54_022_392),
+        ("torchvision:resnet50", 1000, 99_980_392),
+        ("torchvision:vgg16", 1000, 604_220_328),
+        ("torchvision:mobilenet_v2", 1000, 94_324_424),
+    ],
+)
+def test_full_reads_cost_what_the_design_says(spec: str, classes: int, total: int) -> None:
+    with torch.device("meta"):
+        model = build(spec, num_classes=classes)
+    plan = aim_surgery.plan(model, config=AimConfig(memory=50_176, budget=None))
+    assert plan.total_parameters == total
+    assert all(read.planes == read.available for read in plan.reads)
+
+
+def test_resnet50_within_the_default_budget() -> None:
+    with torch.device("meta"):
+        plan = aim_surgery.plan(build("torchvision:resnet50", num_classes=120))
+    assert plan.base_parameters == 23_753_912
+    assert len(plan.reads) == 54
+    assert not plan.skips
+    assert plan.total_parameters <= 24_120_000
+    assert plan.new_parameters <= 0.015 * plan.base_parameters
+    assert 45_000 <= plan.memory.floats <= 56_000
+    assert plan.memory.layout[1:] == (7, 7)
+
+
+def test_how_a_site_reads() -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=2 * 64, budget=None))
+    reads = {read.site.name: read for read in plan.reads}
+    assert (reads["stem"].available, reads["stem"].how) == (1, "pad")  # 32·32 > 128
+    assert (reads["blocks.2.conv1"].available, reads["blocks.2.conv1"].how) == (2, "reshape")
+    assert (reads["head"].available, reads["head"].how) == (128, "features")
+    assert plan.memory.layout == (2, 8, 8)
+    narrow = plan.with_planes({"head": 3})
+    assert {r.site.name: r.averaged for r in narrow.reads}["head"]
+
+
+@given(
+    sites=st.lists(
+        st.tuples(st.integers(1, 64), st.integers(1, 32), st.integers(1, 7)), min_size=1, max_size=8
+    ),
+    parameters=st.integers(10_000, 10_000_000),
+    budget=st.floats(0.001, 2.0),
+)
+@settings(max_examples=200, deadline=None)
+def test_budgets_hold(sites: list[tuple[int, int, int]], parameters: int, budget: float) -> None:
+    table = [conv_site(f"s{i}", c, s, k) for i, (c, s, k) in enumerate(sites)]
+    costs = plane_costs(table)
+    try:
+        sizes = choose_sizes(AimConfig(budget=budget), table, parameters)
+    except PlanError as err:
+        least = float(str(err).split("budget=")[1].split(" ")[0])
+        assert least > budget
+        sizes = choose_sizes(AimConfig(budget=least), table, parameters)
+        budget = least
+    spent = 2 * sizes.floats + sum(costs[name] * k for name, k in sizes.planes.items())
+    assert spent <= budget * parameters
+    cap = max(sizes.planes.values())
+    for site in table:
+        available = available_planes(site, sizes.floats)
+        assert 1 <= sizes.planes[site.layer] <= available
+        assert sizes.planes[site.layer] == min(available, cap)
+    wider = {s.layer: min(available_planes(s, sizes.floats), cap + 1) for s in table}
+    more = 2 * sizes.floats + sum(costs[name] * k for name, k in wider.items())
+    assert wider == dict(sizes.planes) or more > int(budget * parameters)  # κ is the largest
+
+
+@given(floats=st.integers(1, 100_000), size=st.integers(1, 300))
+def test_planes_hold_all_floats_and_no_more(floats: int, size: int) -> None:
+    planes = available_planes(conv_site("s", 1, size), floats)
+    assert (planes - 1) * size**2 < floats <= planes * size**2
+
+
+def test_auto_budget_gives_every_site_a_plane_and_says_so() -> None:
+    with torch.device("meta"):
+        model = build("torchvision:mobilenet_v2")
+    plan = aim_surgery.plan(model)
+    assert len(plan.reads) == 53
+    assert min(read.planes for read in plan.reads) == 1
+    assert "raised from 1.5%" in plan.notes[0]
+    with pytest.raises(PlanError, match="too small for one plane a site") as caught:
+        aim_surgery.plan(model, config=AimConfig(budget=0.015))
+    least = float(str(caught.value).split("budget=")[1].split(" ")[0])
+    assert aim_surgery.plan(model, config=AimConfig(budget=least)).reads
+    with pytest.raises(PlanError):
+        aim_surgery.plan(model, config=AimConfig(budget=least - 1e-6))
+
+
+def test_memory_and_budget_together() -> None:
+    config = AimConfig(memory=50, budget=0.5)
+    plan = aim_surgery.plan(SmallNet(), X, config=config)
+    assert plan.memory.floats == 50
+    assert plan.new_parameters <= 0.5 * plan.base_parameters
+    literal = aim_surgery.plan(SmallNet(), X, config=AimConfig(budget=None))
+    assert literal.memory.floats == ARTICLE_FLOATS
+
+
+def test_a_layer_is_widened_once() -> None:
+    plan = aim_surgery.plan(
+        Twice(), torch.zeros(2, 4, 12, 12), config=AimConfig(memory=400, budget=None)
+    )
+    planes = {read.site.name: read.planes for read in plan.reads}
+    assert planes["conv"] == planes["conv@1"] == math.ceil(400 / 144)
+    widths = {read.site.layer: read.parameters for read in plan.reads}
+    assert plan.read_parameters == sum(widths.values())
+    reads = (dataclasses.replace(plan.reads[0], planes=1), *plan.reads[1:])
+    uneven = dataclasses.replace(plan, reads=reads)
+    with pytest.raises(PlanError, match="widened once"):
+        uneven.checked()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_json_gives_the_plan_back(case: Case) -> None:
+    plan = aim_surgery.plan(case.model(), case.input(), config=AimConfig(budget=3.0))
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert hash(again) == hash(plan)
+    assert json.loads(plan.to_json(indent=1))["format"] == 1
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "x": 2}'])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="plan"):
+        Plan.from_json(text)
+
+
+def test_a_plan_prints_its_sites_and_totals() -> None:
+    text = str(aim_surgery.plan(SmallNet(), X, config=AimConfig(budget=0.5, exclude="head")))
+    for word in ("stem", "blocks.2.conv2", "not read: head: excluded by 'head'", "memory", "MACs"):
+        assert word in text
+    assert f"{sum(p.numel() for p in SmallNet().parameters()):,} ->" in text
+
+
+def test_filters() -> None:
+    def names(**kwargs: Any) -> list[str]:
+        config = AimConfig(budget=3.0, **kwargs)
+        return [read.site.name for read in aim_surgery.plan(SmallNet(), X, config=config).reads]
+
+    assert names(include="blocks.*") == [f"blocks.{b}.conv{c}" for b in (0, 2) for c in (1, 2)]
+    assert names(include=("stem", "head")) == ["stem", "head"]
+    assert names(exclude="blocks.*") == ["stem", "head"]
+    assert names(include=lambda site: site.kind == "linear") == ["head"]
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(budget=3.0, include="stem"))
+    assert {skip.reason for skip in plan.skips} == {"not included"}
+
+
+@pytest.mark.parametrize("name", ["include", "exclude"])
+def test_a_filter_without_a_match_lists_close_names(name: str) -> None:
+    options: Any = {name: "blocks.0.conv9"}
+    with pytest.raises(PlanError, match=rf"{name}='blocks.0.conv9' matches no site.*blocks.0.conv"):
+        aim_surgery.plan(SmallNet(), X, config=AimConfig(**options))
+
+
+def test_leaving_out_everything_is_an_error() -> None:
+    with pytest.raises(PlanError, match="no site of 6"):
+        aim_surgery.plan(SmallNet(), X, config=AimConfig(exclude="*"))
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, math.nan, math.inf, "lots", True])
+def test_budgets_that_make_no_sense(budget: Any) -> None:
+    with pytest.raises(PlanError, match="budget must be"):
+        AimConfig(budget=budget)
+
+
+@pytest.mark.parametrize("memory", [0, -5, 1.5, "many", True, math.nan])
+def test_memories_that_make_no_sense(memory: Any) -> None:
+    with pytest.raises(PlanError, match="memory must be a positive whole number"):
+        AimConfig(memory=memory)
+
+
+@pytest.mark.parametrize(
+    "options", [{"write": "sample"}, {"write": "batch"}, {"carry": "state"}], ids=str
+)
+def test_what_is_not_there_yet_says_so(options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="not there yet"):
+        AimConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options", [{"write": "maybe"}, {"carry": "maybe"}, {"init": "maybe"}], ids=str
+)
+def test_words_that_do_not_exist(options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="must be"):
+        AimConfig(**options)
+
+
+def test_nothing_to_read_with() -> None:
+    with pytest.raises(PlanError, match="no convolution or linear call"):
+        aim_surgery.plan(nn.Sequential(nn.BatchNorm1d(4)), torch.zeros(2, 4))
+    with pytest.raises(PlanError, match=r"no convolution or linear.*LSTM"):
+        aim_surgery.plan(nn.Sequential(nn.LSTM(4, 4)), torch.zeros(2, 3, 4))
+
+
+def test_quantized_weights_are_named() -> None:
+    class Quantized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            codes = torch.zeros(4, 4, dtype=torch.int8)
+            self.codes = nn.Parameter(codes, requires_grad=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.codes.to(x.dtype)
+
+    with pytest.raises(PlanError, match=r"quantized integers .codes"):
+        aim_surgery.plan(Quantized(), torch.zeros(2, 4))
+
+
+def test_edits() -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=300, budget=None))
+    edited = plan.with_planes({"blocks.*": 1, "head": 7}).without("stem")
+    assert {r.site.name: r.planes for r in edited.reads} == {
+        "blocks.0.conv1": 1, "blocks.0.conv2": 1, "blocks.2.conv1": 1, "blocks.2.conv2": 1,
+        "head": 7,
+    }  # fmt: skip
+    assert edited.skips[-1].reason == "left out by hand"
+    assert len(plan.reads) == 6
+    for planes in ({"nothing": 1}, {"head": 0}, {"head": 301}):
+        with pytest.raises(PlanError, match=r"matches no read|planes must be 1 … 300"):
+            plan.with_planes(planes)
+
+
+def test_tied_parameters_count_once() -> None:
+    plan = aim_surgery.plan(
+        Tied(), torch.zeros(2, 5, dtype=torch.int64), config=AimConfig(memory=5, budget=None)
+    )
+    assert plan.base_parameters == sum(p.numel() for p in Tied().parameters())
+
+
+def test_plans_work_on_the_meta_device() -> None:
+    with torch.device("meta"):
+        on_meta = aim_surgery.plan(mlp(), (torch.zeros(2, 16),), config=AimConfig(budget=1.0))
+    assert on_meta == aim_surgery.plan(mlp(), torch.zeros(2, 16), config=AimConfig(budget=1.0))

@@ -1,0 +1,187 @@
+"""Sites: every convolution and linear call, and a reason for every other weight."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import nn
+
+import aim_surgery
+from aim_surgery import AimConfig
+from aim_surgery.capture import capture
+from aim_surgery.sites import Site, Unread, find_sites
+from tests.cases import CASES, Case, Functional, SmallNet, Standardized, Tied, Twice
+
+
+def sites_of(model: nn.Module, *inputs: Any) -> tuple[dict[str, Site], dict[str, Unread]]:
+    sites, unread = find_sites(capture(model, inputs))
+    return {site.name: site for site in sites}, {item.name: item for item in unread}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_call_is_found(case: Case) -> None:
+    sites, unread = sites_of(case.model(), case.input())
+    assert len(sites) == case.reads
+    assert sum(not site.widens for site in sites.values()) == case.beside
+    assert not unread
+
+
+def test_a_site_says_what_it_is() -> None:
+    sites, _ = sites_of(SmallNet(), torch.randn(2, 3, 32, 32))
+    assert sites["stem"] == Site(
+        name="stem",
+        layer="stem",
+        kind="conv",
+        in_channels=3,
+        out_channels=12,
+        groups=1,
+        kernel_size=(3, 3),
+        spatial=(32, 32),
+        positions=256,
+        weights=("stem.weight",),
+        widens=True,
+    )
+    assert sites["head"].spatial == ()
+    assert sites["head"].positions == 1
+    assert hash(sites["stem"]) == hash(dataclasses.replace(sites["stem"]))
+
+
+def test_calls_of_one_layer_are_several_sites() -> None:
+    sites, _ = sites_of(Twice(), torch.randn(2, 4, 12, 12))
+    assert list(sites) == ["conv", "conv@1", "fc", "fc@1"]
+    assert [sites[name].spatial for name in ("conv", "conv@1")] == [(12, 12), (6, 6)]
+    assert {site.layer for site in sites.values()} == {"conv", "fc"}
+
+
+def test_functional_geometry() -> None:
+    sites, _ = sites_of(Functional(), torch.randn(2, 4, 8, 8))
+    up = sites["up_weight"]
+    assert (up.kind, up.in_channels, up.out_channels, up.groups) == ("conv_transpose", 6, 4, 2)
+    linear = sites["linear_weight"]
+    assert (linear.in_channels, linear.out_channels, linear.widens) == (4, 5, True)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "reason"),
+    [
+        (Standardized(3, 4, 3), "0.weight", "computed"),
+        (nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 4, 3)), "", "computed"),
+    ],
+)
+def test_computed_weights_live_beside(model: nn.Module, name: str, reason: str) -> None:
+    sites, _ = sites_of(nn.Sequential(model), torch.randn(2, 3, 8, 8))
+    (site,) = sites.values()
+    assert not site.widens
+    assert reason in site.why_beside
+    assert name in site.weights[0]
+
+
+def test_tied_weights_live_beside() -> None:
+    sites, _ = sites_of(Tied(), torch.randint(0, 11, (2, 5)))
+    assert sites["middle"].widens
+    assert not sites["head"].widens
+    assert set(sites["head"].weights) == {"embedding.weight", "head.weight"}
+    assert "shared" in sites["head"].why_beside
+
+
+def test_a_weight_in_two_shapes_is_two_layers() -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.linear(torch.tanh(self.encode(x)), self.encode.weight.t())
+
+    model, x = Autoencoder().double(), torch.randn(2, 6, dtype=torch.float64)
+    sites, _ = sites_of(model, x)
+    assert list(sites) == ["encode", "encode_3to6"]
+    assert not any(site.widens for site in sites.values())
+    gm = aim_surgery.transform(model, x, config=AimConfig(memory=5, budget=None))
+    assert gm.get_parameter("aim.reads.encode_3to6.weight").shape == (6, 5)
+    assert torch.equal(gm(x), model(x))
+
+
+def test_a_layer_called_both_ways_is_one_layer() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(2, 2, 3, padding=1, padding_mode="circular")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) + F.conv1d(x, self.conv.weight, padding=1)
+
+    model, x = Both().double(), torch.randn(2, 2, 8, dtype=torch.float64)
+    sites, _ = sites_of(model, x)
+    assert list(sites) == ["conv", "conv@1"]
+    gm = aim_surgery.transform(model, x, config=AimConfig(memory=16, budget=None))
+    assert [n for n, _ in gm.named_parameters() if "reads" in n] == ["aim.reads.conv.weight"]
+    assert torch.equal(gm(x), model(x))
+
+
+def test_hooks_and_other_uses_keep_a_layer_as_it_is() -> None:
+    hooked = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    hooked[0].register_forward_hook(lambda module, args, output: None)
+    sites, _ = sites_of(hooked, torch.randn(2, 4))
+    assert "hooks" in sites["0"].why_beside
+    assert sites["1"].widens
+
+    class Penalty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) + self.fc.weight.square().sum()
+
+    sites, _ = sites_of(Penalty(), torch.randn(2, 4))
+    assert "other uses" in sites["fc"].why_beside
+
+
+class Unusual(nn.Module):
+    """Products that are no sites: recurrent, packed, einsum, made from the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.mixing = nn.Parameter(torch.randn(4, 4))
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = self.lstm(x)
+        x, _ = self.attention(x, x, x)
+        x = torch.einsum("btc,cd->btd", x, self.mixing)
+        kernel = self.fc(x.mean((0, 1))).view(1, 1, 4)
+        return F.conv1d(x.reshape(-1, 1, 4), kernel)
+
+
+def test_what_is_no_site_is_listed_with_a_reason() -> None:
+    sites, unread = sites_of(Unusual(), torch.randn(2, 3, 4))
+    assert list(sites) == ["fc"]
+    assert set(unread) == {"lstm", "attention", "mixing"}
+    assert "LSTM" in unread["lstm"].reason
+    assert set(unread["attention"].weights) == {
+        "attention.in_proj_weight",
+        "attention.out_proj.weight",
+    }
+    assert "einsum" in unread["mixing"].reason
+
+
+def test_layers_in_a_python_call_are_listed() -> None:
+    class OnData(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x) if x.sum() > 0 else x
+
+    sites, unread = sites_of(nn.Sequential(nn.Linear(4, 4), OnData()), torch.randn(2, 4))
+    assert list(sites) == ["0"]
+    assert unread["1"].weights == ("1.fc.weight",)
+    assert "data" in unread["1"].reason
