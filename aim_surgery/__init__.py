@@ -3,6 +3,8 @@
 One learned memory for a whole network, read by each of its convolution and linear layers.
 """
 
+from aim_surgery._version import __version__
+from aim_surgery.checkpoint import build, load, save
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import (
     AimSurgeryError,
@@ -15,8 +17,6 @@ from aim_surgery.errors import (
 from aim_surgery.operation import apply, plan, transform
 from aim_surgery.planning.plan import Plan
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AimConfig",
     "AimSurgeryError",
@@ -26,7 +26,11 @@ __all__ = [
     "Plan",
     "PlanError",
     "UnsupportedLayerError",
+    "__version__",
     "apply",
+    "build",
+    "load",
     "plan",
+    "save",
     "transform",
 ]

@@ -12,6 +12,7 @@ import aim_surgery
 PACKAGE = Path(aim_surgery.__file__).parent
 # From the top down; a module may import from its own layer and from those before it.
 ORDER = (
+    "_version",
     "errors",
     "nn",
     "capture",

@@ -86,6 +86,8 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module has no Python forward: capture the original model")
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)

@@ -1,15 +1,16 @@
 """What is changed in torch while a model is traced, and put back afterwards whatever happens.
 
-Three things escape `torch.fx`: the training flag (a plain attribute, which a trace would freeze),
+Four things escape `torch.fx`: the training flag (a plain attribute, which a trace would freeze),
 tensor factories (`torch.arange(n)` has no tensor argument that could record it, and a traced
-`torch.rand` would become a constant), and attributes that a forward sets on its module (which
-would leave the input model changed).
+`torch.rand` would become a constant), attributes that a forward sets on its module (which would
+leave the input model changed), and `isinstance(x, torch.Tensor)`, which is false for a proxy.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
         _symbolic_training_flag(tracer),
         _recorded_factories(tracer),
         _restored_attributes(tracer),
+        _instances_by_value(tracer.model),
         torch.enable_grad(),
     ):
         yield
@@ -85,6 +87,37 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(torch, name, value)
+
+
+@contextlib.contextmanager
+def _instances_by_value(model: nn.Module) -> Iterator[None]:
+    """Let `isinstance` see a proxy's value, in the packages that the model's classes come from."""
+
+    def by_value(instance: Any, classes: Any) -> bool:
+        if type(instance) is ValueProxy:
+            return isinstance(instance.aim_value, classes) or isinstance(instance, classes)
+        return isinstance(instance, classes)
+
+    def is_tensor(instance: Any) -> bool:
+        return by_value(instance, torch.Tensor)
+
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    packages -= {"torch", "builtins"}
+    spaces = [
+        vars(module)
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] in packages and "isinstance" not in vars(module)
+    ]
+    original = torch.is_tensor
+    torch.is_tensor = is_tensor  # type: ignore[assignment]
+    for space in spaces:
+        space["isinstance"] = by_value
+    try:
+        yield
+    finally:
+        torch.is_tensor = original
+        for space in spaces:
+            del space["isinstance"]
 
 
 @contextlib.contextmanager

@@ -36,8 +36,9 @@ class ValueProxy(fx.Proxy):
 
     @property
     def __class__(self) -> type:  # pyright: ignore[reportIncompatibleVariableOverride, reportIncompatibleMethodOverride]
-        # so that `isinstance(x, torch.Tensor)` in a model's forward is true for a tensor's proxy
-        return type(self.aim_value)
+        # `isinstance(x.shape[0], int)` must be true. Not so for tensors: torch's C++ believes what
+        # `isinstance` says and would read memory that isn't there; see `patches` for those.
+        return ValueProxy if isinstance(self.aim_value, torch.Tensor) else type(self.aim_value)
 
     def __repr__(self) -> str:
         return f"ValueProxy({self.node.name})"

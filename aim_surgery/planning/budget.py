@@ -3,8 +3,8 @@
     cost(M, k) = 2 M + Σ_layers k_l · c_l,   c_l = C_out · Π kernel   (one plane of layer l)
 
 A budget b of P parameters allows b·P. The memory takes 30 % of it, in whole planes of the home
-layout; the reads take what is left, by the largest common cap κ with k_l = min(K_l, κ). (Writes
-will have their share when there are writes.)
+layout where that is one or more; the reads take what is left, by the largest common cap κ with
+k_l = min(K_l, κ). (Writes will have their share when there are writes.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def choose_sizes(config: AimConfig, sites: Sequence[Site], parameters: int) -> S
     unit = sum(costs.values())
     home = home_positions(sites)
     budget, notes = config.budget, ()
-    least = _least_budget(config.memory, home, unit, parameters)
+    least = _least_budget(config.memory, unit, parameters)
     if budget == "auto":
         budget = max(DEFAULT_BUDGET, least)
         if budget > DEFAULT_BUDGET:
@@ -99,9 +99,9 @@ def plane_costs(sites: Sequence[Site]) -> dict[str, int]:
 
 
 def _memory_floats(budget: float, parameters: int, home: tuple[int, ...]) -> int:
+    share = int(MEMORY_SHARE * budget * parameters / 2)
     plane = math.prod(home)
-    planes = int(MEMORY_SHARE * budget * parameters / 2) // plane
-    return max(planes, 1) * plane
+    return max(share // plane * plane or share, 1)  # a share below one plane is taken as it is
 
 
 def _largest_cap(allowed: int, costs: Mapping[str, int], available: Mapping[str, int]) -> int:
@@ -112,10 +112,9 @@ def _largest_cap(allowed: int, costs: Mapping[str, int], available: Mapping[str,
     return bisect.bisect_right(caps, allowed, key=cost)
 
 
-def _least_budget(memory: int | None, home: tuple[int, ...], unit: int, parameters: int) -> float:
+def _least_budget(memory: int | None, unit: int, parameters: int) -> float:
     """The budget, in whole millionths, from which on every site reads one plane."""
-    if memory is not None:
-        needed = unit + 2 * memory
-    else:  # the memory takes its share, and one plane of the home layout at least
-        needed = max(unit / (1 - MEMORY_SHARE), unit + 2 * math.prod(home))
+    # a chosen memory costs what it costs; otherwise it takes its share, one float at least
+    chosen = memory is not None
+    needed = unit + 2 * memory if chosen else max(unit / (1 - MEMORY_SHARE), unit + 2)
     return math.ceil((needed + 1) / parameters * 1e6) / 1e6

@@ -38,6 +38,11 @@ def build_tree(
     if not copy_tensors:
         for tensor in (*model.parameters(), *model.buffers()):
             memo.setdefault(id(tensor), tensor)
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                # a hook computes it before each call (pruning), and `deepcopy` would refuse it
+                memo.setdefault(id(value), value.detach().clone())
     nodes = [node for trace in capture.traces for node in trace.graph.nodes]
     called = {str(node.target) for node in nodes if node.op == "call_module"}
     root = _Builder(called, memo).build(model, "")
