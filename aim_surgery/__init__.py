@@ -16,6 +16,7 @@ from aim_surgery.errors import (
 )
 from aim_surgery.operation import apply, plan, transform
 from aim_surgery.planning.plan import Plan
+from aim_surgery.verification import Verification, verify
 
 __all__ = [
     "AimConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "UnsupportedLayerError",
+    "Verification",
     "__version__",
     "apply",
     "build",
@@ -33,4 +35,5 @@ __all__ = [
     "plan",
     "save",
     "transform",
+    "verify",
 ]

@@ -35,8 +35,18 @@ _CONV_FUNCTIONS: dict[Any, Kind] = {
     for home in (F, torch)
 }
 _MATMULS = (torch.matmul, operator.matmul, torch.mm)
-_PRODUCTS = (*_MATMULS, torch.bmm, torch.baddbmm, torch.einsum, torch.tensordot, torch.mv)
-_PRODUCT_METHODS = frozenset({"matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
+_PRODUCTS = (
+    *_MATMULS,
+    *_CONV_FUNCTIONS,
+    F.linear,
+    torch.addmm,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.tensordot,
+    torch.mv,
+)
+_PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
 _NOT_PRODUCTS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.Embedding, nn.EmbeddingBag, nn.PReLU,
@@ -312,7 +322,7 @@ def _find_unread(capture: Capture, graph: fx.Graph) -> Iterator[Unread]:
             names = tuple(sorted(name for name in names if _is_matrix(_attribute(model, name))))
             if names:
                 target = getattr(node.target, "__name__", node.target)
-                yield Unread(names[0], names, f"used by {target}, which is no site")
+                yield Unread(names[0], names, f"used by a call of {target} that is no site")
 
 
 def _why_packed(layer: nn.Module) -> str:
@@ -333,7 +343,7 @@ def _is_matrix(parameter: torch.Tensor | None) -> bool:
 
 def _takes_weights(node: fx.Node) -> bool:
     """Functions that stay one call and get weights as arguments (packed attention)."""
-    if node.op != "call_function" or node.target in _CONV_FUNCTIONS or node.target is F.linear:
+    if node.op != "call_function":
         return False
     home = getattr(node.target, "__module__", "") or ""
     own = bool(home) and home.partition(".")[0] not in ("torch", "_operator", "builtins", "math")

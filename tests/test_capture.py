@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -337,3 +339,62 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert keys == [set(vars(module)) for module in model.modules()]
+
+
+class Awkward(nn.Module):
+    """What has tripped tracers: each line once crashed or misled one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 4))
+        self.table = torch.zeros(0)
+
+    def forward(self, x: torch.Tensor, *, mask: Any = None, use_cache: Any = None) -> Any:
+        x = torch.pow(x, 3.0).clamp(max=torch.finfo(x.dtype).max)
+        x = torch.where(x > 0, x, 1.0) if isinstance(x, torch.Tensor) else x
+        if not torch.is_tensor(x) or not isinstance(x.shape[0], int):
+            raise TypeError
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1]).to(x.dtype)
+        return x @ self.w.data + self.table + self.w.T.sum()
+
+
+def test_awkward_code_is_traced() -> None:
+    model, x = Awkward(), torch.randn(3, 4)
+    captured = capture(model, x)
+    assert model.table.shape == (0,)
+    assert torch.equal(run(captured, x), model(x))
+    assert torch.equal(run(captured, x.half().float()), model(x.half().float()))
+    assert "isinstance" not in globals()
+    assert torch.is_tensor(x)
+
+
+def test_arguments_left_to_their_defaults_are_not_passed() -> None:
+    class Decorated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+        def inner(self, x: torch.Tensor, scale: Any = None, **kwargs: Any) -> torch.Tensor:
+            assert set(kwargs) == {"cache"}
+            return self.fc(x)
+
+        def forward(self, x: torch.Tensor, scale: Any = None, cache: Any = None) -> torch.Tensor:
+            raise NotImplementedError
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        kwargs.setdefault("cache", None)  # a second value, were `cache` passed by position
+        return self.inner(*args, **kwargs)
+
+    forward.__signature__ = inspect.signature(Decorated.forward)  # type: ignore[attr-defined]
+    Decorated.forward = forward  # type: ignore[method-assign]
+    model, x = Decorated(), torch.randn(3, 2)
+    assert torch.equal(run(capture(model, x), x), model(x))
+
+
+def test_scripted_models_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    with pytest.raises(CaptureError, match="capture the original model"):
+        capture(scripted, torch.randn(1, 2))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
+from torch.nn.utils import prune
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, UnsupportedLayerError
@@ -580,3 +581,12 @@ def test_functional_weights_of_its_own_are_widened() -> None:
     assert gm.get_parameter("conv_weight").shape == (6, 4 + 2, 3, 3)
     assert gm.get_parameter("up_weight").shape == (6 + 2 * 2, 2, 2, 2)
     assert gm.get_parameter("linear_weight").shape == (5, 4 + 100)
+
+
+def test_tensors_that_hooks_compute_are_copied() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    gm = aim_surgery.transform(model, x, config=LITERAL)
+    assert_same(gm(x), model(x))
+    assert "computed" in gm.plan.reads[0].site.why_beside

@@ -40,8 +40,8 @@ class Argument:
         name: Name of the placeholder, and of the parameter in the emitted forward.
         value: Its example value: a tensor, a literal, or a nest of them.
         default: Its default in the emitted forward, `NO_DEFAULT` where it has none.
-        positional: Whether the model is called with it by position.
-        keyword: The model's own name for it.
+        keyword: The model's own name for it, where it is called with it by name.
+        given: Whether the model is called with it at all, or left to its default.
     """
 
     NO_DEFAULT: ClassVar[object] = inspect.Parameter.empty
@@ -49,8 +49,8 @@ class Argument:
     name: str
     value: Any
     default: Any
-    positional: bool
-    keyword: str
+    keyword: str | None
+    given: bool = True
 
     def placeholder(self, tracer: ValueTracer) -> Any:
         """Create the placeholder; what the forward of the model is called with."""
@@ -111,18 +111,18 @@ def bind_arguments(model: nn.Module, inputs: ExampleInputs) -> tuple[Argument, .
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL:
             for index, value in enumerate(bound.arguments.get(name, ())):
-                arguments.append(Argument(f"{name}_{index}", value, missing, True, name))
+                arguments.append(Argument(f"{name}_{index}", value, missing, None))
         elif parameter.kind is parameter.VAR_KEYWORD:
             for key, value in bound.arguments.get(name, {}).items():
-                arguments.append(Argument(key, value, None, False, key))
+                arguments.append(Argument(key, value, None, key))
         elif name in bound.arguments or type(parameter.default) in _LITERALS:
             value = bound.arguments.get(name, parameter.default)
             default = parameter.default if type(parameter.default) in _LITERALS else missing
             if default is missing and defaults_begun:
                 default = None
             defaults_begun |= default is not missing
-            positional = parameter.kind is not parameter.KEYWORD_ONLY
-            arguments.append(Argument(name, value, default, positional, name))
+            keyword = None if len(arguments) < len(inputs.args) else name
+            arguments.append(Argument(name, value, default, keyword, name in bound.arguments))
     return tuple(arguments)
 
 

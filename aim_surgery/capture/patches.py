@@ -1,9 +1,13 @@
 """What is changed in torch while a model is traced, and put back afterwards whatever happens.
 
-Four things escape `torch.fx`: the training flag (a plain attribute, which a trace would freeze),
-tensor factories (`torch.arange(n)` has no tensor argument that could record it, and a traced
-`torch.rand` would become a constant), attributes that a forward sets on its module (which would
-leave the input model changed), and `isinstance(x, torch.Tensor)`, which is false for a proxy.
+Four things escape `torch.fx`:
+
+* the training flag, a plain attribute, which a trace would freeze;
+* tensor factories: `torch.arange(n)` has no tensor argument that could record it, and a traced
+  `torch.rand` would become a constant;
+* attributes that a forward sets on its module: they would leave the input model changed (a table
+  that is rebuilt for the input's size does no harm);
+* `isinstance(x, torch.Tensor)`, which is false for a proxy.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -80,6 +84,7 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
         for name, value in vars(torch).items()
         if callable(value) and isinstance(value, type(torch.arange)) and value in FACTORIES
     }
+    originals |= {"finfo": torch.finfo, "iinfo": torch.iinfo}  # these ask a dtype, maybe a proxy's
     for name, value in originals.items():
         setattr(torch, name, wrapper(value))
     try:
@@ -129,18 +134,19 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
         homes = (module._parameters, module._buffers, module._modules, module.__dict__)
         home = next((home for home in homes if name in home), None)
         is_proxy = type(value) is ValueProxy
-        if is_proxy and home in homes[:3]:
+        if is_proxy and home in homes[:3] and tracer.holds_data(value, of=(module, name)):
             raise CaptureError(
-                f"{tracer.path_of(module) or 'the model'}.{name} is replaced inside forward(). A "
-                f"graph can't rebind a registered buffer or parameter: write "
-                f"`self.{name}.copy_(...)` instead, which can be captured."
+                f"{tracer.path_of(module) or 'the model'}.{name} is replaced inside forward(), by "
+                f"something that depends on the input or on what it was. A graph can't rebind a "
+                f"registered buffer or parameter: write `self.{name}.copy_(...)` instead, which "
+                f"can be captured."
             )
         old = _MISSING if home is None else home[name]
         changed.setdefault((id(module), name), (module, name, home, old))
         if is_proxy:
             module.__dict__[name] = value
         else:
-            original(module, name, value)
+            original(module, name, cast(Any, value))
 
     nn.Module.__setattr__ = guarded  # type: ignore[method-assign]
     try:

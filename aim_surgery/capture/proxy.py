@@ -46,7 +46,7 @@ class ValueProxy(fx.Proxy):
     def __getattr__(self, name: str) -> Any:
         if name in _HIDDEN:
             raise AttributeError(name)
-        value = getattr(self.aim_value, name)  # AttributeError, as on the value: hasattr() works
+        value = self.tracer.look(self, name)  # AttributeError, as on the value: hasattr() works
         if isinstance(self.aim_value, Mapping) and name in _MAPPING_METHODS:
             return lambda *args: _MAPPING_METHODS[name](self, *args)
         if callable(value) and not isinstance(value, torch.Tensor):

@@ -108,9 +108,9 @@ class ValueTracer(fx.Tracer):
             args, kwargs = [], {}
             for argument in self._arguments:
                 value = bound[argument.name]
-                if argument.positional:
+                if argument.given and argument.keyword is None:
                     args.append(value)
-                else:
+                elif argument.given:
                     kwargs[argument.keyword] = value
             return self.model(*args, **kwargs)
 
@@ -231,6 +231,11 @@ class ValueTracer(fx.Tracer):
         value = proxy.aim_value
         self.assumptions[proxy.node, _itself] = Assumption(proxy.node, _itself, value, "")
 
+    def look(self, proxy: ValueProxy, name: str) -> Any:
+        """An attribute of a carried value, without recording anything."""
+        with self._evaluation():  # `x.data` computes
+            return getattr(proxy.aim_value, name)
+
     def attribute(self, proxy: ValueProxy, name: str) -> Any:
         """A data attribute of a carried value (`x.shape`, `x.dtype`, `output.logits`)."""
         return self.create_proxy("call_function", getattr, (proxy, name), {})
@@ -321,6 +326,21 @@ class ValueTracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         """The qualified name that fx writes into nodes."""
         return self._paths.get(mod, type(mod).__name__)
+
+    def holds_data(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
+        """Whether a value depends on input data or on an attribute (on sizes, it may)."""
+        module, name = of
+        qualname = f"{self._paths.get(module)}.{name}".removeprefix(".")
+        pending, seen = [proxy.node], set()
+        while pending:
+            node = pending.pop()
+            if node in seen or not isinstance(node.meta["val"], torch.Tensor):
+                continue
+            if node.op == "placeholder" or (node.op == "get_attr" and node.target == qualname):
+                return True
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+        return False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module is one call where its class's own forward is PyTorch's."""

@@ -1,0 +1,347 @@
+"""Coverage: an audit of which weights read the memory, by what the kernels are really given.
+
+The original runs under a dispatch mode that sees every ATen kernel. Each storage is followed from
+where it comes from: parameters, constants, or the inputs (an *activation*). A product
+
+    y = x · W,   x an activation, W made of parameters and constants only
+
+uses the parameters that W is made of; each of them must read the memory or be listed as left out.
+Nothing here knows of graphs or sites: what `sites.py` overlooks, this file finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.planning import Plan, Read
+from aim_surgery.verification.samples import Samples
+from aim_surgery.verification.twins import call, copy_of, random_state_kept, set_mode
+
+_BATCH = 2
+
+# Arguments that are multiplied with each other, by kernel; biases and masks are added, so they are
+# left out. Of operands that are all made of parameters, the last is the weight.
+_PRODUCTS: dict[str, tuple[int, ...]] = {
+    "convolution": (0, 1), "_convolution": (0, 1), "convolution_overrideable": (0, 1),
+    "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1), "conv_tbc": (0, 1),
+    "cudnn_convolution_transpose": (0, 1),
+    "conv_transpose1d": (0, 1), "conv_transpose2d": (0, 1), "conv_transpose3d": (0, 1),
+    "mkldnn_convolution": (0, 1), "cudnn_convolution": (0, 1),
+    "miopen_convolution": (0, 1), "mkldnn_linear": (0, 1), "linear": (0, 1),
+    "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mv": (0, 1),
+    "addmm": (1, 2), "_addmm_activation": (1, 2), "addmv": (1, 2), "addbmm": (1, 2),
+    "baddbmm": (1, 2), "addmm_": (1, 2), "baddbmm_": (1, 2), "_trilinear": (0, 2, 1),
+    "scaled_dot_product_attention": (0, 1, 2),
+    "_scaled_dot_product_flash_attention": (0, 1, 2),
+    "_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
+    "_scaled_dot_product_efficient_attention": (0, 1, 2),
+    "_scaled_dot_product_cudnn_attention": (0, 1, 2),
+    "_scaled_dot_product_fused_attention_overrideable": (0, 1, 2),
+    "_scaled_dot_product_attention_math": (0, 1, 2),
+}  # fmt: skip
+# Kernels that hold several products: every weight that they are given counts.
+_PACKED = frozenset(
+    ("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "bilinear",
+     "_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer",
+     "lstm", "gru", "rnn_tanh", "rnn_relu",
+     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+)  # fmt: skip
+# Kernels that take nothing but shape and dtype from their tensors, and `torch.tensor(...)`.
+_CONSTANTS = frozenset(
+    ("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full",
+     "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "lift_fresh")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which weights read the memory.
+
+    Attributes:
+        covered: Parameters that are multiplied with activations and read the memory.
+        skipped: Those that don't, with the plan's reason.
+        unaccounted: Those that neither read nor are listed in the plan, with the kernel's name or
+            what is wrong with the operated model.
+        notes: What could not be judged.
+    """
+
+    covered: tuple[str, ...]
+    skipped: tuple[tuple[str, str], ...]
+    unaccounted: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether every weight is accounted for."""
+        return not self.unaccounted
+
+    def __str__(self) -> str:
+        used = len(self.covered) + len(self.skipped) + len(self.unaccounted)
+        text = f"{len(self.covered)} of {used} weights read the memory"
+        if self.skipped:
+            text += f", {len(self.skipped)} left out for a reason"
+        return f"{text}, {len(self.unaccounted)} unaccounted for" if self.unaccounted else text
+
+
+def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples) -> Coverage:
+    """Hold what the kernels of the original use against what the plan and the new model say.
+
+    Args:
+        model: The original; left unchanged.
+        gm: The operated model; only the shapes of its parameters are looked at.
+        plan: What was done.
+        samples: The inputs.
+
+    Returns:
+        Every weight, in one of three lists.
+
+    Raises:
+        AimSurgeryError: The original itself does not run on these inputs.
+    """
+    with random_state_kept(model):
+        used, perhaps, notes = _weights_used(copy_of(model), samples)
+    operated = dict(gm.named_parameters(remove_duplicate=False))
+    original = dict(model.named_parameters(remove_duplicate=False))
+    reads = {name: read for read in plan.reads for name in read.site.weights}
+    reasons = {name: skip.reason for skip in plan.skips for name in skip.weights}
+    tied = _tied_names(model)
+    covered, skipped, unaccounted = [], [], []
+    for name, kernel in used.items():
+        names = tied[name]
+        read = next((reads[n] for n in names if n in reads), None)
+        reason = next((reasons[n] for n in names if n in reasons), None)
+        if read is not None:
+            fault = _fault(read, original, operated)
+            (unaccounted if fault else covered).append((name, fault))
+        elif reason is not None:
+            skipped.append((name, reason))
+        else:
+            unaccounted.append((name, f"is used by {kernel}, and the plan does not mention it"))
+    known = reads.keys() | reasons.keys()
+    for name, kernel in perhaps.items():
+        if name not in used and known.isdisjoint(tied[name]):
+            notes.append(f"{name} reaches {kernel} through another weight: taken for an input")
+    unseen = _unseen(plan, used.keys() | perhaps.keys(), tied)
+    if unseen:
+        notes.append(f"not seen in use: {', '.join(unseen[:5])}{' …' if len(unseen) > 5 else ''}")
+    return Coverage(
+        tuple(name for name, _ in covered), tuple(skipped), tuple(unaccounted), tuple(notes)
+    )
+
+
+def _fault(
+    read: Read, original: Mapping[str, torch.Tensor], operated: Mapping[str, torch.Tensor]
+) -> str:
+    """Why a claimed read is none, "" if it is one."""
+    site = read.site
+    if not site.widens:
+        name = f"aim.reads.{site.layer}.weight"
+        return "" if name in operated else f"has no memory weights: {name} is missing"
+    name = site.weights[0]
+    if name not in operated or name not in original:
+        return "is missing"
+    expected = list(original[name].shape)
+    if site.kind == "conv_transpose":
+        expected[0] += site.groups * read.planes
+    else:
+        expected[1] += read.planes
+    shape = list(operated[name].shape)
+    return "" if shape == expected else f"should be widened to {expected}, has shape {shape}"
+
+
+def _unseen(plan: Plan, seen: Iterable[str], tied: Mapping[str, tuple[str, ...]]) -> list[str]:
+    names = {other for name in seen for other in tied[name]}
+    layers = {read.site.layer: read.site.weights for read in plan.reads}
+    return [layer for layer, weights in layers.items() if names.isdisjoint(weights)]
+
+
+def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """All names of the parameter that a name stands for."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {name: tuple(group) for group in names.values() for name in group}
+
+
+def _weights_used(
+    model: nn.Module, samples: Samples
+) -> tuple[dict[str, str], dict[str, str], list[str]]:
+    """Parameters that kernels multiply with activations, those that perhaps are, and notes."""
+    used: dict[str, str] = {}
+    perhaps: dict[str, str] = {}
+    notes: list[str] = []
+    refusals: list[str] = []
+    for training in (False, True):
+        set_mode(model, training)
+        refusal = ""
+        for inputs in (samples.take(min(samples.batch, _BATCH)), samples):
+            watch = _Watch(model, inputs)
+            try:
+                with torch.no_grad(), watch:
+                    call(model, inputs)
+            except Exception as err:
+                refusal = f"{type(err).__name__}: {err}"
+                continue
+            used |= watch.used
+            perhaps |= watch.perhaps
+            refusal = ""
+            break
+        if refusal:
+            refusals.append(refusal)
+            mode = "training" if training else "evaluation"
+            notes.append(f"the audit saw no run in {mode} mode: {refusal.splitlines()[0]}")
+    if len(refusals) == 2:
+        raise AimSurgeryError(
+            f"the original model does not run on the example inputs ({samples.describe()}): "
+            f"{refusals[0]}. Pass example_inputs that it accepts"
+        )
+    return used, perhaps, notes
+
+
+# Following storages -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a value comes from.
+
+    Attributes:
+        activation: Whether it depends on an input.
+        weights: The parameters that it is made of, if it doesn't.
+        perhaps: Parameters that entered as the input of another weight's product.
+    """
+
+    activation: bool = False
+    weights: frozenset[str] = frozenset()
+    perhaps: frozenset[str] = frozenset()
+
+
+_CONSTANT = _Origin()
+_ACTIVATION = _Origin(activation=True)
+
+
+def _merged(origins: Iterable[_Origin]) -> _Origin:
+    origins = tuple(origins)
+    if any(origin.activation for origin in origins):
+        return _ACTIVATION
+    weights = frozenset[str]().union(*(origin.weights for origin in origins))
+    perhaps = frozenset[str]().union(*(origin.perhaps for origin in origins))
+    return _Origin(False, weights, perhaps - weights)
+
+
+class _Watch(TorchDispatchMode):
+    """Sees each kernel; follows where storages come from and notes which weights are used."""
+
+    def __init__(self, model: nn.Module, samples: Samples) -> None:
+        super().__init__()
+        self.used: dict[str, str] = {}
+        self.perhaps: dict[str, str] = {}
+        self._matrices = {n for n, p in model.named_parameters() if p.ndim >= 2}
+        self._parameters: dict[int, list[tuple[int, int, str]]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                entry = (*_span(parameter), name)
+                self._parameters.setdefault(_storage(parameter), []).append(entry)
+        self._origins = {_storage(buffer): _CONSTANT for buffer in model.buffers()}
+        self._origins |= {
+            _storage(t): _ACTIVATION for t in _tensors((samples.args, samples.kwargs))
+        }
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        namespace, _, name = func._schema.name.partition("::")
+        arguments = _arguments(func, args, kwargs)
+        tensors = _tensors(list(arguments.values()))
+        origin = self._origin_of_result(namespace, name, list(arguments.values()), tensors)
+        inputs = {_storage(tensor) for tensor in tensors}
+        for tensor in _written(func, arguments):
+            self._origins[_storage(tensor)] = _merged((origin, self._origin_of(tensor)))
+        for tensor in _tensors(result):
+            key = _storage(tensor)
+            if key not in inputs or name == "lift_fresh":  # a view stays what its base is
+                self._origins[key] = origin
+        return result
+
+    def _origin_of_result(
+        self, namespace: str, name: str, arguments: list[Any], tensors: list[torch.Tensor]
+    ) -> _Origin:
+        if name in _CONSTANTS:
+            return _CONSTANT
+        origins = [self._origin_of(tensor) for tensor in tensors]
+        operands = _PRODUCTS.get(name)
+        if operands is not None:
+            values = [arguments[i] for i in operands if i < len(arguments)]
+            return self._product(name, [self._origin_of(v) for v in _tensors(values)])
+        opaque = name in _PACKED or not namespace.startswith(("aten", "prim"))
+        if opaque and any(origin.activation for origin in origins):
+            return self._product(name, origins)
+        return _merged(origins)
+
+    def _product(self, kernel: str, operands: list[_Origin]) -> _Origin:
+        """Note the weights of a product; say what its result is made of."""
+        if any(origin.activation for origin in operands):
+            for origin in operands:
+                self._note(origin, kernel)
+            return _ACTIVATION
+        *inputs, weight = operands
+        self._note(weight, kernel)
+        constant = _merged(inputs)
+        perhaps = constant.weights | constant.perhaps | weight.perhaps
+        return _Origin(False, weight.weights, perhaps - weight.weights)
+
+    def _note(self, origin: _Origin, kernel: str) -> None:
+        for name in sorted(origin.weights & self._matrices):
+            self.used.setdefault(name, kernel)
+        for name in sorted(origin.perhaps & self._matrices):
+            self.perhaps.setdefault(name, kernel)
+
+    def _origin_of(self, tensor: torch.Tensor) -> _Origin:
+        key = _storage(tensor)
+        if key in self._parameters:  # by place, as parameters can share a storage
+            start, end = _span(tensor)
+            names = (name for a, b, name in self._parameters[key] if a < end and start < b)
+            return _Origin(weights=frozenset(names))
+        return self._origins.get(key, _CONSTANT)
+
+
+def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, in the order of the schema; those left at a default are not in it."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    return {name: given.get(name) for name in names}
+
+
+def _written(func: Any, arguments: Mapping[str, Any]) -> list[torch.Tensor]:
+    """The tensors that a kernel writes into."""
+    infos = {argument.name: argument.alias_info for argument in func._schema.arguments}
+    return _tensors([v for name, v in arguments.items() if infos[name] and infos[name].is_write])
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other layouts have none
+        return id(tensor)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte of a tensor within its storage."""
+    if not tensor.numel():
+        return 0, 0
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((int(size) - 1) * int(stride) for size, stride in sizes)
+    start = int(tensor.storage_offset()) * tensor.element_size()
+    return start, start + (last + 1) * tensor.element_size()

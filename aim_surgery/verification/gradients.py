@@ -1,0 +1,233 @@
+"""Gradients: training reaches all that is new.
+
+With W_m = 0, the first step moves W_m (its gradient is made of the memory's values) and not yet the
+memory (its gradient is made of W_m); the second moves both. So two steps are taken on a copy, and
+every new tensor has to get a gradient in one of them, finite in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.planning import Plan, Read
+from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.twins import call, copy_of, random_state_kept, split_entries
+
+_BATCH = 2
+_STEPS = 2
+_STEP_SIZE = 0.01  # change of a parameter in one step, as a share of its own size
+_LEAST_SIZE = 0.01  # the size that a parameter of zeros counts as
+_ROUNDING = 1e-9  # a gradient below this share of its layer's is what rounding left
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What two training steps reached.
+
+    Attributes:
+        mode: The mode they ran in, "training" or "evaluation"; "" where they could not run.
+        reached: New tensors that got a gradient.
+        unreached: New tensors that got none while their layer did, or a non-finite one; with what
+            is wrong.
+        memory: Share of the memory's floats that got a gradient.
+        notes: What could not be judged.
+    """
+
+    mode: str
+    reached: tuple[str, ...]
+    unreached: tuple[tuple[str, str], ...]
+    memory: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether gradients are finite and reach every new tensor."""
+        return bool(self.mode) and not self.unreached
+
+    def __str__(self) -> str:
+        if not self.mode:
+            return "no step could be taken"
+        return (
+            f"two steps in {self.mode} mode reach {len(self.reached)} of "
+            f"{len(self.reached) + len(self.unreached)} new tensors and "
+            f"{self.memory:.1%} of the memory's floats"
+        )
+
+
+def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
+    """Take two training steps on a copy and see where gradients arrive.
+
+    Args:
+        gm: The operated model; left unchanged.
+        plan: What was done; tells original from new entries.
+        samples: The inputs.
+
+    Returns:
+        What was reached, in training mode or, if the model doesn't run there, in evaluation mode.
+    """
+    refusals = []
+    small = samples.take(min(samples.batch, _BATCH))
+    with random_state_kept(gm):
+        for dtype in (torch.float64, None):
+            twin = copy_of(gm, dtype)
+            for training in (True, False):
+                twin.train(training)
+                steps = _Steps(twin, plan)
+                try:
+                    steps.run(small if dtype is None else small.to(dtype))
+                except Exception as err:
+                    twin.zero_grad(set_to_none=True)
+                    refusals.append(f"{type(err).__name__}: {err}".splitlines()[0])
+                    continue
+                return steps.result("training" if training else "evaluation", refusals)
+            del twin
+    return Gradients("", (), (("the operated model", f"does not train: {refusals[0]}"),), 0.0)
+
+
+@dataclass
+class _Seen:
+    """What one parameter's gradients were."""
+
+    finite: bool = True
+    new: float = 0.0
+    old: float = 0.0
+
+
+class _Steps:
+    """Two steps; each parameter is moved, and its gradient let go, as soon as that is complete."""
+
+    def __init__(self, twin: nn.Module, plan: Plan) -> None:
+        self._twin, self._plan = twin, plan
+        self._widened = {
+            name: read for read in plan.reads if read.site.widens for name in read.site.weights
+        }
+        self._seen: dict[str, _Seen] = {}
+        self._floats = torch.zeros(plan.memory.floats, dtype=torch.bool)
+
+    def run(self, samples: Samples) -> None:
+        handles = [
+            parameter.register_post_accumulate_grad_hook(self._hook(name))
+            for name, parameter in self._twin.named_parameters()
+            if parameter.requires_grad
+        ]
+        try:
+            for step in range(_STEPS):
+                _distance_to_noise(call(self._twin, samples), seed=step).backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        seen = self._seen.setdefault(name, _Seen())
+        read = self._widened.get(name)
+
+        def take(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                return
+            old, new = _parts(name, gradient, read)
+            seen.finite &= bool(gradient.isfinite().all())
+            seen.new = max(seen.new, _largest(new))
+            seen.old = max(seen.old, _largest(old))
+            if name.startswith("aim.memory."):
+                self._floats |= (gradient != 0).reshape(len(self._floats), -1).any(1).cpu()
+            _step(parameter, gradient)
+
+        return take
+
+    def result(self, mode: str, refusals: list[str]) -> Gradients:
+        notes = [f"no step in training mode: {refusals[0]}"] if refusals else []
+        reached, unreached, idle, cancelled = [], [], [], []
+        for name, original in self._new_tensors():
+            seen = self._seen.get(name)
+            if seen is None:
+                notes.append(f"{name} is frozen")
+                continue
+            layer = self._seen.get(original, _Seen()).old
+            if not seen.finite:
+                unreached.append((name, "gets a gradient that is not finite"))
+            elif seen.new:
+                reached.append(name)
+                if seen.new < _ROUNDING * layer:
+                    cancelled.append(name)
+            elif layer or not original:
+                part = "the memory's part of it" if name == original else "it"
+                unreached.append((name, f"no gradient reaches {part}"))
+            else:
+                idle.append(name)
+        if idle:
+            notes.append(f"without gradient, as their layers in {mode} mode: {_listed(idle)}")
+        if cancelled:
+            notes.append(
+                f"only rounding reaches them in {mode} mode (norms and softmax take away what "
+                f"all samples or positions share): {_listed(cancelled)}"
+            )
+        notes += self._broken()
+        share = float(self._floats.double().mean())
+        return Gradients(mode, tuple(reached), tuple(unreached), share, tuple(notes))
+
+    def _new_tensors(self) -> Iterator[tuple[str, str]]:
+        """Every new tensor, with the original weight whose layer it serves ("" for the memory)."""
+        names = dict(self._twin.named_parameters(remove_duplicate=False))
+        beside = {
+            f"aim.reads.{read.site.layer}.weight": read.site.weights[0]
+            for read in self._plan.reads
+            if not read.site.widens
+        }
+        for name in names:
+            if name.startswith("aim."):
+                yield name, beside.get(name, "")
+            elif name in self._widened:
+                yield name, name
+
+    def _broken(self) -> list[str]:
+        new = {name for name, _ in self._new_tensors()}
+        bad = [name for name, seen in self._seen.items() if not seen.finite and name not in new]
+        return [f"gradients that are not finite: {_listed(bad)}"] if bad else []
+
+
+def _parts(
+    name: str, gradient: torch.Tensor, read: Read | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Original and new entries of a gradient; a tensor that is all of one kind is both."""
+    if read is None:
+        return gradient, gradient
+    return split_entries(gradient, read)
+
+
+@torch.no_grad()
+def _step(parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+    """Move a parameter against its gradient, by a fixed share of the parameter's own size."""
+    norm = float(gradient.norm())
+    if norm > 0 and norm < float("inf"):
+        size = max(float(parameter.norm()), _LEAST_SIZE * parameter.numel() ** 0.5)
+        # not through the parameter itself: backward may still hold it for a use without gradient
+        parameter.data.sub_(gradient, alpha=_STEP_SIZE * size / norm)
+
+
+def _distance_to_noise(output: object, *, seed: int) -> torch.Tensor:
+    """Mean squared distance of everything that has a gradient to random targets."""
+    generator = torch.Generator().manual_seed(seed)
+    terms = []
+    for value in named_leaves(output).values():
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.numel():
+            value = torch.view_as_real(value) if value.is_complex() else value
+            target = torch.randn(value.shape, generator=generator).to(value)
+            distance = torch.where(value.isfinite(), value - target, 0).square().mean()
+            terms.append(distance.double())
+    if not terms:
+        raise AimSurgeryError("no output has a gradient")
+    return torch.stack(terms).sum()
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,0 +1,119 @@
+"""Copies to experiment on: neither the model nor the operated model is touched by a check."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from aim_surgery.planning import Read
+from aim_surgery.verification.samples import Samples, cast
+
+SEED = 0
+
+
+def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    """A deep copy without gradients.
+
+    Args:
+        module: Left unchanged.
+        dtype: What its floating tensors become, plain attributes too; None leaves them.
+
+    Returns:
+        The copy.
+    """
+    derived = {
+        id(value): value.detach().clone()  # `copy.deepcopy` refuses tensors with a history
+        for child in module.modules()
+        for value in vars(child).values()
+        if isinstance(value, torch.Tensor) and not value.is_leaf
+    }
+    twin = copy.deepcopy(module, derived)
+    twin.zero_grad(set_to_none=True)
+    if dtype is not None:
+        convert(twin, dtype)
+    return twin
+
+
+def convert(module: nn.Module, dtype: torch.dtype) -> None:
+    """Change the precision of every floating tensor in place, plain attributes too."""
+    module._apply(lambda tensor: cast(tensor, dtype))
+    for child in module.modules():
+        for name, value in vars(child).items():
+            if isinstance(value, torch.Tensor):
+                vars(child)[name] = cast(value.detach(), dtype)
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """The type that most of a model's floating parameters have."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.get_default_dtype())
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """Change a model's mode; submodules that were set apart by hand (frozen norms) stay apart."""
+    if model.training == training:
+        return
+    apart = [(m, m.training) for m in model.modules() if m.training != model.training]
+    model.train(training)
+    for module, mode in apart:
+        module.training = mode
+
+
+def set_modes(model: nn.Module, gm: nn.Module, training: bool) -> None:
+    """Change the mode of a model and of its operated twin, module by module alike."""
+    set_mode(model, training)
+    gm.train(training)
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in gm.named_modules(remove_duplicate=False):
+        if name in modes:
+            module.training = modes[name]
+
+
+def call(module: nn.Module, samples: Samples) -> object:
+    """Call a module from a fixed random state, so that two modules draw the same noise."""
+    torch.manual_seed(SEED)
+    random.seed(SEED)
+    own = samples.copy()
+    return module(*own.args, **own.kwargs)
+
+
+@contextmanager
+def random_state_kept(module: nn.Module) -> Iterator[None]:
+    """Give back the random state that the caller had, on every device of a module."""
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+            yield
+    finally:
+        random.setstate(state)
+
+
+def split_entries(weight: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Views of a widened weight (or its gradient): the original entries, and the memory's.
+
+    Shapes:
+        conv            (C_out, C_in/g + k, \*kernel) -> the first C_in/g, the last k
+        conv_transpose  (C_in + g·k, C_out/g, \*kernel) -> (g, C_in/g, ...), (g, k, ...)
+        linear          (out, in + k) -> the first in, the last k
+
+    Args:
+        weight: The widened weight.
+        read: How its layer reads.
+
+    Returns:
+        Two views; of `conv_transpose` with the groups as an axis of their own.
+    """
+    axis = 1
+    if read.site.kind == "conv_transpose":
+        weight = weight.unflatten(0, (read.site.groups, -1))
+    split = weight.shape[axis] - read.planes
+    return weight.narrow(axis, 0, split), weight.narrow(axis, split, read.planes)

@@ -1,0 +1,112 @@
+"""All checks in one call: `verify(model, gm) -> Verification`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from aim_surgery.capture import Inputs
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.verification.coverage import Coverage, check_coverage
+from aim_surgery.verification.equivalence import Equivalence, check_equivalence
+from aim_surgery.verification.gradients import Gradients, check_gradients
+from aim_surgery.verification.samples import samples_for
+
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came of the three checks.
+
+    Attributes:
+        equivalence: Whether both models compute the same.
+        coverage: Whether every weight reads the memory or is listed as left out.
+        gradients: Whether training reaches all that is new.
+    """
+
+    equivalence: Equivalence
+    coverage: Coverage
+    gradients: Gradients
+
+    @property
+    def ok(self) -> bool:
+        """Whether all three checks pass."""
+        return self.equivalence.ok and self.coverage.ok and self.gradients.ok
+
+    @property
+    def largest_difference(self) -> float:
+        """Of the outputs in the model's own dtype, relative to the largest output."""
+        return self.equivalence.own.difference
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the checks could not judge."""
+        notes = (*self.equivalence.notes, *self.coverage.notes, *self.gradients.notes)
+        return tuple(dict.fromkeys(notes))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> Iterator[str]:
+        faults = {
+            "equivalence": [str(comparison) for comparison in self.equivalence.offenders],
+            "coverage": [" ".join(fault) for fault in self.coverage.unaccounted],
+            "gradients": [": ".join(fault) for fault in self.gradients.unreached],
+        }
+        for name, offenders in faults.items():
+            check = getattr(self, name)
+            yield f"{name:<12} {'ok' if check.ok else 'FAILED':<7} {check}"
+            yield from (f"{'':<13}{offender}" for offender in offenders[:_LISTED])
+            if len(offenders) > _LISTED:
+                yield f"{'':<13}and {len(offenders) - _LISTED} more"
+        yield from (f"{'note':<13}{note}" for note in self.notes)
+
+
+def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None) -> Verification:
+    """Check an operated model against the original.
+
+    Runs on copies, in float64 where the model allows it. An operated model that was trained since,
+    or that was made with `init="fresh"`, is another function than the original, and the
+    equivalence check says so.
+
+    Args:
+        model: The original; left unchanged.
+        gm: What `transform` or `apply` made of it; left unchanged.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+            Without any, noise of the shapes that the plan was made with, and zeros for integers.
+
+    Returns:
+        The three results; print it, or look at `ok`.
+
+    Raises:
+        AimSurgeryError: `gm` was not made by this package, there are no example inputs, or the
+            original does not run on them.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from aim_surgery import transform
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        >>> verify(model, transform(model)).ok
+        True
+    """
+    if not isinstance(gm, AimGraphModule):
+        raise AimSurgeryError(
+            f"verify needs an operated model as its second argument, got {type(gm).__name__}: pass "
+            f"what transform, apply or load returned"
+        )
+    tensors = (t for module in (model, gm) for t in (*module.parameters(), *module.buffers()))
+    if any(tensor.is_meta for tensor in tensors):
+        raise AimSurgeryError(
+            "a model on the meta device has no values to verify: load its weights"
+        )
+    samples = samples_for(model, gm.plan, example_inputs)
+    return Verification(
+        equivalence=check_equivalence(model, gm, gm.plan, samples),
+        coverage=check_coverage(model, gm, gm.plan, samples),
+        gradients=check_gradients(gm, gm.plan, samples),
+    )

@@ -1,0 +1,422 @@
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from aim_surgery import AimConfig, AimSurgeryError, plan, transform
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.verification import verify
+from aim_surgery.verification.coverage import check_coverage
+from aim_surgery.verification.samples import Samples, named_leaves, samples_for
+
+FULL = AimConfig(budget=None, memory=64)
+IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up = nn.ConvTranspose2d(8, 4, 2, stride=2, groups=2)
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        x = self.up(self.depthwise(self.norm(self.stem(x)).relu()))
+        return {"logits": self.head(self.drop(x.mean((-2, -1)))), "features": x}
+
+
+class Mlp(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Linear(12, 16), nn.BatchNorm1d(16), nn.GELU(), nn.Dropout(), nn.Linear(16, 3)
+        )
+
+
+class Einsum(nn.Module):
+    """A product that is no site; the plan lists it as left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.mix = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,io->bo", self.linear(x), self.mix)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 8)
+        self.hidden = nn.Linear(8, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.table(ids)).relu())
+
+
+@pytest.fixture
+def net() -> ConvNet:
+    torch.manual_seed(0)
+    return ConvNet()
+
+
+@pytest.fixture
+def gm(net: ConvNet) -> AimGraphModule:
+    return transform(net, IMAGES, config=FULL)
+
+
+def broken(gm: AimGraphModule, edit: Any) -> AimGraphModule:
+    """A copy whose parameters have been edited by name."""
+    twin = copy.deepcopy(gm)
+    with torch.no_grad():
+        edit(dict(twin.named_parameters()))
+    return twin
+
+
+def detach(gm: AimGraphModule, target: str) -> None:
+    """Stop the gradient behind a call of a module."""
+    for graph in gm._distinct_graphs():
+        node = next(node for node in graph.nodes if node.target == target)
+        users = list(node.users)
+        with graph.inserting_after(node):
+            stop = graph.call_method("detach", (node,))
+        for user in users:
+            user.replace_input_with(node, stop)
+    gm.recompile()
+
+
+# What passes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [AimConfig(budget="auto"), FULL])
+def test_a_convolutional_network_passes(net, config) -> None:
+    result = verify(net, transform(net, IMAGES, config=config), IMAGES)
+    assert result.ok, str(result)
+    assert result.largest_difference < 1e-5
+    cases = {comparison.case for comparison in result.equivalence.comparisons}
+    assert {
+        "evaluation, batch 2, float64", "evaluation, batch 1, float64",
+        "evaluation, batch 3, float64", "evaluation, size 12x12, float64",
+        "training, batch 2, float64", "training, batch 3, float64",
+    } <= cases  # fmt: skip
+    assert result.equivalence.largest("buffers") is not None
+    assert set(result.coverage.covered) == {
+        "stem.weight", "depthwise.weight", "up.weight", "head.weight"
+    }  # fmt: skip
+    assert result.gradients.mode == "training"
+    assert {"aim.memory.weight", "aim.memory.bias", "up.weight"} <= set(result.gradients.reached)
+    assert result.gradients.memory == 1.0
+
+
+def test_an_mlp_passes_on_noise_of_the_plans_shapes() -> None:
+    model = Mlp().eval()
+    result = verify(model, transform(model, config=FULL))
+    assert result.ok, str(result)
+    assert len(str(result).splitlines()) <= 4 + len(result.notes)
+
+
+def test_tied_weights_pass_and_count_under_any_name() -> None:
+    model = Tied()
+    gm = transform(model, torch.zeros(2, 7, dtype=torch.int64), config=FULL)
+    result = verify(model, gm, torch.randint(11, (2, 7)))
+    assert result.ok, str(result)
+    assert "aim.reads.head.weight" in result.gradients.reached
+
+
+def test_listed_weights_are_skipped_with_their_reason() -> None:
+    model = Einsum()
+    result = verify(model, transform(model, torch.randn(2, 6), config=FULL))
+    assert result.ok, str(result)
+    ((name, reason),) = result.coverage.skipped
+    assert name == "mix"
+    assert "no site" in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_pass(dtype) -> None:
+    model = Mlp().to(dtype).eval()
+    result = verify(model, transform(model, config=FULL))
+    assert result.ok, str(result)
+    assert result.equivalence.own.dtype == dtype
+
+
+def test_a_model_that_computes_in_float32_by_itself_gets_its_tolerance() -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.float().softmax(-1).to(x.dtype))
+
+    model = Casts()
+    result = verify(model, transform(model, torch.randn(2, 8), config=FULL))
+    assert result.ok, str(result)
+    assert {comparison.limit for comparison in result.equivalence.comparisons} == {1e-5, 1e-3}
+    assert "partly in float32" in str(result)
+
+
+def test_a_size_that_the_graph_refuses_openly_is_a_note() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x if x.shape[-1] == 16 else x.flip(-1)).mean((-2, -1))
+
+    model = Branches()
+    result = verify(model, transform(model, IMAGES, config=FULL), IMAGES)
+    assert result.ok, str(result)
+    assert any("size 12x12" in note and "refused" in note for note in result.notes)
+
+
+def test_frozen_submodules_keep_their_own_mode(net) -> None:
+    net.train()
+    net.norm.eval()
+    result = verify(net, transform(net, IMAGES, config=FULL), IMAGES)
+    assert result.ok, str(result)
+
+
+def test_nothing_is_changed(net, gm) -> None:
+    net.train()
+    net.norm.eval()
+    gm.eval()
+    net(IMAGES)["logits"].sum().backward()
+    modules = (net, gm)
+    states = [{k: v.clone() for k, v in module.state_dict().items()} for module in modules]
+    modes = [[m.training for m in module.modules()] for module in modules]
+    grads = [[None if p.grad is None else p.grad.clone() for p in m.parameters()] for m in modules]
+    images, random_state = IMAGES.clone(), torch.get_rng_state()
+    assert verify(net, gm, images).ok
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.equal(images, IMAGES)
+    for module, state, mode, grad in zip(modules, states, modes, grads, strict=True):
+        assert [m.training for m in module.modules()] == mode
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, state[name]), name
+        for parameter, before in zip(module.parameters(), grad, strict=True):
+            assert (parameter.grad is None) == (before is None)
+            assert before is None or torch.equal(parameter.grad, before)
+
+
+# Equivalence is shown to fail --------------------------------------------------------------------
+
+
+def test_one_changed_entry_is_found(net, gm) -> None:
+    result = verify(net, broken(gm, lambda p: p["stem.weight"][3, 1, 2, 2].add_(1e-6)), IMAGES)
+    assert not result.equivalence.ok
+    assert result.coverage.ok
+    assert result.gradients.ok
+    assert "output['logits']" in str(result)
+    assert all(
+        c.difference > c.limit for c in result.equivalence.comparisons if c.what == "outputs"
+    )
+
+
+@pytest.mark.parametrize("init", ["fresh", "trained"])
+def test_another_function_is_said_to_be_one(net, init) -> None:
+    config = AimConfig(budget=None, memory=64, init="fresh" if init == "fresh" else "preserve")
+    gm = transform(net, IMAGES, config=config)
+    if init == "trained":
+        gm(IMAGES)["logits"].square().sum().backward()
+        torch.optim.SGD(gm.parameters(), lr=0.1).step()
+    result = verify(net, gm, IMAGES)
+    assert not result.ok
+    assert not result.equivalence.ok
+    assert result.largest_difference > 1e-5
+
+
+def test_a_difference_in_training_mode_only_is_found(net, gm) -> None:
+    gm.get_submodule("drop").p = 0.4
+    result = verify(net, gm, IMAGES)
+    failed = {c.case.partition(",")[0] for c in result.equivalence.offenders}
+    assert failed == {"training"}
+
+
+def test_running_statistics_that_part_ways_are_named(net, gm) -> None:
+    gm.get_submodule("norm").momentum = 0.2
+    found = [c for c in verify(net, gm, IMAGES).equivalence.offenders if c.what == "buffers"]
+    assert any("norm.running_mean" in text for text in found[0].offenders)
+
+
+def test_a_gradient_that_is_lost_is_named(net, gm) -> None:
+    detach(gm, "depthwise")
+    failed = [c for c in verify(net, gm, IMAGES).equivalence.offenders if c.what == "gradients"]
+    assert any(text.startswith("stem.weight") for text in failed[0].offenders)
+    assert not any(text.startswith("head.weight") for text in failed[0].offenders)
+
+
+def test_an_operated_model_that_does_not_run_is_found(net, gm) -> None:
+    del gm.get_submodule("head").weight
+    result = verify(net, gm, IMAGES)
+    assert not result.ok
+    assert "the operated model fails" in str(result)
+    assert not result.gradients.ok
+
+
+def test_outputs_of_another_form_are_found() -> None:
+    @dataclass
+    class Output:
+        logits: torch.Tensor
+        states: tuple[Any, ...]
+
+    one, two = torch.zeros(2), torch.ones(3)
+    leaves = named_leaves(Output(one, ({"a": two}, None)))
+    assert list(leaves) == ["output.logits", "output.states[0]['a']", "output.states[1]"]
+
+
+# Coverage is shown to fail -----------------------------------------------------------------------
+
+
+def test_a_weight_that_the_plan_forgets_is_named(net, gm) -> None:
+    reads = tuple(read for read in gm.plan.reads if read.site.layer != "depthwise")
+    gm.plan = dataclasses.replace(gm.plan, reads=reads)
+    coverage = check_coverage(net, gm, gm.plan, Samples((IMAGES,), {}))
+    assert [name for name, _ in coverage.unaccounted] == ["depthwise.weight"]
+    assert "convolution" in coverage.unaccounted[0][1]
+
+
+def test_a_product_that_the_plan_forgets_is_named() -> None:
+    model = Einsum()
+    gm = transform(model, torch.randn(2, 6), config=FULL)
+    gm.plan = dataclasses.replace(gm.plan, skips=())
+    result = verify(model, gm)
+    assert [name for name, _ in result.coverage.unaccounted] == ["mix"]
+    assert "coverage     FAILED" in str(result)
+
+
+@pytest.mark.parametrize(
+    "module", [nn.LSTM(6, 5), nn.MultiheadAttention(6, 2), nn.Bilinear(6, 6, 2)]
+)
+def test_packed_kernels_use_their_weights(module) -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.packed = module
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            if isinstance(module, nn.LSTM):
+                return self.packed(x)[0]
+            if isinstance(module, nn.Bilinear):
+                return self.packed(x, x)
+            return self.packed(x, x, x)[0]
+
+    model = Packed()
+    x = torch.randn(2, 4, 6)
+    gm = transform(model, x, config=FULL)
+    emptied = dataclasses.replace(gm.plan, skips=())
+    found = check_coverage(model, gm, emptied, samples_for(model, gm.plan, x))
+    expected = {f"packed.{n}" for n, p in module.named_parameters() if p.ndim >= 2}
+    assert {name for name, _ in found.unaccounted} == expected
+    assert check_coverage(model, gm, gm.plan, samples_for(model, gm.plan, x)).ok
+
+
+def test_weights_are_followed_through_views_arithmetic_and_data() -> None:
+    class Computed(nn.Module):
+        through_data = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(6, 6)
+            self.scaled = nn.Parameter(torch.randn(12, 6))
+            self.down = nn.Parameter(torch.randn(2, 6))
+            self.up = nn.Parameter(torch.randn(6, 2))
+            self.hidden = nn.Parameter(torch.randn(6, 6))
+            self.position = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x) + self.position
+            x = x @ (self.scaled / self.scaled.norm()).chunk(2)[1].t()
+            x = torch.nn.functional.linear(x, self.up @ self.down)
+            return x @ (self.hidden.data if self.through_data else self.hidden)
+
+    model = Computed()
+    gm = transform(model, torch.randn(2, 4, 6), config=FULL)
+    model.through_data = True
+    emptied = dataclasses.replace(
+        gm.plan, skips=(), reads=tuple(r for r in gm.plan.reads if r.site.layer == "first")
+    )
+    found = check_coverage(model, gm, emptied, samples_for(model, gm.plan, None))
+    assert {name for name, _ in found.unaccounted} == {"scaled", "down", "hidden"}
+    assert found.covered == ("first.weight",)
+    assert any(note.startswith("up ") for note in found.notes)
+
+
+def test_a_read_without_weights_is_named(net, gm) -> None:
+    unwidened = copy.deepcopy(gm)
+    unwidened.get_submodule("stem").weight = nn.Parameter(net.stem.weight.detach().clone())
+    coverage = check_coverage(net, unwidened, gm.plan, Samples((IMAGES,), {}))
+    ((name, reason),) = coverage.unaccounted
+    assert name == "stem.weight"
+    assert "widened" in reason
+    tied = Tied()
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    beside = transform(tied, ids, config=FULL)
+    delattr(beside.get_submodule("aim.reads.head"), "weight")
+    coverage = check_coverage(tied, beside, beside.plan, Samples((ids,), {}))
+    assert "aim.reads.head.weight is missing" in coverage.unaccounted[0][1]
+
+
+# Gradients are shown to fail ---------------------------------------------------------------------
+
+
+def test_a_memory_that_is_detached_is_named(net, gm) -> None:
+    detach(gm, "aim.memory")
+    result = verify(net, gm, IMAGES)
+    assert result.equivalence.ok
+    assert {n for n, _ in result.gradients.unreached} == {"aim.memory.weight", "aim.memory.bias"}
+    assert result.gradients.memory == 0.0
+    assert "aim.memory.weight" in str(result)
+
+
+def test_a_read_that_is_detached_is_named() -> None:
+    model = Tied()
+    gm = transform(model, torch.zeros(2, 7, dtype=torch.int64), config=FULL)
+    detach(gm, "aim.reads.head")
+    result = verify(model, gm, torch.randint(11, (2, 7)))
+    assert [name for name, _ in result.gradients.unreached] == ["aim.reads.head.weight"]
+
+
+def test_a_gradient_that_is_not_finite_is_named(net, gm) -> None:
+    twin = broken(gm, lambda p: p["aim.memory.bias"][0].fill_(float("nan")))
+    result = verify(net, twin, IMAGES)
+    assert not result.gradients.ok
+    assert "not finite" in str(result)
+
+
+def test_what_a_norm_takes_away_is_a_note() -> None:
+    model = Mlp()
+    gradients = verify(model, transform(model, torch.randn(4, 12), config=FULL)).gradients
+    assert gradients.ok
+    assert any("only rounding" in note and "0.weight" in note for note in gradients.notes)
+
+
+# Refusals ----------------------------------------------------------------------------------------
+
+
+def test_refusals(net, gm) -> None:
+    with pytest.raises(AimSurgeryError, match="operated model as its second argument, got ConvNet"):
+        verify(net, net, IMAGES)
+    with pytest.raises(AimSurgeryError, match="does not run on the example inputs"):
+        verify(net, gm, torch.randn(2, 5, 16, 16))
+    with torch.device("meta"):
+        on_meta = ConvNet()
+    with pytest.raises(AimSurgeryError, match="meta device"):
+        verify(on_meta, gm, IMAGES)
+    gm.plan = dataclasses.replace(
+        gm.plan, inputs=dataclasses.replace(plan(net, IMAGES).inputs, args=None)
+    )
+    with pytest.raises(AimSurgeryError, match="pass example_inputs"):
+        verify(net, gm)
