@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import traceback
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import fx, nn
@@ -62,6 +63,19 @@ class Capture:
     arguments: tuple[Argument, ...]
     traces: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
+
+    @cached_property
+    def modules(self) -> dict[str, nn.Module]:
+        """The model's modules by qualified name; one in two places has both names."""
+        return dict(self.model.named_modules(remove_duplicate=False))
+
+    @cached_property
+    def owners(self) -> dict[int, list[str]]:
+        """All qualified names of each parameter, by identity: more than one where it is tied."""
+        owners: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(name)
+        return owners
 
     @property
     def graph(self) -> fx.Graph:

@@ -106,13 +106,11 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
     def is_tensor(instance: Any) -> bool:
         return by_value(instance, torch.Tensor)
 
-    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    packages -= {"torch", "builtins"}
-    spaces = [
-        vars(module)
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] in packages and "isinstance" not in vars(module)
-    ]
+    kinds = {type(module) for module in model.modules()}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "builtins"}
+    inside = tuple(f"{package}." for package in packages)
+    modules = [m for n, m in list(sys.modules.items()) if n in packages or n.startswith(inside)]
+    spaces = [vars(module) for module in modules if "isinstance" not in vars(module)]
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
     for space in spaces:

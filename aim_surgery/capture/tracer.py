@@ -77,7 +77,8 @@ class ValueTracer(fx.Tracer):
         self.opaque: list[OpaqueCall] = []
         self.constants: dict[str, torch.Tensor] = {}
         self._values = values
-        self._paths = {module: path for path, module in model.named_modules()}
+        self._modules = dict(model.named_modules())
+        self._paths = {module: path for path, module in self._modules.items()}
         self._names = _tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
@@ -185,8 +186,7 @@ class ValueTracer(fx.Tracer):
             if node.op == "call_method":
                 method = getattr(args[0], str(node.target))
                 return self._values.call(method, args[1:], kwargs)
-            module = self.model.get_submodule(str(node.target))
-            return self._evaluate_module(module, args, kwargs)
+            return self._evaluate_module(self._modules[str(node.target)], args, kwargs)
 
     @contextlib.contextmanager
     def _evaluation(self) -> Iterator[None]:

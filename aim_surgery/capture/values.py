@@ -21,7 +21,11 @@ _empty_strided = (
 )  # the original: while a model is traced, factories are recorded
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
+_MOST_OUTPUTS = 10_000
+
 Spec = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+
+_OUTPUTS: dict[tuple[Any, ...], Spec] = {}  # of all models: a rule of torch's, not of a model
 
 
 class FakeValues:
@@ -32,7 +36,6 @@ class FakeValues:
         self._tensors: dict[int, torch.Tensor] = {}
         self._sources: list[torch.Tensor] = []  # keeps the ids above valid
         self._layers: dict[int, tuple[Any, ...] | None] = {}
-        self._outputs: dict[tuple[Any, ...], Spec] = {}
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The fake twin of a tensor; the same one each time."""
@@ -66,8 +69,8 @@ class FakeValues:
     ) -> Any:
         """Run a stock layer on fake values, or remember what such a layer gave for such values."""
         key = self._key(layer, args, kwargs)
-        if key is not None and key in self._outputs:
-            return self._fresh(self._outputs[key])
+        if key is not None and key in _OUTPUTS:
+            return self._fresh(_OUTPUTS[key])
         for tensor in (*layer._parameters.values(), *layer._buffers.values()):
             if tensor is not None:
                 self.of(
@@ -75,7 +78,9 @@ class FakeValues:
                 )  # here, because inside the fake mode it would take ten times as long
         output = self.call(forward, args, kwargs)
         if key is not None and isinstance(output, FakeTensor):
-            self._outputs[key] = _spec(output)
+            if len(_OUTPUTS) >= _MOST_OUTPUTS:
+                _OUTPUTS.clear()
+            _OUTPUTS[key] = _spec(output)
         return output
 
     def _fresh(self, spec: Spec) -> torch.Tensor:

@@ -8,6 +8,7 @@ in the graph now, and a stale one would be a trap.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import nn
 from aim_surgery.capture import Capture
 from aim_surgery.capture.tracer import is_stock
 
+_IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
+_DICTS = (dict, OrderedDict)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -63,7 +66,22 @@ class _Builder:
         return self._built[module]
 
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
+        if type(module).__module__.startswith("torch.nn.modules."):
+            return self._copy_stock(module)
         return copy.deepcopy(module, self._memo)
+
+    def _copy_stock(self, module: nn.Module) -> nn.Module:
+        """`deepcopy`, with short cuts for what a stock layer mostly holds: numbers and nothing."""
+        twin = type(module).__new__(type(module))
+        self._memo[id(module)] = twin
+        for name, value in vars(module).items():
+            if type(value) in _IMMUTABLE:
+                vars(twin)[name] = value
+            elif type(value) in _DICTS and not value:
+                vars(twin)[name] = type(value)()
+            else:
+                vars(twin)[name] = copy.deepcopy(value, self._memo)
+        return twin
 
     def _shell(self, module: nn.Module, path: str) -> nn.Module:
         kind = next((kind for kind in _CONTAINERS if isinstance(module, kind)), nn.Module)

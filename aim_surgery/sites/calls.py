@@ -1,0 +1,254 @@
+"""Which nodes of a captured graph are sites: calls of layers, functions, matrix products.
+
+A call is a site where its weight does not depend on the input: a plain parameter, a tied one, or
+one computed from parameters (weight standardisation, parametrisations).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+from aim_surgery.capture import Capture
+from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
+from aim_surgery.sites.site import Kind, Site
+
+CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONV_TRANSPOSE_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYER_TYPES = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES, nn.Linear)
+
+_CONV_KINDS: tuple[Kind, ...] = ("conv", "conv_transpose")
+CONV_FUNCTIONS: dict[Any, Kind] = {
+    getattr(home, f"{kind}{dims}d"): kind
+    for dims in (1, 2, 3)
+    for kind in _CONV_KINDS
+    for home in (F, torch)
+}
+_MATMULS = (torch.matmul, operator.matmul, torch.mm)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A site with its node: what surgery needs and a plan must not hold."""
+
+    site: Site
+    node: fx.Node
+    input_index: int  # position of the activation among the node's arguments
+    weight_node: fx.Node | None
+
+
+def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
+    """The sites of one graph with their nodes, in execution order.
+
+    Args:
+        capture: The captured model that the graph belongs to.
+        graph: One of its graphs.
+
+    Returns:
+        One `Call` for each site.
+    """
+    weights = weight_sources(capture, graph)
+    looked_at = _weights_looked_at(capture)
+    seen: Counter[str] = Counter()
+    shapes: dict[str, tuple[int, int]] = {}
+    calls = []
+    for node in graph.nodes:
+        call = _layer_call(capture, looked_at, node)
+        if call is None:
+            call = _function_call(capture, weights, node)
+        if call is not None:
+            site = call.site
+            features = (site.in_channels, site.out_channels)
+            layer = site.layer
+            if shapes.setdefault(layer, features) != features:
+                # one weight in two shapes (an autoencoder that decodes with W^T): two layers
+                layer = f"{layer}_{site.in_channels}to{site.out_channels}"
+            name = f"{layer}@{seen[layer]}" if seen[layer] else layer
+            seen[layer] += 1
+            calls.append(replace(call, site=replace(site, name=name, layer=layer)))
+    return tuple(calls)
+
+
+# Module calls -------------------------------------------------------------------------------
+
+
+def _layer_call(capture: Capture, looked_at: frozenset[str], node: fx.Node) -> Call | None:
+    if node.op != "call_module":
+        return None
+    layer = capture.modules[str(node.target)]
+    source = argument_of(node, 0, "input")
+    if not isinstance(layer, LAYER_TYPES) or not is_float(source):
+        return None
+    weight = layer.weight
+    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+        return None
+    names = _weight_names(capture, layer, str(node.target))
+    why = _why_beside(capture, layer)
+    if not why and not looked_at.isdisjoint(names):
+        why = "its weight has other uses"
+    kind: Kind = "linear"
+    groups, kernel = 1, ()
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        kind = "conv_transpose" if layer.transposed else "conv"
+        groups, kernel = layer.groups, tuple(layer.kernel_size)
+    features = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (
+        layer.in_channels, layer.out_channels)  # fmt: skip
+    site = _site(str(node.target), kind, features, groups, kernel, source, node, names, why)
+    return Call(site, node, 0, None)
+
+
+def _why_beside(capture: Capture, layer: nn.Module) -> str:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed"
+    if len(capture.owners[id(weight)]) > 1:
+        return f"its weight is shared by {', '.join(capture.owners[id(weight)])}"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if layer._forward_pre_hooks or layer._forward_hooks:
+        return "forward hooks see its input and output"
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        return "backward hooks see its gradients"
+    return ""
+
+
+def _weight_names(capture: Capture, layer: nn.Module, path: str) -> tuple[str, ...]:
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return tuple(capture.owners[id(weight)])
+    return tuple(
+        f"{path}.{name}"
+        for name, parameter in layer.named_parameters()
+        if "weight" in name and parameter.is_floating_point()
+    )
+
+
+# Function calls -----------------------------------------------------------------------------
+
+
+def _function_call(
+    capture: Capture,
+    weights: dict[fx.Node, tuple[str, ...]],
+    node: fx.Node,
+) -> Call | None:
+    found = _operands(node, weights)
+    if found is None:
+        return None
+    kind, index, source, weight = found
+    names = weights.get(weight)
+    if not names or not is_float(source):
+        return None
+    shape = tuple(weight.meta["val"].shape)
+    groups = 1
+    if kind == "linear":
+        transposed = node.target is not F.linear
+        features = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+        kernel = ()
+    else:
+        groups = argument_of(node, 6, "groups", default=1)
+        if not isinstance(groups, int):
+            return None
+        kernel = shape[2:]
+        features = (shape[1] * groups, shape[0])
+        if kind == "conv_transpose":
+            features = (shape[0], shape[1] * groups)
+    why = _why_function_beside(capture, kind, node, weight)
+    # `conv.weight` belongs to the layer `conv`, though its forward has been traced through
+    layer = names[0].removesuffix(".weight")
+    site = _site(layer, kind, features, groups, kernel, source, node, names, why)
+    return Call(site, node, index, weight)
+
+
+def _operands(
+    node: fx.Node, weights: dict[fx.Node, tuple[str, ...]]
+) -> tuple[Kind, int, fx.Node, fx.Node] | None:
+    """Kind, index of the activation, activation and weight of a functional site."""
+    if node.op == "call_function" and node.target in CONV_FUNCTIONS:
+        kind = CONV_FUNCTIONS[node.target]
+        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "weight")
+    elif node.op == "call_function" and node.target is F.linear:
+        kind = "linear"
+        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "weight")
+    elif is_call(node, (torch.addmm,), {"addmm"}):
+        kind = "linear"
+        source, weight = argument_of(node, 1, "mat1"), argument_of(node, 2, "mat2")
+    elif is_call(node, _MATMULS, {"matmul", "mm"}):
+        kind = "linear"
+        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "other", "mat2")
+    else:
+        return None
+    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    if source in weights or (kind == "linear" and weight.meta["val"].ndim != 2):
+        return None
+    index = 1 if is_call(node, (torch.addmm,), {"addmm"}) else 0
+    return kind, index, source, weight
+
+
+def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx.Node) -> str:
+    if weight.op != "get_attr":
+        return "its weight is computed"
+    if kind == "linear" and node.target is not F.linear:
+        return "it is a matrix product"
+    parameter = attribute(capture, str(weight.target))
+    if type(parameter) is not nn.Parameter:
+        return f"its weight is a {type(parameter).__name__}"
+    if len(capture.owners[id(parameter)]) > 1:
+        return f"its weight is shared by {', '.join(capture.owners[id(parameter)])}"
+    path = str(weight.target).rpartition(".")[0]
+    calls = (n for n in node.graph.nodes if n.op == "call_module" and n.target == path)
+    if len(weight.users) > 1 or next(calls, None) is not None:
+        return "its weight has other uses"
+    module = capture.modules[path]
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "its weight is an embedding"
+    return ""
+
+
+# Both ---------------------------------------------------------------------------------------
+
+
+def _site(
+    layer: str,
+    kind: Kind,
+    features: tuple[int, int],
+    groups: int,
+    kernel: tuple[int, ...],
+    source: fx.Node,
+    node: fx.Node,
+    weights: tuple[str, ...],
+    why_beside: str,
+) -> Site:
+    value, output = source.meta["val"], node.meta["val"]
+    dims = len(kernel)
+    spatial = tuple(value.shape[value.ndim - dims :]) if dims else ()
+    after = output.shape[output.ndim - dims :] if dims else output.shape[1:-1]
+    positions = 1
+    for size in after:
+        positions *= int(size)
+    return Site(
+        name=layer,
+        layer=layer,
+        kind=kind,
+        in_channels=int(features[0]),
+        out_channels=int(features[1]),
+        groups=groups,
+        kernel_size=tuple(int(size) for size in kernel),
+        spatial=tuple(int(size) for size in spatial),
+        positions=positions,
+        weights=weights,
+        widens=not why_beside,
+        why_beside=why_beside,
+    )
+
+
+def _weights_looked_at(capture: Capture) -> frozenset[str]:
+    """Parameters that some graph fetches by name: not through a call of their own layer alone."""
+    nodes = (node for trace in capture.traces for node in trace.graph.nodes)
+    return frozenset(str(node.target) for node in nodes if node.op == "get_attr")

@@ -1,0 +1,62 @@
+"""Questions about nodes that both sites and unread weights ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from aim_surgery.capture import Capture
+
+
+def weight_sources(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+    """Nodes that depend on no input, with the parameters they are made of.
+
+    Args:
+        capture: The captured model that the graph belongs to.
+        graph: One of its graphs.
+
+    Returns:
+        Qualified names of parameters by node; () for what is made of buffers and constants alone.
+    """
+    parameters = {name for names in capture.owners.values() for name in names}
+    sources: dict[fx.Node, tuple[str, ...]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            sources[node] = (str(node.target),) if node.target in parameters else ()
+        elif node.op in ("call_function", "call_method"):
+            inputs = node.all_input_nodes
+            if all(source in sources for source in inputs):
+                names = (name for source in inputs for name in sources[source])
+                sources[node] = tuple(dict.fromkeys(names))
+    return sources
+
+
+def attribute(capture: Capture, qualname: str) -> Any:
+    """What a qualified name stands for in the model."""
+    path, _, name = qualname.rpartition(".")
+    return getattr(capture.modules[path], name)
+
+
+def argument_of(node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
+    """An argument of a call, by position or by one of its names."""
+    if index < len(node.args):
+        return node.args[index]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def is_call(
+    node: fx.Node, functions: tuple[Callable[..., Any], ...], methods: frozenset[str] | set[str]
+) -> bool:
+    """Whether a node calls one of these functions, or a method of one of these names."""
+    if node.op == "call_function":
+        return node.target in functions
+    return node.op == "call_method" and node.target in methods
+
+
+def is_float(source: Any) -> bool:
+    """Whether an argument is a node that carries a floating tensor."""
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point()

@@ -1,0 +1,50 @@
+"""A site as frozen data: one call of a convolution or linear weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["conv", "conv_transpose", "linear"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One call of a convolution or linear weight.
+
+    Attributes:
+        name: Qualified name of its layer; later calls of the same layer get `@1`, `@2`, ...
+        layer: Qualified name of the module, or of the weight where the call is a function.
+        kind: "conv", "conv_transpose" or "linear".
+        in_channels: Input channels (features).
+        out_channels: Output channels (features).
+        groups: Groups of a convolution, 1 for a linear call.
+        kernel_size: Size of a convolution's kernel, () for a linear call.
+        spatial: Spatial size of the input on the example, () for a linear call.
+        positions: Output positions per sample on the example (tokens, for a linear call).
+        weights: Qualified names of the parameters that the weight is made of.
+        widens: Whether the layer can be widened in place; otherwise its memory weights live beside.
+        why_beside: Why it can't, "" where it can.
+    """
+
+    name: str
+    layer: str
+    kind: Kind
+    in_channels: int
+    out_channels: int
+    groups: int
+    kernel_size: tuple[int, ...]
+    spatial: tuple[int, ...]
+    positions: int
+    weights: tuple[str, ...]
+    widens: bool
+    why_beside: str = ""
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Weights that are multiplied with activations at no site, and why."""
+
+    name: str
+    weights: tuple[str, ...]
+    reason: str

@@ -1,0 +1,92 @@
+"""Weights that are multiplied with activations at no site, with the reason.
+
+Attention packed into one kernel, recurrent layers, einsum, weights made from the input, layers in a
+Python call: no weight goes unmentioned.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+from aim_surgery.capture import Capture
+from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
+from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.site import Unread
+
+_PRODUCTS = (
+    torch.matmul,
+    operator.matmul,
+    torch.mm,
+    *CONV_FUNCTIONS,
+    F.linear,
+    torch.addmm,
+    torch.bmm,
+    torch.baddbmm,
+    torch.einsum,
+    torch.tensordot,
+    torch.mv,
+)
+_PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
+_NOT_PRODUCTS = (
+    nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    nn.Embedding, nn.EmbeddingBag, nn.PReLU,
+)  # fmt: skip
+
+
+def find_unread(capture: Capture, graph: fx.Graph) -> Iterator[Unread]:
+    """Find weights that take part in products without being read at a site, or perhaps being so.
+
+    Args:
+        capture: The captured model that the graph belongs to.
+        graph: One of its graphs.
+
+    Yields:
+        One `Unread` for each call; weights that some site reads too may be among them.
+    """
+    reasons = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
+    weights = weight_sources(capture, graph)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            path = str(node.target)
+            layer = capture.modules[path]
+            if isinstance(layer, LAYER_TYPES) and path not in reasons:
+                continue
+            names = _matrices(layer, path)
+            if names:
+                yield Unread(path, names, reasons.get(path) or _why_packed(layer))
+        elif is_call(node, _PRODUCTS, _PRODUCT_METHODS) or _takes_weights(node):
+            names = {name for source in node.all_input_nodes for name in weights.get(source, ())}
+            names = tuple(sorted(name for name in names if _is_matrix(attribute(capture, name))))
+            if names:
+                target = getattr(node.target, "__name__", node.target)
+                yield Unread(names[0], names, f"used by a call of {target} that is no site")
+
+
+def _why_packed(layer: nn.Module) -> str:
+    return f"{type(layer).__name__} computes with its weights inside one call"
+
+
+def _matrices(layer: nn.Module, path: str) -> tuple[str, ...]:
+    names = []
+    for prefix, module in layer.named_modules(prefix=path):
+        if not isinstance(module, _NOT_PRODUCTS):
+            names += [f"{prefix}.{n}" for n, p in module._parameters.items() if _is_matrix(p)]
+    return tuple(names)
+
+
+def _is_matrix(parameter: torch.Tensor | None) -> bool:
+    return parameter is not None and parameter.ndim >= 2 and parameter.is_floating_point()
+
+
+def _takes_weights(node: fx.Node) -> bool:
+    """Functions that stay one call and get weights as arguments (packed attention)."""
+    if node.op != "call_function":
+        return False
+    home = getattr(node.target, "__module__", "") or ""
+    own = bool(home) and home.partition(".")[0] not in ("torch", "_operator", "builtins", "math")
+    return own or node.target in (F.multi_head_attention_forward, F.bilinear)
