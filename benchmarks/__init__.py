@@ -1,0 +1,1 @@
+"""Measurements of aim-surgery: one command each, `python -m benchmarks.NAME`."""
