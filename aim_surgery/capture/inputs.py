@@ -144,9 +144,8 @@ def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         integers = isinstance(layer, nn.Embedding | nn.EmbeddingBag)
         for shape in shapes:
             kind = torch.int64 if integers else dtype
-            yield ExampleInputs(
-                (torch.zeros(shape, dtype=kind, device=device),), {}, f"found: {list(shape)} fits"
-            )
+            example = torch.empty(shape, dtype=kind, device=device)  # only its shape will be used
+            yield ExampleInputs((example,), {}, f"found: {list(shape)} fits")
         return
 
 
@@ -156,7 +155,7 @@ def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
         config = getattr(model, name, None)
         size = config.get("input_size") if isinstance(config, Mapping) else None
         if size:
-            example = torch.zeros((_BATCH, *size), dtype=dtype, device=device)
+            example = torch.empty((_BATCH, *size), dtype=dtype, device=device)
             yield ExampleInputs((example,), {}, f"declared by {name}")
             break
     dummy = getattr(model, "dummy_inputs", None)

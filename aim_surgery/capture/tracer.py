@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, is_dataclass
@@ -152,8 +153,8 @@ class ValueTracer(fx.Tracer):
         if kind == "call_method" and target == "__getitem__":
             kind, target = "call_function", operator.getitem
         self._record_grad_mode()
-        node = self.create_node(
-            kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr
+        node = self.graph.create_node(
+            kind, target, self.create_arg(args), self.create_arg(kwargs), name
         )
         try:
             value = self._evaluate(node)
@@ -260,13 +261,20 @@ class ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Lower a Python value to what an fx node can hold."""
-        if type(a) is ValueProxy:
+        kind = type(a)
+        if kind is ValueProxy:
             return a.node
+        if kind in _RECORDABLE:
+            return a
+        if kind is tuple or kind is list:
+            return kind(map(self.create_arg, a))
+        if kind is dict:
+            return {key: self.create_arg(value) for key, value in a.items()}
         if isinstance(a, torch.Tensor):
             return self._tensor_node(a)
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
-        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+        if isinstance(a, dict) and kind is not immutable_dict:
             items = {str(key): self.create_arg(value) for key, value in a.items()}
             if is_dataclass(a):
                 return self.create_node("call_function", type(a), (), items)
@@ -351,10 +359,11 @@ class ValueTracer(fx.Tracer):
         if self.evaluating:
             return forward(*args, **kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
-        depth = len(self.module_stack)
         self._stack.append(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            if self.is_leaf_module(m, ""):
+                return self.create_proxy("call_module", self._paths[m], args, kwargs)
+            return forward(*args, **kwargs)
         except _StayPython as stop:
             if not self._paths.get(m):
                 where = "the model itself" if m is self.model else f"{type(m).__name__}"
@@ -362,8 +371,6 @@ class ValueTracer(fx.Tracer):
                     f"{where} can't be captured as a graph: {stop}. Move that code into a "
                     f"submodule of its own, which then stays one Python call."
                 ) from stop
-            while len(self.module_stack) > depth:
-                self.module_stack.popitem()
             self._roll_back(last)
             return self._call_opaque(m, args, kwargs, str(stop))
         except CaptureError:
@@ -400,9 +407,12 @@ def is_stock(module: nn.Module) -> bool:
     True for `nn.Conv2d` and for a subclass that keeps its forward; false for containers, for a
     subclass with its own forward or `_conv_forward`, and for an instance with a patched forward.
     """
-    if "forward" in vars(module):
-        return False
-    functions = [getattr(type(module), name, None) for name in ("forward", "_conv_forward")]
+    return "forward" not in vars(module) and _is_stock_class(type(module))
+
+
+@functools.cache
+def _is_stock_class(kind: type[nn.Module]) -> bool:
+    functions = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
     homes = [getattr(function, "__module__", "") or "" for function in functions if function]
     traced = ("torch.nn.modules.container", "torch.nn.modules.transformer")
     return all(

@@ -28,24 +28,31 @@ class AimGraphModule(fx.GraphModule):
     _graphs: dict[bool, fx.Graph]
 
     def __init__(
-        self, root: nn.Module, graphs: dict[bool, fx.Graph], plan: Any, class_name: str
+        self, graphs: dict[bool, fx.Graph], plan: Any, *, training: bool, class_name: str
     ) -> None:
-        """Wrap a module tree and its graph(s).
+        """Compile the graph(s); `adopt` then gives them the modules that they name.
 
         Args:
-            root: The tree whose names the graphs use; its children and tensors are taken over.
-            graphs: The graph for training (True) and for evaluation (False); one graph may be both.
+            graphs: The graph for training (True) and for evaluation (False); one may do for both.
             plan: What the operation did.
+            training: The mode to begin in.
             class_name: Name of the original model's class, for `repr`.
         """
         super().__init__(nn.Module(), fx.Graph(), class_name)
+        self.training = training
+        self.plan = plan
+        only = next(iter(graphs.values()))
+        self._install({mode: graphs.get(mode, only) for mode in (True, False)})
+
+    def adopt(self, root: nn.Module) -> None:
+        """Take over all that a module tree holds: children, tensors, plain attributes.
+
+        Args:
+            root: The tree whose names the graphs use; not to be used afterwards.
+        """
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
             self.__dict__[name] = vars(root)[name]
-        extra = {k: v for k, v in vars(root).items() if k not in self.__dict__}
-        self.__dict__.update(extra)
-        self.training = root.training
-        self.plan = plan
-        self._install(graphs)
+        self.__dict__.update({k: v for k, v in vars(root).items() if k not in self.__dict__})
 
     def _install(self, graphs: dict[bool, fx.Graph]) -> None:
         self._graphs = graphs

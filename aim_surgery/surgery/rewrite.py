@@ -60,23 +60,12 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
         raise UnsupportedLayerError(
             f"{type(model).__name__} already has an attribute 'aim', where the memory would live"
         )
-    widened = {r.site.layer: r for r in reads.values() if r.site.widens}
-    replaced = {
-        id(weight): new
-        for read in widened.values()
-        for weight, new in [_widened_parameter(model, read, plan)]
-    }
-    root = build_tree(capture, replaced, copy_tensors=copy)
-    for read in widened.values():
-        layer = root.get_submodule(_module_path(model, read))
-        widen_layer(layer, read.planes)
-    root.aim = _memory_modules(capture, plan, reads, calls)
-    memory = root.get_parameter(f"{MEMORY}.weight")
-    home = (memory.dtype, memory.device)
+    # Graphs first: what the compilation of their code needs is free again when tensors are copied.
+    home = _home_weight(model, plan)
     graphs = {t.training: _rewrite(t, calls[t.training], reads, plan, home) for t in capture.traces}
-    only = next(iter(graphs.values()))
-    both = {mode: graphs.get(mode, only) for mode in (True, False)}
-    return AimGraphModule(root, both, plan, type(model).__name__)
+    gm = AimGraphModule(graphs, plan, training=model.training, class_name=type(model).__name__)
+    gm.adopt(_operated_tree(capture, plan, reads, calls, copy_tensors=copy))
+    return gm
 
 
 def _match(plan: Plan, calls: list[Call]) -> dict[str, Read]:
@@ -112,17 +101,32 @@ def _match(plan: Plan, calls: list[Call]) -> dict[str, Read]:
 # Modules ------------------------------------------------------------------------------------
 
 
-def _widened_parameter(
-    model: nn.Module, read: Read, plan: Plan
-) -> tuple[nn.Parameter, nn.Parameter]:
-    weight = model.get_parameter(read.site.weights[0])
-    site = read.site
-    wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
-    return weight, nn.Parameter(wide, requires_grad=weight.requires_grad)
+def _operated_tree(
+    capture: Capture,
+    plan: Plan,
+    reads: dict[str, Read],
+    calls: dict[bool, tuple[Call, ...]],
+    *,
+    copy_tensors: bool,
+) -> nn.Module:
+    """The model's tree with wide weights in it, and the memory's modules under `aim`."""
+    model = capture.model
+    widened = {r.site.weights[0]: r for r in reads.values() if r.site.widens}
+    replaced: dict[int, torch.Tensor] = {}
+    for name, read in widened.items():
+        weight, site = model.get_parameter(name), read.site
+        wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
+        replaced[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
+    root = build_tree(capture, replaced, copy_tensors=copy_tensors)
+    for name, read in widened.items():
+        widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
+    root.aim = _memory_modules(capture, plan, reads, calls)
+    return root
 
 
-def _module_path(model: nn.Module, read: Read) -> str:
-    return read.site.weights[0].rpartition(".")[0]
+def _home_weight(model: nn.Module, plan: Plan) -> torch.Tensor:
+    """The weight whose dtype and device the memory takes: that of the first read."""
+    return model.get_parameter(plan.reads[0].site.weights[0])
 
 
 def _memory_modules(
@@ -131,8 +135,8 @@ def _memory_modules(
     """The tree under `aim`: the memory layer, and weights that live beside their layers."""
     model = capture.model
     aim = nn.Module()
-    first = model.get_parameter(plan.reads[0].site.weights[0])
-    aim.memory = memory_layer(plan.memory.floats, device=first.device, dtype=first.dtype)
+    home = _home_weight(model, plan)
+    aim.memory = memory_layer(plan.memory.floats, device=home.device, dtype=home.dtype)
     aim.reads = nn.Module()
     beside: dict[str, list[Call]] = {}
     for call in (call for found in calls.values() for call in found):
@@ -207,7 +211,7 @@ def _rewrite(
     calls: tuple[Call, ...],
     reads: dict[str, Read],
     plan: Plan,
-    home: tuple[torch.dtype, torch.device],
+    home: torch.Tensor,
 ) -> fx.Graph:
     """Copy a captured graph, with the reads in it."""
     by_node = {call.node: call for call in calls if call.site.name in reads}
@@ -228,10 +232,10 @@ def _rewrite(
 class _Writer:
     """Writes the operated graph, node by node; views of the memory are written once each."""
 
-    def __init__(self, plan: Plan, home: tuple[torch.dtype, torch.device]) -> None:
+    def __init__(self, plan: Plan, home: torch.Tensor) -> None:
         self.graph = fx.Graph()
         self._plan = plan
-        self._home = home  # the memory's; a mixed model's sites may work elsewhere
+        self._home = (home.dtype, home.device)  # a mixed model's sites may work elsewhere
         self._views: dict[tuple[int, ...], fx.Node] = {}  # by (*spatial, k)
 
     @property

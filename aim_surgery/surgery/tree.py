@@ -18,8 +18,8 @@ from torch import nn
 from aim_surgery.capture import Capture
 from aim_surgery.capture.tracer import is_stock
 
-_IMMUTABLE = (bool, int, float, str, type(None), torch.dtype)
-_DICTS = (dict, OrderedDict)
+_IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
+_COLLECTIONS = (dict, OrderedDict, set, list)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -75,10 +75,11 @@ class _Builder:
         twin = type(module).__new__(type(module))
         self._memo[id(module)] = twin
         for name, value in vars(module).items():
-            if type(value) in _IMMUTABLE:
+            kind = type(value)
+            if kind in _IMMUTABLE or (kind is tuple and _IMMUTABLE.issuperset(map(type, value))):
                 vars(twin)[name] = value
-            elif type(value) in _DICTS and not value:
-                vars(twin)[name] = type(value)()
+            elif kind in _COLLECTIONS and not value:
+                vars(twin)[name] = kind()
             else:
                 vars(twin)[name] = copy.deepcopy(value, self._memo)
         return twin
