@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from aim_surgery.errors import PlanError
 
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
     from aim_surgery.sites import Site
 
 Filter = str | tuple[str, ...] | Callable[["Site"], bool]
+Init = Literal["preserve", "fresh"]
 
 DEFAULT_BUDGET = 0.015
 ARTICLE_FLOATS = 50_176
+MOST_FLOATS = 2**40
+MOST_BUDGET = 1e9
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class AimConfig:
 
     budget: float | Literal["auto"] | None = "auto"
     memory: int | None = None
-    init: Literal["preserve", "fresh"] = "preserve"
+    init: Init = "preserve"
     write: Literal["none", "sample", "batch"] = "none"
     carry: Literal["weights", "state"] = "weights"
     include: Filter = "*"
@@ -54,18 +57,17 @@ class AimConfig:
     def __post_init__(self) -> None:
         if self.budget is not None and self.budget != "auto":
             number = isinstance(self.budget, int | float) and not isinstance(self.budget, bool)
-            if not number or not math.isfinite(self.budget) or self.budget <= 0:
+            if not number or not 0 < self.budget <= MOST_BUDGET:
                 raise PlanError(
-                    f"budget must be a positive ratio of new to old parameters such as 0.015, "
-                    f"'auto', or None for full reads; got {self.budget!r}"
+                    f"budget must be a positive ratio of new to old parameters such as 0.015 "
+                    f"({MOST_BUDGET:g} at most), 'auto', or None for full reads; got "
+                    f"{reprlib.repr(self.budget)}"
                 )
         if self.memory is not None:
-            whole = isinstance(self.memory, int) and not isinstance(self.memory, bool)
-            if not whole or self.memory <= 0:
-                raise PlanError(
-                    f"memory must be a positive whole number of floats, got {self.memory!r}"
-                )
-        if self.init not in ("preserve", "fresh"):
+            check_memory(self.memory)
+        _check_filter("include", self.include)
+        _check_filter("exclude", self.exclude)
+        if self.init not in get_args(Init):
             raise PlanError(f"init must be 'preserve' or 'fresh', got {self.init!r}")
         if self.write not in ("none", "sample", "batch"):
             raise PlanError(f"write must be 'none', 'sample' or 'batch', got {self.write!r}")
@@ -77,6 +79,37 @@ class AimConfig:
             raise PlanError(f"carry={self.carry!r} is not there yet: use carry='weights'")
 
 
+def check_memory(floats: object) -> None:
+    """Refuse what is no size of a memory.
+
+    Args:
+        floats: M.
+
+    Raises:
+        PlanError: It is no positive whole number, or more than any machine holds.
+    """
+    if not isinstance(floats, int) or isinstance(floats, bool) or floats <= 0:
+        raise PlanError(
+            f"memory must be a positive whole number of floats, got {reprlib.repr(floats)}"
+        )
+    if floats > MOST_FLOATS:
+        raise PlanError(
+            f"memory must be {MOST_FLOATS:,} floats at most, got {floats:,}: weight and bias of "
+            f"that many need {8 * floats:,} bytes in float32"
+        )
+
+
+def _check_filter(name: str, chosen: object) -> None:
+    globs = (chosen,) if isinstance(chosen, str) else chosen
+    if callable(globs):
+        return
+    if not isinstance(globs, tuple | list) or not all(isinstance(glob, str) for glob in globs):
+        raise PlanError(
+            f"{name} must be a glob on site names such as 'features.*', a tuple of globs, or a "
+            f"predicate on Site; got {chosen!r}"
+        )
+
+
 def matches(chosen: Filter, site: Site) -> str:
     """Whether a filter chooses a site.
 
@@ -86,9 +119,19 @@ def matches(chosen: Filter, site: Site) -> str:
 
     Returns:
         The glob (or the predicate's name) that chose it, "" if none did.
+
+    Raises:
+        PlanError: The predicate raised; the message names it and the site.
     """
     if callable(chosen):
-        return getattr(chosen, "__name__", "predicate") if chosen(site) else ""
+        name = getattr(chosen, "__name__", "predicate")
+        try:
+            return name if chosen(site) else ""
+        except Exception as err:
+            raise PlanError(
+                f"predicate {name!r} of include or exclude failed at site {site.name!r}: "
+                f"{type(err).__name__}: {err}"
+            ) from err
     for pattern in (chosen,) if isinstance(chosen, str) else chosen:
         if fnmatch.fnmatchcase(site.name, pattern) or fnmatch.fnmatchcase(site.layer, pattern):
             return pattern

@@ -5,14 +5,14 @@ transform = apply ∘ plan
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.nn.graph_module import AimGraphModule
-from aim_surgery.planning import Plan, plan_reads
-from aim_surgery.planning import example_inputs as inputs_of_plan
+from aim_surgery.planning import Plan, inputs_of_plan, plan_reads
 from aim_surgery.surgery.rewrite import operate
 
 
@@ -41,7 +41,8 @@ def plan(
         >>> len(plan(model).reads)
         2
     """
-    return plan_reads(_captured(model, example_inputs), config or AimConfig())
+    config = _checked_config(config)
+    return plan_reads(_captured(model, example_inputs), config)
 
 
 def apply(
@@ -64,15 +65,23 @@ def apply(
         A new `GraphModule` with a memory.
 
     Raises:
-        PlanError: The plan doesn't fit the model.
+        PlanError: This is no plan, or it doesn't fit the model.
         CaptureError: The model can't be captured.
     """
-    inputs = example_inputs if example_inputs is not None else inputs_of_plan(plan.inputs, model)
-    if inputs is None:
-        raise PlanError(
-            "this plan's example inputs hold objects that a plan can't store: pass example_inputs"
-        )
-    return operate(_captured(model, inputs), plan, copy=copy)
+    if not isinstance(plan, Plan):
+        source = "Plan.from_json(text)" if isinstance(plan, str) else "aim_surgery.plan(model)"
+        raise PlanError(f"expected a Plan, got {type(plan).__name__}: {source} gives one")
+    plan.checked()
+    inputs: Inputs | ExampleInputs | None = example_inputs
+    if inputs is None and isinstance(model, nn.Module):  # what is no model, capture refuses
+        inputs = inputs_of_plan(plan.inputs, model)
+        if inputs is None:
+            raise PlanError(
+                "this plan's example inputs hold objects that a plan can't store: pass "
+                "example_inputs"
+            )
+    with torch.inference_mode(False):  # tensors made inside it could never be trained
+        return operate(_captured(model, inputs), plan, copy=copy)
 
 
 def transform(
@@ -113,8 +122,19 @@ def transform(
         >>> transform(model)(torch.zeros(5, 3, 32, 32)).shape
         torch.Size([5, 64, 28, 28])
     """
-    captured = _captured(model, example_inputs)
-    return operate(captured, plan_reads(captured, config or AimConfig()), copy=copy)
+    config = _checked_config(config)
+    with torch.inference_mode(False):  # tensors made inside it could never be trained
+        captured = _captured(model, example_inputs)
+        return operate(captured, plan_reads(captured, config), copy=copy)
+
+
+def _checked_config(config: AimConfig | None) -> AimConfig:
+    if config is None:
+        return AimConfig()
+    if not isinstance(config, AimConfig):
+        remedy = "AimConfig(**config)" if isinstance(config, dict) else "AimConfig(budget=0.015)"
+        raise PlanError(f"config: AimConfig expected, got {type(config).__name__}; use {remedy}")
+    return config
 
 
 def _captured(model: nn.Module, inputs: Inputs | ExampleInputs | None) -> Capture:

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
 from aim_surgery.capture import capture
-from aim_surgery.capture.tracer import is_stock
+from aim_surgery.capture.leaves import is_stock
 from aim_surgery.errors import CaptureError
 from tests.cases import CASES, Case, SameConv, SmallNet, Standardized, assert_same
 

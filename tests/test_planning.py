@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis.strategies as st
@@ -195,7 +196,15 @@ def test_leaving_out_everything_is_an_error() -> None:
         aim_surgery.plan(SmallNet(), X, config=AimConfig(exclude="*"))
 
 
-@pytest.mark.parametrize("budget", [0, -0.1, math.nan, math.inf, "lots", True])
+@pytest.mark.parametrize("name", ["include", "exclude"])
+@pytest.mark.parametrize("chosen", [5, None, (5,), ("stem", None), {"stem": 1}], ids=str)
+def test_filters_that_make_no_sense(name: str, chosen: Any) -> None:
+    options: Any = {name: chosen}
+    with pytest.raises(PlanError, match=rf"{name} must be a glob.*or a predicate on Site; got"):
+        AimConfig(**options)
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, math.nan, math.inf, "lots", True, 1e30, 10**400])
 def test_budgets_that_make_no_sense(budget: Any) -> None:
     with pytest.raises(PlanError, match="budget must be"):
         AimConfig(budget=budget)
@@ -205,6 +214,15 @@ def test_budgets_that_make_no_sense(budget: Any) -> None:
 def test_memories_that_make_no_sense(memory: Any) -> None:
     with pytest.raises(PlanError, match="memory must be a positive whole number"):
         AimConfig(memory=memory)
+
+
+def test_memories_that_no_machine_holds() -> None:
+    with pytest.raises(PlanError, match=r"10,000,000,000,000: .* 80,000,000,000,000 bytes"):
+        AimConfig(memory=10**13)
+    with pytest.raises(PlanError, match=r"budget 1e\+09 would buy a memory of .*memory="):
+        choose_sizes(AimConfig(budget=1e9), [conv_site("s", 64, 8)], parameters=10**8)
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(budget=1e9, memory=64))
+    assert all(read.planes == read.available for read in plan.reads)
 
 
 @pytest.mark.parametrize(
@@ -256,6 +274,130 @@ def test_edits() -> None:
     for planes in ({"nothing": 1}, {"head": 0}, {"head": 301}):
         with pytest.raises(PlanError, match=r"matches no read|planes must be 1 … 300"):
             plan.with_planes(planes)
+
+
+@pytest.mark.parametrize("floats", [1, 50, 128, 1000])
+def test_another_memory_changes_all_that_follows_from_it(floats: int) -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=300, budget=None))
+    edited = plan.with_memory(floats)
+    fresh = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=floats, budget=None))
+    assert edited.memory == fresh.memory
+    for old, new, full in zip(plan.reads, edited.reads, fresh.reads, strict=True):
+        assert new.planes == min(old.planes, full.available)
+        assert dataclasses.replace(new, planes=full.planes) == full
+    assert plan.with_memory(300) == plan
+
+
+def test_a_layer_with_two_sites_follows_its_narrower_one() -> None:
+    x = torch.zeros(2, 4, 12, 12)
+    plan = aim_surgery.plan(Twice(), x, config=AimConfig(memory=400, budget=None))
+    planes = {read.site.layer: read.planes for read in plan.with_memory(100).reads}
+    fresh = aim_surgery.plan(Twice(), x, config=AimConfig(memory=100, budget=None))
+    assert planes == {read.site.layer: read.planes for read in fresh.reads}
+
+
+@pytest.mark.parametrize("floats", ["abc", 0, 1.5, None, 10**13])
+def test_another_memory_must_be_one(floats: Any) -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=300, budget=None))
+    with pytest.raises(PlanError, match="memory must be"):
+        plan.with_memory(floats)
+
+
+def test_edits_that_make_no_sense() -> None:
+    plan: Any = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=300, budget=None))
+    with pytest.raises(PlanError, match="reads nowhere"):
+        plan.without("*")
+    for edit in (lambda: plan.without(5), lambda: plan.with_planes({5: 1})):
+        with pytest.raises(PlanError, match=r"expected a glob.*got 5"):
+            edit()
+    with pytest.raises(PlanError, match=r"with_planes takes a dict.*'head'"):
+        plan.with_planes("head")
+
+
+# Plans that were edited as JSON -------------------------------------------------------------
+
+
+def put(*path: Any) -> Callable[[dict[str, Any]], None]:
+    """Set the last of the path at the place that the others lead to."""
+
+    def edit(data: Any) -> None:
+        *way, last, value = path
+        for key in way:
+            data = data[key]
+        data[last] = value
+
+    return edit
+
+
+def twice_the_same(data: dict[str, Any]) -> None:
+    data["reads"].append(data["reads"][0])
+
+
+SITE = ("reads", 0, "site")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (put("memory", "floats", "abc"), r"memory\.floats must be a whole number, got 'abc'"),
+        (put("memory", "floats", 1.5), r"memory\.floats must be a whole number, got 1\.5"),
+        (put("memory", "floats", None), r"memory\.floats must be a whole number, got None"),
+        (put("memory", "floats", 0), "memory must be a positive whole number"),
+        (put("memory", "floats", 2**41), "memory must be 1,099,511,627,776 floats at most"),
+        (put("memory", "floats", 120), r"are stale, a memory of 120 floats .*with_memory"),
+        (put("memory", "layout", []), r"memory\.layout .* doesn't hold 128 floats"),
+        (put("memory", "layout", [1, 8, 8]), r"memory\.layout .* doesn't hold.*with_memory"),
+        (put("memory", "layout", [3, 8, 8]), r"memory\.layout .* doesn't hold 128 floats"),
+        (put("memory", "layout", [-2, -8, 8]), r"memory\.layout .* doesn't hold 128 floats"),
+        (put("memory", 5), "not a plan"),
+        (put("base_parameters", "many"), "base_parameters must be a whole number, got 'many'"),
+        (put("base_parameters", -1), "base_parameters must not be negative"),
+        (put("init", "foo"), "init must be one of 'preserve', 'fresh', got 'foo'"),
+        (put("model", 3), "model must be text, got 3"),
+        (put("notes", "a note"), "notes must be a list, got 'a note'"),
+        (put("skips", [{"name": "x", "weights": "w", "reason": ""}]), r"skips\[0\]\.weights must"),
+        (put("reads", []), "reads nowhere"),
+        (put("reads", None), "not a plan"),
+        (put("reads", ["stem"]), "not a plan"),
+        (put("reads", 0, "planes", True), r"reads\[0\]\.planes must be a whole number, got True"),
+        (put("reads", 0, "planes", 0), r"stem: planes must be 1 … 1, got 0"),
+        (put("reads", 0, "planes", 2), r"stem: planes must be 1 … 1, got 2"),
+        (put("reads", 0, "available", 9), "stem: available=9 .*stale.*gives 1 and 'pad'"),
+        (put("reads", 0, "how", "reshape"), "stem: .*how='reshape' are stale.*plan again"),
+        (put("reads", 0, "how", "guess"), r"reads\[0\]\.how must be one of 'reshape'"),
+        (put("reads", 0, "extra", 1), "not a plan.*extra"),
+        (put(*SITE, "spatial", []), r"stem: .*one to three spatial sizes, got spatial=\(\)"),
+        (put(*SITE, "spatial", [32]), r"stem: .*one to three spatial sizes, got spatial=\(32,\)"),
+        (put(*SITE, "spatial", [0, 32]), "stem: a size of this site is not positive"),
+        (put(*SITE, "spatial", ["a", "b"]), r"reads\[0\]\.site\.spatial\[0\] must be a whole"),
+        (put(*SITE, "kernel_size", 3), r"reads\[0\]\.site\.kernel_size must be a list, got 3"),
+        (put(*SITE, "kind", "linear"), "stem: a linear site has no spatial size"),
+        (put(*SITE, "groups", 5), "stem: groups=5 don't divide"),
+        (put(*SITE, "weights", []), "stem: weights names no parameter"),
+        (put(*SITE, "weights", "stem.weight"), r"site\.weights must be a list"),
+        (put(*SITE, "widens", "yes"), r"site\.widens must be true or false, got 'yes'"),
+        (twice_the_same, "stem: two reads of this plan are at the same site"),
+        (put("inputs", "args", 0, 2, "foo"), r"inputs\.args\[0\]\[2\] must be a dtype.*'foo'"),
+        (put("inputs", "args", 0, 2, "nn"), r"inputs\.args\[0\]\[2\] must be a dtype.*'nn'"),
+        (put("inputs", "args", 0, 1, [2, "3"]), r"inputs\.args\[0\]\[1\]\[1\] must be a whole"),
+        (put("inputs", "args", 0, 1, [-2]), r"inputs\.args\[0\]\[1\]\[0\] must be a size"),
+        (put("inputs", "args", 0, ["tensor"]), r"inputs\.args\[0\] must be a literal"),
+        (put("inputs", "args", 0, {"a": 1}), r"inputs\.args\[0\] must be a literal"),
+        (put("inputs", "args", 0, ["dict", [["a"]]]), r"inputs\.args\[0\]\[1\]\[0\] must be 2"),
+        (put("inputs", "args", 0, ["list", [[]]]), r"inputs\.args\[0\]\[1\]\[0\] must be a lit"),
+        (put("inputs", "args", "x"), r"inputs\.args must be a list, got 'x'"),
+        (put("inputs", "kwargs", [["a", ["foo"]]]), r"inputs\.kwargs\['a'\] must be a literal"),
+        (put("inputs", "kwargs", [[1, 2]]), r"inputs\.kwargs\[0\]\[0\] must be text"),
+    ],
+)
+def test_json_that_was_edited_into_no_plan(
+    edit: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(memory=2 * 64, budget=None))
+    data = json.loads(plan.to_json())
+    edit(data)
+    with pytest.raises(PlanError, match=words):
+        Plan.from_json(json.dumps(data))
 
 
 def test_tied_parameters_count_once() -> None:

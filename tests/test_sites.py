@@ -99,10 +99,10 @@ def test_a_weight_in_two_shapes_is_two_layers() -> None:
 
     model, x = Autoencoder().double(), torch.randn(2, 6, dtype=torch.float64)
     sites, _ = sites_of(model, x)
-    assert list(sites) == ["encode", "encode_3to6"]
+    assert list(sites) == ["encode", "encode_2"]
     assert not any(site.widens for site in sites.values())
     gm = aim_surgery.transform(model, x, config=AimConfig(memory=5, budget=None))
-    assert gm.get_parameter("aim.reads.encode_3to6.weight").shape == (6, 5)
+    assert gm.get_parameter("aim.reads.encode_2.weight").shape == (6, 5)
     assert torch.equal(gm(x), model(x))
 
 

@@ -1,8 +1,10 @@
 import copy
 import dataclasses
+import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -61,6 +63,23 @@ class Tied(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.head(self.hidden(self.table(ids)).relu())
+
+
+class FrozenNorm(nn.Module):
+    """Keeps its norm in evaluation mode, as detection models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.bn(self.conv(x)).relu()
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.bn.eval()
+        return self
 
 
 @pytest.fixture
@@ -185,6 +204,82 @@ def test_frozen_submodules_keep_their_own_mode(net) -> None:
     net.norm.eval()
     result = verify(net, transform(net, IMAGES, config=FULL), IMAGES)
     assert result.ok, str(result)
+    by_hand = [c for c in result.equivalence.comparisons if c.case.startswith("modes set by hand")]
+    assert [c.what for c in by_hand] == ["outputs", "gradients", "buffers"]
+
+
+def test_a_train_of_the_models_own_is_reproduced() -> None:
+    model = FrozenNorm()  # nobody has called `train` yet: as it stands, the norm still learns
+    result = verify(model, transform(model, IMAGES, config=FULL), IMAGES)
+    assert result.ok, str(result)
+    assert "modes set by hand, batch 2, float64" in {c.case for c in result.equivalence.comparisons}
+
+
+def test_modes_set_by_hand_are_compared_as_they_are(net, gm) -> None:
+    net.eval()
+    net.drop.train()
+    gm.get_submodule("drop").p = 0.4
+    failed = {c.case.partition(",")[0] for c in verify(net, gm, IMAGES).equivalence.offenders}
+    assert failed == {"modes set by hand", "training"}
+
+
+def test_modes_as_train_sets_them_are_no_extra_case(net, gm) -> None:
+    comparisons = verify(net, gm, IMAGES).equivalence.comparisons
+    assert not [c for c in comparisons if c.case.startswith("modes set by hand")]
+    modes = [(c.case, c.ok) for c in comparisons if c.what == "modes"]
+    assert modes == [("after train(False)", True), ("after train(True)", True)]
+
+
+def test_the_callers_state_is_left_alone() -> None:
+    class Careless(nn.Module):
+        """Changes all that is global, and leaves it so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x)
+
+    def careless(module: nn.Module, args: Any) -> None:
+        random.random()
+        np.random.rand()
+        torch.rand(1)
+        torch.set_autocast_enabled("cpu", not torch.is_autocast_enabled("cpu"))
+        torch.set_autocast_dtype("cpu", torch.float16)
+
+    def switching_off(module: nn.Module, args: Any, output: Any) -> None:
+        torch.set_grad_enabled(not torch.is_grad_enabled())
+
+    def state() -> tuple[Any, ...]:
+        kind, keys, *rest = np.random.get_state()
+        return (
+            torch.get_rng_state().tolist(), random.getstate(), kind, list(keys), rest,
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(),
+            torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"),
+            torch.is_autocast_cache_enabled(),
+        )  # fmt: skip
+
+    model = Careless()
+    gm = transform(model, torch.randn(2, 6), config=FULL)
+    for module in (model, gm):
+        module.register_forward_pre_hook(careless)
+        module.register_forward_hook(switching_off)
+    x = torch.randn(2, 6)
+    for around in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        with around():
+            before = state()
+            result = verify(model, gm, x)
+            assert state() == before
+        assert result.ok, str(result)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = state()
+        verify(model, gm, x)
+        assert state() == before
+    with pytest.raises(AimSurgeryError, match="does not run"):
+        verify(model, gm, torch.randn(2, 5))
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_nothing_is_changed(net, gm) -> None:
@@ -241,6 +336,33 @@ def test_a_difference_in_training_mode_only_is_found(net, gm) -> None:
     result = verify(net, gm, IMAGES)
     failed = {c.case.partition(",")[0] for c in result.equivalence.offenders}
     assert failed == {"training"}
+
+
+def test_a_train_that_is_lost_is_named(monkeypatch) -> None:
+    model = FrozenNorm().train()
+    gm = transform(model, IMAGES, config=FULL)
+
+    def plain(self: AimGraphModule, mode: bool = True) -> AimGraphModule:
+        return nn.Module.train(self, mode)  # type: ignore[return-value]
+
+    monkeypatch.setattr(AimGraphModule, "train", plain)
+    equivalence = verify(model, gm, IMAGES).equivalence
+    assert not equivalence.ok
+    (modes,) = [c for c in equivalence.offenders if c.what == "modes"]
+    assert modes.case == "after train(True)"
+    assert modes.offenders == ("bn is in training mode, not evaluation",)
+    assert str(modes) == f"modes differ, after train(True): {modes.offenders[0]}"
+    assert {c.what for c in equivalence.offenders} == {"modes", "outputs", "gradients", "buffers"}
+
+
+def test_a_train_that_fails_is_found(net, gm, monkeypatch) -> None:
+    def failing(self: AimGraphModule, mode: bool = True) -> AimGraphModule:
+        raise ValueError("no modes here")
+
+    monkeypatch.setattr(AimGraphModule, "train", failing)
+    offenders = verify(net, gm, IMAGES).equivalence.offenders
+    assert "the operated model fails: ValueError: no modes here" in str(offenders[0])
+    assert "modes" in {c.what for c in offenders}
 
 
 def test_running_statistics_that_part_ways_are_named(net, gm) -> None:

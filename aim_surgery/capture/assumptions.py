@@ -13,7 +13,7 @@ import builtins
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -24,30 +24,49 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
+Question = Literal["bool", "int", "index", "float", "len", "keys", "value", "given"]
+
+ANSWERS: dict[Question, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": int,
+    "index": operator.index,
+    "float": float,
+    "len": len,
+    "keys": list,
+    "value": lambda value: value,
+    "given": lambda value: value is not None,
+}
+_MEASURES = {"int": int, "float": float, "len": len, "keys": list}  # taken again at run time
+
+
 @dataclass(frozen=True, eq=False)
 class Assumption:
     """One answer that Python was given while the model was traced.
 
     Attributes:
         node: What was asked about.
-        how: What Python did with it: `bool`, `len`, `int`, ...
-        value: The answer.
+        question: What Python wanted of it: its truth, its length, ...
+        answer: The answer.
         path: The module that asked ("" for the model itself).
     """
 
     node: fx.Node
-    how: Callable[[Any], Any]
-    value: Any
+    question: Question
+    answer: Any
     path: str
 
     def __str__(self) -> str:
         what = describe(self.node)
-        if self.how is len:
-            what = f"len({what})"
+        if self.question in ("len", "int", "float"):
+            what = f"{self.question}({what})"
         where = f" (asked in {self.path})" if self.path else ""
-        if self.how is bool:
-            return f"{what} is {'true' if self.value else 'false'}{where}"
-        return f"{what} is {self.value!r}{where}"
+        if self.question == "bool":
+            return f"{what} is {'true' if self.answer else 'false'}{where}"
+        if self.question == "given":
+            return f"{what} is given{where}"
+        if self.question == "keys":
+            return f"the keys of {what} are {self.answer!r}{where}"
+        return f"{what} is {self.answer!r}{where}"
 
 
 def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
@@ -66,37 +85,33 @@ def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
 
 
 def _insert_check(graph: fx.Graph, assumption: Assumption) -> None:
-    node, how, value = assumption.node, assumption.how, assumption.value
+    node, question, answer = assumption.node, assumption.question, assumption.answer
+    place = node
+    while place.next.op == "placeholder":
+        place = place.next
+
+    def append(function: Callable[..., Any], *args: Any) -> fx.Node:
+        nonlocal place
+        with graph.inserting_after(place):
+            place = graph.call_function(function, args)
+        values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
+        place.meta["val"] = None if function is torch._assert else function(*values)
+        return place
+
+    if question == "bool":
+        condition = node if answer else append(operator.not_, node)
+    elif question == "given":
+        condition = append(operator.is_not, node, None)
+    elif answer is None:
+        condition = append(operator.is_, node, None)
+    else:
+        measured = append(_MEASURES[question], node) if question in _MEASURES else node
+        condition = append(operator.eq, measured, answer)
     message = (
         f"this input breaks what the graph was captured with: {assumption}. "
         f"Capture again with such an input as the example."
     )
-    after = node
-    while after.next.op == "placeholder":
-        after = after.next
-    with graph.inserting_after(after):
-        if how is bool:
-            condition = node if value else _scalar(graph, operator.not_, node)
-        elif value is None:
-            condition = _scalar(graph, operator.is_, node, None)
-        else:
-            measured = node
-            if how is len:
-                measured = _scalar(graph, len, node)
-            elif how.__name__ == "_keys":
-                measured, value = _scalar(graph, list, node), list(value)
-            graph._insert = (measured if measured is not node else after).append
-            condition = _scalar(graph, operator.eq, measured, value)
-        graph._insert = (condition if condition is not node else after).append
-        check = graph.call_function(torch._assert, (condition, message))
-        check.meta["val"] = None
-
-
-def _scalar(graph: fx.Graph, function: Callable[..., Any], *args: Any) -> fx.Node:
-    node = graph.call_function(function, args)
-    values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-    node.meta["val"] = function(*values)
-    return node
+    append(torch._assert, condition, message)
 
 
 def _hoist(graph: fx.Graph, node: fx.Node) -> None:

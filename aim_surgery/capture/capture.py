@@ -8,6 +8,7 @@ heads), both modes are traced, and the emitted module changes graphs with `train
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -77,6 +78,12 @@ class Capture:
             owners.setdefault(id(parameter), []).append(name)
         return owners
 
+    @cached_property
+    def floating_parameters(self) -> frozenset[str]:
+        """Qualified names of all floating parameters."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, parameter in named if parameter.is_floating_point())
+
     @property
     def graph(self) -> fx.Graph:
         """The graph in the model's own mode."""
@@ -121,29 +128,32 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
 def _capture(model: nn.Module, inputs: ExampleInputs) -> Capture:
     arguments = bind_arguments(model, inputs)
     values = FakeValues()
-    trace, dependent = _trace(model, arguments, inputs, values, training=model.training)
-    traces, notes = (trace,), ()
+    constants: dict[str, torch.Tensor] = {}
+    shared = (model, arguments, values, constants)
+    trace, dependent, notes = _trace(*shared, training=model.training)
+    traces = (trace,)
     if dependent:
         try:
-            other, _ = _trace(model, arguments, inputs, values, training=not model.training)
-            traces = (trace, other)
+            other, _, more = _trace(*shared, training=not model.training)
+            traces, notes = (trace, other), (*notes, *more)
         except CaptureError as err:
             if inputs.source != "given":
                 raise
             mode = "evaluation" if model.training else "training"
-            notes = (f"{mode} mode could not be captured: {err}",)
+            notes = (*notes, f"{mode} mode could not be captured: {err}")
+    notes = tuple(dict.fromkeys((*notes, *_hook_notes(model, traces))))
     return Capture(model, inputs, arguments, traces, notes)
 
 
 def _trace(
     model: nn.Module,
     arguments: tuple[Argument, ...],
-    inputs: ExampleInputs,
     values: FakeValues,
+    constants: dict[str, torch.Tensor],
     *,
     training: bool,
-) -> tuple[Trace, bool]:
-    tracer = ValueTracer(model, training=training, values=values)
+) -> tuple[Trace, bool, tuple[str, ...]]:
+    tracer = ValueTracer(model, training=training, values=values, constants=constants)
     try:
         graph = tracer.trace_model(arguments)
     except CaptureError:
@@ -152,8 +162,29 @@ def _trace(
         raise CaptureError(_explain(model, arguments, err)) from err
     assumptions = tuple(tracer.assumptions.values())
     insert_checks(graph, assumptions)
-    trace = Trace(graph, training, assumptions, tuple(tracer.opaque), tracer.constants)
-    return trace, tracer.mode_dependent
+    trace = Trace(graph, training, assumptions, tuple(tracer.opaque), constants)
+    notes = tuple(
+        f"{name} is set inside forward: the operated model does not set it, and computes with what "
+        f"it was"
+        for name in sorted(tracer.changed)
+    )
+    return trace, tracer.mode_dependent, (*notes, *tracer.remarks)
+
+
+def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
+    """Hooks of modules that are traced through: fx runs them once, and keeps the arithmetic."""
+    nodes = (node for trace in traces for node in trace.graph.nodes)
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    for path, module in model.named_modules():
+        hooks = (
+            *module._forward_hooks, *module._forward_pre_hooks,
+            *module._backward_hooks, *module._backward_pre_hooks,
+        )  # fmt: skip
+        if hooks and path not in called:
+            yield (
+                f"hooks of {path or 'the model'}: only the tensor arithmetic of forward hooks is "
+                f"kept, not what else they do, and no backward hooks"
+            )
 
 
 def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) -> str:

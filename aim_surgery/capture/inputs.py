@@ -55,10 +55,13 @@ class Argument:
     def placeholder(self, tracer: ValueTracer) -> Any:
         """Create the placeholder; what the forward of the model is called with."""
         if type(self.value) not in _LITERALS:
-            return tracer.value_placeholder(self.name, self.default, self.value)
+            proxy = tracer.value_placeholder(self.name, self.default, self.value)
+            if self.default is None:
+                tracer.assume(proxy.node, "given", True)
+            return proxy
         default = self.value if self.default is self.NO_DEFAULT else self.default
         proxy = tracer.value_placeholder(self.name, default, self.value)
-        tracer.assume_literal(proxy)
+        tracer.assume(proxy.node, "value", self.value)
         return self.value
 
 

@@ -13,14 +13,21 @@ Four things escape `torch.fx`:
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
+import operator
+import random
 import sys
+import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._device import _device_constructors
+from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.errors import CaptureError
@@ -28,22 +35,41 @@ from aim_surgery.errors import CaptureError
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
-FACTORIES = frozenset(_device_constructors())
+FACTORIES = frozenset(_device_constructors()) | {torch.normal}
 
 _MISSING = object()
 
 
+_LOCK = threading.Lock()
+_CAPTURING = threading.local()
+
+
 @contextlib.contextmanager
 def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
-    """Make training flags, factories and attribute assignment visible to the tracer."""
-    with (
-        _symbolic_training_flag(tracer),
-        _recorded_factories(tracer),
-        _restored_attributes(tracer),
-        _instances_by_value(tracer.model),
-        torch.enable_grad(),
-    ):
-        yield
+    """Make visible to the tracer what fx can't see; one thread at a time."""
+    if getattr(_CAPTURING, "now", False):
+        raise CaptureError("a model can't be captured inside the forward of one being captured")
+    with _LOCK:
+        _CAPTURING.now = True
+        try:
+            with (
+                torch.autocast("cpu", enabled=False),
+                torch.autocast("cuda", enabled=False),
+                _symbolic_training_flag(tracer),
+                _recorded_factories(tracer),
+                _regions_stay_python(tracer),
+                _restored_attributes(tracer),
+                _restored_collections(tracer),
+                _instances_by_value(tracer.model),
+                _unmoved_random_state(tracer),
+                warnings.catch_warnings(),
+                torch.enable_grad(),
+            ):
+                # of torch, about proxies; that backward hooks are lost is a note of the plan
+                warnings.filterwarnings("ignore", message="For backward hooks to be called")
+                yield
+        finally:
+            _CAPTURING.now = False
 
 
 @contextlib.contextmanager
@@ -52,6 +78,9 @@ def _symbolic_training_flag(tracer: ValueTracer) -> Iterator[None]:
         return tracer.training_flag(module)
 
     def put(module: nn.Module, value: bool) -> None:
+        known = tracer.path_of(module) is not None and not tracer.elsewhere
+        if known and value != tracer.mode_of(module):
+            raise tracer.stay_python("changes a training mode")
         module.__dict__["training"] = value
 
     # a data descriptor on the class goes before the instance's own attribute
@@ -63,10 +92,63 @@ def _symbolic_training_flag(tracer: ValueTracer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
+    """Autocast regions and hand-written backward passes: a graph of calls can't hold either."""
+    enter = torch.autocast.__enter__
+    apply: Any = vars(torch.autograd.Function)["apply"]  # the classmethod itself, to be put back
+
+    def enter_region(region: torch.autocast) -> Any:
+        if tracer.evaluating or tracer.elsewhere:
+            return enter(region)
+        raise tracer.stay_python("has an autocast region")
+
+    def apply_function(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if tracer.evaluating or tracer.elsewhere:
+            return apply.__func__(cls, *args, **kwargs)
+        if cls is CheckpointFunction:
+            return args[0](*args[2:])  # (function, preserve_rng_state, *its arguments)
+        raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
+
+    torch.autocast.__enter__ = enter_region  # type: ignore[method-assign]
+    torch.autograd.Function.apply = classmethod(apply_function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+        torch.autograd.Function.apply = apply
+
+
+@contextlib.contextmanager
+def _unmoved_random_state(tracer: ValueTracer) -> Iterator[None]:
+    """Refuse forwards that draw numbers where no graph can see it: they would become constants."""
+
+    def states() -> dict[str, Any]:
+        return {
+            "torch": torch.get_rng_state().numpy().tobytes(),
+            "random": random.getstate(),
+            "numpy": str(np.random.get_state()),
+        }
+
+    before = states()
+    yield
+    moved = [name for name, state in states().items() if state != before[name]]
+    if not moved:
+        return
+    states_moved = f"the random state of {', '.join(moved)}"
+    if threading.active_count() > 1:  # then it need not have been the forward
+        tracer.remarks.append(f"{states_moved} was used, by the forward or by another thread")
+        return
+    raise CaptureError(
+        f"the forward draws from {states_moved} where a graph can't record it, so its numbers "
+        f"would become constants: draw with torch.rand, torch.randn or a method of a tensor"
+    )
+
+
+@contextlib.contextmanager
 def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
 
     def record(factory: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if tracer.evaluating or not tracer.can_record((args, kwargs)):
+        if tracer.evaluating or tracer.elsewhere or not tracer.can_record((args, kwargs)):
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
@@ -129,18 +211,22 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
     changed: dict[tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]] = {}
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
+        path = tracer.path_of(module)
+        if tracer.elsewhere or path is None:
+            original(module, name, value)
+            return
         homes = (module._parameters, module._buffers, module._modules, module.__dict__)
         home = next((home for home in homes if name in home), None)
         is_proxy = type(value) is ValueProxy
-        if is_proxy and home in homes[:3] and tracer.holds_data(value, of=(module, name)):
-            raise CaptureError(
-                f"{tracer.path_of(module) or 'the model'}.{name} is replaced inside forward(), by "
-                f"something that depends on the input or on what it was. A graph can't rebind a "
-                f"registered buffer or parameter: write `self.{name}.copy_(...)` instead, which "
-                f"can be captured."
-            )
+        if is_proxy and home in homes[:3]:
+            if tracer.is_in_place(value, of=(module, name)):
+                return  # `self.steps += 1`: the buffer itself has been changed
+            if tracer.holds_data(value, of=(module, name)):
+                raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
         old = _MISSING if home is None else home[name]
         changed.setdefault((id(module), name), (module, name, home, old))
+        if name != "training" and not tracer.evaluating:
+            tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:
             module.__dict__[name] = value
         else:
@@ -158,3 +244,39 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
                     other.pop(name, None)
             if home is not None:
                 home[name] = old
+
+
+def _rebound(name: str) -> str:
+    return (
+        f"{name} is replaced inside forward(), by something that depends on the input or on what "
+        f"it was. A graph can't rebind a registered buffer or parameter: write "
+        f"`self.{name.rpartition('.')[2]}.copy_(...)` instead, which can be captured."
+    )
+
+
+@contextlib.contextmanager
+def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
+    """Lists, dicts and sets that modules hold, with what a forward put into them taken out."""
+    kept = [
+        (path, name, value, copy.copy(value))
+        for path, module in tracer.model.named_modules()
+        for name, value in vars(module).items()
+        if not name.startswith("_") and isinstance(value, list | dict | set)
+    ]
+    try:
+        yield
+    finally:
+        for path, name, value, before in kept:
+            if _same_items(value, before):
+                continue
+            tracer.changed.add(f"{path}.{name}".removeprefix("."))
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+def _same_items(value: Any, before: Any) -> bool:
+    if isinstance(value, dict):
+        items, others = [*value, *value.values()], [*before, *before.values()]
+    else:
+        items, others = list(value), list(before)
+    return len(items) == len(others) and all(map(operator.is_, items, others))

@@ -54,19 +54,19 @@ class ValueProxy(fx.Proxy):
         return self.tracer.attribute(self, name)
 
     def __bool__(self) -> bool:
-        return self.tracer.answer(self, bool)
+        return self.tracer.answer(self, "bool")
 
     def __int__(self) -> int:
-        return self.tracer.answer(self, int)
+        return self.tracer.answer(self, "int")
 
     def __index__(self) -> int:
-        return self.tracer.answer(self, operator.index)
+        return self.tracer.answer(self, "index")
 
     def __float__(self) -> float:
-        return self.tracer.answer(self, float)
+        return self.tracer.answer(self, "float")
 
     def __len__(self) -> int:
-        return self.tracer.answer(self, len)
+        return self.tracer.answer(self, "len")
 
     def __contains__(self, item: object) -> bool:
         if isinstance(self.aim_value, torch.Tensor):
@@ -86,10 +86,17 @@ class ValueProxy(fx.Proxy):
     def __hash__(self) -> int:
         if isinstance(self.aim_value, torch.Tensor):
             return id(self)
-        return hash(self.tracer.answer(self, _identity))
+        return hash(self.tracer.answer(self, "value"))
 
     def __format__(self, spec: str) -> str:
-        return format(self.aim_value if spec else str(self.aim_value), spec)
+        if isinstance(self.aim_value, torch.Tensor):
+            return repr(self)
+        return format(self.tracer.answer(self, "value"), spec)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("aim_value", "node", "tracer"):
+            raise self.tracer.stay_python(f"assigns {self.node.name}.{name}")
+        object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -109,7 +116,7 @@ class ValueProxy(fx.Proxy):
 
     def keys(self) -> Any:
         """The keys of a mapping, as Python needs them: known, and noted as an assumption."""
-        return list(self.tracer.answer(self, _keys))
+        return self.tracer.answer(self, "keys")
 
 
 class ValueMethod:
@@ -122,14 +129,6 @@ class ValueMethod:
         """Record the call."""
         owner = self._owner
         return owner.tracer.create_proxy("call_method", self._name, (owner, *args), kwargs)
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _keys(value: Mapping[Any, Any]) -> tuple[Any, ...]:
-    return tuple(value.keys())
 
 
 def _get(proxy: ValueProxy, key: Any, default: Any = None) -> Any:

@@ -12,37 +12,29 @@ modes (`mode_dependent`).
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import functools
 import operator
-from collections.abc import Callable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
-from torch.fx._symbolic_trace import _orig_module_call
 from torch.fx.immutable_collections import immutable_dict
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from aim_surgery.capture.assumptions import Assumption, describe
+from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, describe
+from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.inputs import Argument
+from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
-from aim_surgery.capture.values import FakeValues, node_value
+from aim_surgery.capture.values import FakeValues
 from aim_surgery.errors import CaptureError
 
-_DATA_DEPENDENT = (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    UnsupportedOperatorException,
-)
+_IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
+_AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
 _RECORDABLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
 
 
@@ -68,24 +60,43 @@ class _Entry(nn.Module):
 class ValueTracer(fx.Tracer):
     """Traces one model in one mode (training or evaluation)."""
 
-    def __init__(self, model: nn.Module, *, training: bool, values: FakeValues) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        training: bool,
+        values: FakeValues,
+        constants: dict[str, torch.Tensor],
+    ) -> None:
         super().__init__(autowrap_functions=tuple(FACTORIES))
         self.model = model
         self.mode = training
-        self.evaluating = False
         self.mode_dependent = False
-        self.assumptions: dict[tuple[fx.Node, Callable[..., Any]], Assumption] = {}
+        self.assumptions: dict[tuple[fx.Node, Question], Assumption] = {}
         self.opaque: list[OpaqueCall] = []
-        self.constants: dict[str, torch.Tensor] = {}
-        self._values = values
-        self._modules = dict(model.named_modules())
-        self._paths = {module: path for path, module in self._modules.items()}
-        self._names = _tensor_names(model)
+        self.changed: set[str] = set()  # attributes that the forward set
+        self.remarks: list[str] = []
+        self.constants = constants
+        modules = dict(model.named_modules())
+        self._evaluator = Evaluator(values, modules)
+        self._paths = {module: path for path, module in modules.items()}
+        self._names = tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
         self._stack: list[nn.Module] = []
         self._grad_mode: fx.Node | None = None
         self._grad_enabled = True
+        self._thread = threading.get_ident()
+
+    @property
+    def evaluating(self) -> bool:
+        """Whether a node's value is being computed: nothing is recorded then."""
+        return self._evaluator.busy
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether another thread is running, which knows nothing of this trace."""
+        return threading.get_ident() != self._thread
 
     def trace_model(self, arguments: tuple[Argument, ...]) -> fx.Graph:
         """Trace the model called with these arguments.
@@ -114,27 +125,37 @@ class ValueTracer(fx.Tracer):
                     args.append(value)
                 elif argument.given:
                     kwargs[argument.keyword] = value
-            return self.model(*args, **kwargs)
+            result = self.model(*args, **kwargs)
+            self._record_grad_mode()  # a `no_grad` that ended with the forward ends in the graph
+            return result
 
         return enter, []
 
     # What Python forces ---------------------------------------------------------------------
 
-    def answer(self, proxy: ValueProxy, how: Callable[[Any], Any]) -> Any:
+    def answer(self, proxy: ValueProxy, question: Question) -> Any:
         """Answer what Python must know of a proxy, and note that it was asked."""
-        if isinstance(proxy.aim_value, torch.Tensor) and how is not len:
-            raise self._stay_python(f"{how.__name__}({describe(proxy.node)}) asks for tensor data")
-        value = how(proxy.aim_value)
-        if proxy.node in self._flags:
-            if not _holds_weights(self._stack[-1]):
-                raise _StayPython("branches on its training flag")
+        node = proxy.node
+        if isinstance(proxy.aim_value, torch.Tensor) and question != "len":
+            raise self.stay_python(f"{question}({describe(node)}) asks for tensor data")
+        if node.target is getattr and node.args[1] in _AUTOGRAD_STATE:
+            raise self.stay_python(f"branches on {describe(node)}")
+        answer = ANSWERS[question](proxy.aim_value)
+        if node in self._flags:
+            if not holds_weights(self._stack[-1]):
+                raise self.stay_python("branches on its training flag")
             self.mode_dependent = True
-        if (proxy.node, how) not in self.assumptions:
-            path = self.path_of(self._stack[-1]) if self._stack else ""
-            self.assumptions[proxy.node, how] = Assumption(proxy.node, how, value, path or "")
-        return value
+        self.assume(node, question, answer)
+        return answer
 
-    def _stay_python(self, reason: str) -> _StayPython:
+    def assume(self, node: fx.Node, question: Question, answer: Any) -> None:
+        """Note an answer; the graph will check it."""
+        if (node, question) not in self.assumptions:
+            path = (self.path_of(self._stack[-1]) if self._stack else None) or ""
+            self.assumptions[node, question] = Assumption(node, question, answer, path)
+
+    def stay_python(self, reason: str) -> Exception:
+        """What to raise where a graph can't hold what the innermost module does."""
         return _StayPython(reason)
 
     # Nodes and their values -----------------------------------------------------------------
@@ -157,84 +178,40 @@ class ValueTracer(fx.Tracer):
             kind, target, self.create_arg(args), self.create_arg(kwargs), name
         )
         try:
-            value = self._evaluate(node)
-        except _DATA_DEPENDENT as err:
+            value = self._evaluator.evaluate(node)
+        except DATA_DEPENDENT as err:
             raise _StayPython(f"{describe(node)} depends on tensor data ({err})") from err
         node.meta["val"] = value
         return self._proxy(node, value)
 
     def _proxy(self, node: fx.Node, value: Any) -> Any:
-        if value is None and node.op != "call_module":
-            if node.target in (operator.getitem, getattr):
-                self.assumptions[node, _itself] = Assumption(node, _itself, None, "")
+        if value is None:
+            if node.op == "call_module" or node.target in (operator.getitem, getattr):
+                self.assume(node, "value", None)
             return None
         if isinstance(value, str):
-            self.assumptions[node, _itself] = Assumption(node, _itself, value, "")
+            self.assume(node, "value", value)
             return value
+        if node.target is operator.getitem and isinstance(value, torch.Tensor):
+            container = node.args[0]
+            if isinstance(container, fx.Node) and container.op == "placeholder":
+                self.assume(node, "given", True)
         if self._flags and not isinstance(value, torch.Tensor):
             inputs = node.all_input_nodes
             if inputs and all(source in self._flags for source in inputs):
                 self._flags.add(node)
         return ValueProxy(node, self, value)
 
-    def _evaluate(self, node: fx.Node) -> Any:
-        if node.op == "placeholder":
-            return node.meta["val"]
-        args, kwargs = node_value(node.args), node_value(node.kwargs)
-        with self._evaluation():
-            if node.op == "call_function":
-                return self._values.call(node.target, args, kwargs)  # type: ignore[arg-type]
-            if node.op == "call_method":
-                method = getattr(args[0], str(node.target))
-                return self._values.call(method, args[1:], kwargs)
-            return self._evaluate_module(self._modules[str(node.target)], args, kwargs)
-
-    @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
-        """Inside, modules and factories run as usual and nothing is recorded."""
-        before, self.evaluating = self.evaluating, True
-        try:
-            yield
-        finally:
-            self.evaluating = before
-
-    def _fake(self, value: Any) -> Any:
-        with self._evaluation():
-            return self._values.of_all(value)
-
-    def _evaluate_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return _call_untraced(module, *args, **kwargs)
-
-        if is_stock(module):
-            return self._values.call_layer(module, forward, args, kwargs)
-        try:
-            return self._values.call(forward, args, kwargs)
-        except _DATA_DEPENDENT:
-            return self._run_for_real(module, args, kwargs)
-
-    def _run_for_real(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """The output of a module whose shape depends on data, from a copy fed with noise."""
-        args, kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            output = _call_untraced(copy.deepcopy(module), *args, **kwargs)
-        return self._values.of_all(output)
-
     def value_placeholder(self, name: str, default: Any, value: Any) -> Any:
         """A placeholder with a value and a default (`Argument.NO_DEFAULT`: none)."""
         args = () if default is Argument.NO_DEFAULT else (default,)
         node = self.create_node("placeholder", name, args, {})
-        node.meta["val"] = self._fake(value)
+        node.meta["val"] = self._evaluator.fake(value)
         return ValueProxy(node, self, node.meta["val"])
-
-    def assume_literal(self, proxy: ValueProxy) -> None:
-        """Hold an argument that is no tensor to the value it had on the example input."""
-        value = proxy.aim_value
-        self.assumptions[proxy.node, _itself] = Assumption(proxy.node, _itself, value, "")
 
     def look(self, proxy: ValueProxy, name: str) -> Any:
         """An attribute of a carried value, without recording anything."""
-        with self._evaluation():  # `x.data` computes
+        with self._evaluator.running():  # `x.data` computes
             return getattr(proxy.aim_value, name)
 
     def attribute(self, proxy: ValueProxy, name: str) -> Any:
@@ -275,11 +252,22 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
         if isinstance(a, dict) and kind is not immutable_dict:
-            items = {str(key): self.create_arg(value) for key, value in a.items()}
-            if is_dataclass(a):
-                return self.create_node("call_function", type(a), (), items)
-            return self.create_node("call_function", type(a), (items,), {})
+            return self._mapping_node(a)
         return super().create_arg(a)
+
+    def _mapping_node(self, mapping: dict[Any, Any]) -> fx.Node:
+        """A node that makes a dict of the model's own kind (OrderedDict, ModelOutput)."""
+        kind = type(mapping)
+        if is_dataclass(mapping):
+            items = {str(key): self.create_arg(value) for key, value in mapping.items()}
+            return self.create_node("call_function", kind, (), items)
+        if kind is not OrderedDict:
+            raise CaptureError(
+                f"a graph can't make a {kind.__name__}: return a dict, or move that into a "
+                f"submodule of its own"
+            )
+        pairs = [(key, self.create_arg(value)) for key, value in mapping.items()]
+        return self.create_node("call_function", kind, (pairs,), {})
 
     def can_record(self, values: Any) -> bool:
         """Whether a nested argument consists of proxies and literals only."""
@@ -290,16 +278,20 @@ class ValueTracer(fx.Tracer):
         """What `module.attr` gives: parameters and buffers as proxies (fakes while evaluating)."""
         if not isinstance(attr_val, torch.Tensor):
             return attr_val
+        if self._evaluator.for_real or self.elsewhere:
+            return attr_val
         if self.evaluating:
-            return self._values.of(attr_val)
+            return self._evaluator.values.of(attr_val)
         name = self._names.get(id(attr_val))
-        return attr_val if name is None else self._named_proxy(name, self._fake(attr_val))
+        return attr_val if name is None else self._named_proxy(name, self._evaluator.fake(attr_val))
 
     def training_flag(self, module: nn.Module) -> Any:
         """What `module.training` gives: a flag in the graph, read anew at each call."""
-        value = self.mode_of(module)
         path = self._paths.get(module)
-        if self.evaluating or path is None or not self._stack:
+        if self.elsewhere or path is None:
+            return module.__dict__["training"]
+        value = self.mode_of(module)
+        if self.evaluating or not self._stack:
             return value
         proxy = self._named_proxy(f"{path}.training" if path else "training", value)
         self._flags.add(proxy.node)
@@ -320,10 +312,15 @@ class ValueTracer(fx.Tracer):
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         name = self._names.get(id(tensor))
         if name is None:
+            known = (name for name, constant in self.constants.items() if constant is tensor)
+            name = next(known, None)
+        if name is None:
             name = f"_tensor_constant{len(self.constants)}"
+            while hasattr(self.model, name):
+                name += "_"
             self.constants[name] = tensor
-            self._names[id(tensor)] = name
-        return self._named_proxy(name, self._fake(tensor)).node
+        self._names[id(tensor)] = name
+        return self._named_proxy(name, self._evaluator.fake(tensor)).node
 
     # Modules --------------------------------------------------------------------------------
 
@@ -335,10 +332,21 @@ class ValueTracer(fx.Tracer):
         """The qualified name that fx writes into nodes."""
         return self._paths.get(mod, type(mod).__name__)
 
+    def is_in_place(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
+        """Whether a value is what an in-place operator made of that very attribute."""
+        node, (module, name) = proxy.node, of
+        source = node.args[0] if node.args else None
+        in_place = getattr(node.target, "__name__", "") in _IN_PLACE
+        return in_place and source is getattr(
+            self._proxies.get(self._qualname(module, name)), "node", 0
+        )
+
+    def _qualname(self, module: nn.Module, name: str) -> str:
+        return f"{self._paths.get(module)}.{name}".removeprefix(".")
+
     def holds_data(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
         """Whether a value depends on input data or on an attribute (on sizes, it may)."""
-        module, name = of
-        qualname = f"{self._paths.get(module)}.{name}".removeprefix(".")
+        qualname = self._qualname(*of)
         pending, seen = [proxy.node], set()
         while pending:
             node = pending.pop()
@@ -356,9 +364,10 @@ class ValueTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a leaf, or trace through; a module that no graph can hold stays a call."""
-        if self.evaluating:
+        if self.evaluating or self.elsewhere:
             return forward(*args, **kwargs)
         last = next(iter(reversed(self.graph.nodes)), None)
+        grad_state = self._grad_mode, self._grad_enabled
         self._stack.append(m)
         try:
             if self.is_leaf_module(m, ""):
@@ -372,6 +381,7 @@ class ValueTracer(fx.Tracer):
                     f"submodule of its own, which then stays one Python call."
                 ) from stop
             self._roll_back(last)
+            self._grad_mode, self._grad_enabled = grad_state
             return self._call_opaque(m, args, kwargs, str(stop))
         except CaptureError:
             raise
@@ -399,53 +409,3 @@ class ValueTracer(fx.Tracer):
         self._proxies = {k: v for k, v in self._proxies.items() if v.node not in erased}
         self.assumptions = {k: v for k, v in self.assumptions.items() if k[0] not in erased}
         self._flags -= erased
-
-
-def is_stock(module: nn.Module) -> bool:
-    """Whether calling the module runs PyTorch's own code and nothing else.
-
-    True for `nn.Conv2d` and for a subclass that keeps its forward; false for containers, for a
-    subclass with its own forward or `_conv_forward`, and for an instance with a patched forward.
-    """
-    return "forward" not in vars(module) and _is_stock_class(type(module))
-
-
-@functools.cache
-def _is_stock_class(kind: type[nn.Module]) -> bool:
-    functions = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
-    homes = [getattr(function, "__module__", "") or "" for function in functions if function]
-    traced = ("torch.nn.modules.container", "torch.nn.modules.transformer")
-    return all(
-        home.startswith(("torch.nn.modules.", "torch.ao.nn.")) and home not in traced
-        for home in homes
-    )
-
-
-def _call_untraced(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return _orig_module_call(module, *args, **kwargs)
-
-
-def _holds_weights(module: nn.Module) -> bool:
-    return any(parameter.ndim >= 2 for parameter in module.parameters())
-
-
-def _tensor_names(model: nn.Module) -> dict[int, str]:
-    """Qualified names of all parameters, buffers and plain tensor attributes, by identity."""
-    names: dict[int, str] = {}
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        for home in (module._parameters, module._buffers, vars(module)):
-            for name, value in home.items():
-                if isinstance(value, torch.Tensor):
-                    names.setdefault(id(value), prefix + name)
-    return names
-
-
-def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_floating_point:
-        return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
-def _itself(value: Any) -> Any:
-    return value

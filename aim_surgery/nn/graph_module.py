@@ -10,9 +10,13 @@ changes over in `train()`.
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import fx, nn
+from torch.fx.graph import PythonCode
 
 from aim_surgery.nn.graph_state import graph_from_state, graph_state
 
@@ -22,9 +26,12 @@ class AimGraphModule(fx.GraphModule):
 
     Attributes:
         plan: The plan that it was operated by.
+        contrary: Submodules that the original's own `train(mode)` puts in the other mode (frozen
+            batch norm), for each mode.
     """
 
     plan: Any
+    contrary: dict[bool, tuple[str, ...]]
     _graphs: dict[bool, fx.Graph]
 
     def __init__(
@@ -41,6 +48,7 @@ class AimGraphModule(fx.GraphModule):
         super().__init__(nn.Module(), fx.Graph(), class_name)
         self.training = training
         self.plan = plan
+        self.contrary = {True: (), False: ()}
         only = next(iter(graphs.values()))
         self._install({mode: graphs.get(mode, only) for mode in (True, False)})
 
@@ -59,11 +67,20 @@ class AimGraphModule(fx.GraphModule):
         self.graph = graphs[self.training]
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, and change graphs where the two modes have one each."""
+        """Set the mode, as the original's `train` would, and change graphs where there are two."""
         super().train(mode)
+        for path in self.contrary[mode]:
+            self.get_submodule(path).train(not mode)
         if self._graphs[mode] is not self._graph:
             self.graph = self._graphs[mode]
         return self
+
+    def recompile(self) -> PythonCode:
+        """Compile the graph; one that changes the grad mode puts it back whatever happens."""
+        code = super().recompile()
+        if any(node.target is torch._C._set_grad_enabled for node in self.graph.nodes):
+            type(self).forward = _restoring_grad_mode(type(self).forward)
+        return code
 
     def _state(self) -> dict[str, Any]:
         dropped = ("_graph", "_graphs", "_code", "_lineno_map", "_prologue_start")
@@ -89,6 +106,15 @@ class AimGraphModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._state(), [graph_state(g) for g in self._distinct_graphs()])
+
+
+def _restoring_grad_mode(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(forward)
+    def restoring(self: AimGraphModule, *args: Any, **kwargs: Any) -> Any:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            return forward(self, *args, **kwargs)
+
+    return restoring
 
 
 def _bare() -> AimGraphModule:

@@ -1,7 +1,7 @@
 """Planning: a captured model and a config go in, a frozen `Plan` comes out."""
 
 from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read, Skip
-from aim_surgery.planning.reads import example_inputs, input_spec, plan_reads
+from aim_surgery.planning.reads import input_spec, inputs_of_plan, plan_reads
 
 __all__ = [
     "InputSpec",
@@ -9,7 +9,7 @@ __all__ = [
     "Plan",
     "Read",
     "Skip",
-    "example_inputs",
     "input_spec",
+    "inputs_of_plan",
     "plan_reads",
 ]

@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from aim_surgery.config import ARTICLE_FLOATS, DEFAULT_BUDGET, AimConfig
+from aim_surgery.config import ARTICLE_FLOATS, DEFAULT_BUDGET, MOST_FLOATS, AimConfig
 from aim_surgery.errors import PlanError
 from aim_surgery.sites import Site
 
@@ -42,7 +42,8 @@ def choose_sizes(config: AimConfig, sites: Sequence[Site], parameters: int) -> S
         The sizes.
 
     Raises:
-        PlanError: Not even one plane a site fits; the message names the budget that would do.
+        PlanError: Not even one plane a site fits (the message names the budget that would do), or
+            the budget would buy a memory that no machine holds.
     """
     if config.budget is None:
         floats = config.memory or ARTICLE_FLOATS
@@ -66,6 +67,11 @@ def choose_sizes(config: AimConfig, sites: Sequence[Site], parameters: int) -> S
         )
     allowed = int(budget * parameters)
     floats = config.memory or _memory_floats(budget, parameters, home)
+    if floats > MOST_FLOATS:
+        raise PlanError(
+            f"budget {budget:g} would buy a memory of {floats:,} floats, more than the "
+            f"{MOST_FLOATS:,} there may be: choose a smaller budget, or the size with memory="
+        )
     available = available_by_layer(sites, floats)
     cap = _largest_cap(allowed - 2 * floats, costs, available)
     return Sizes(floats, {layer: min(k, cap) for layer, k in available.items()}, notes)

@@ -14,7 +14,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from aim_surgery.config import Init, check_memory
 from aim_surgery.errors import PlanError
+from aim_surgery.planning.budget import available_by_layer, available_planes
 from aim_surgery.sites import Site
 
 FORMAT_VERSION = 1
@@ -28,11 +30,19 @@ class Memory:
 
     Attributes:
         floats: M, its size.
-        layout: Home layout (channels, *spatial), or (M,) where no convolution gives a size.
+        layout: Home layout (channels, *spatial), or (M,) where no convolution gives a size. It is
+            where writes will keep the memory; reads don't depend on it.
     """
 
     floats: int
     layout: tuple[int, ...]
+
+    @classmethod
+    def of(cls, floats: int, home: tuple[int, ...]) -> Memory:
+        """A memory of M floats in whole planes of a spatial size; () where there is none."""
+        if not home:
+            return cls(floats, (floats,))
+        return cls(floats, (-(-floats // math.prod(home)), *home))
 
     @property
     def parameters(self) -> int:
@@ -55,6 +65,14 @@ class Read:
     available: int
     planes: int
     how: How
+
+    @classmethod
+    def of(cls, site: Site, floats: int, planes: int) -> Read:
+        """The read of k planes by a site from a memory of M floats."""
+        if site.kind == "linear":
+            return cls(site, floats, planes, "features")
+        how = "reshape" if floats % math.prod(site.spatial) == 0 else "pad"
+        return cls(site, available_planes(site, floats), planes, how)
 
     @property
     def averaged(self) -> bool:
@@ -126,7 +144,7 @@ class Plan:
     memory: Memory
     reads: tuple[Read, ...]
     skips: tuple[Skip, ...]
-    init: Literal["preserve", "fresh"]
+    init: Init
     inputs: InputSpec
     notes: tuple[str, ...] = ()
 
@@ -162,6 +180,8 @@ class Plan:
         Raises:
             PlanError: A glob matches no read, or a number is not between 1 and what there is.
         """
+        if not isinstance(planes, Mapping):
+            raise PlanError(f"with_planes takes a dict such as {{'head': 3}}, got {planes!r}")
         reads = list(self.reads)
         for pattern, count in planes.items():
             chosen = [i for i, read in enumerate(reads) if _chosen(read, pattern)]
@@ -173,6 +193,27 @@ class Plan:
                     reads[i] = dataclasses.replace(read, planes=count)
         return dataclasses.replace(self, reads=tuple(reads)).checked()
 
+    def with_memory(self, floats: int) -> Plan:
+        """A copy with a memory of another size.
+
+        Args:
+            floats: M. Sites read as many planes as before, or all where there are fewer now.
+
+        Returns:
+            The edited plan; this one is left unchanged.
+
+        Raises:
+            PlanError: It is no size of a memory.
+        """
+        check_memory(floats)
+        available = available_by_layer([read.site for read in self.reads], floats)
+        reads = tuple(
+            Read.of(read.site, floats, min(read.planes, available[read.site.layer]))
+            for read in self.reads
+        )
+        memory = Memory.of(floats, self.memory.layout[1:])
+        return dataclasses.replace(self, memory=memory, reads=reads).checked()
+
     def without(self, *patterns: str) -> Plan:
         """A copy in which some sites don't read.
 
@@ -183,7 +224,7 @@ class Plan:
             The edited plan; this one is left unchanged.
 
         Raises:
-            PlanError: A glob matches no read.
+            PlanError: A glob matches no read, or nothing is left that reads.
         """
         skips, layers = list(self.skips), set()
         for pattern in patterns:
@@ -201,20 +242,12 @@ class Plan:
         """This plan, if it can be carried out.
 
         Raises:
-            PlanError: A read outside 1 … K, or two widths for one layer.
+            PlanError: A field of the wrong type, a read outside 1 … K, two widths for one layer,
+                or numbers that contradict each other; the message names the field or site.
         """
-        widths: dict[str, int] = {}
-        if self.memory.floats < 1:
-            raise PlanError(f"a memory of {self.memory.floats} floats can't be read")
-        for read in self.reads:
-            name, planes = read.site.name, read.planes
-            if not isinstance(planes, int) or not 1 <= planes <= read.available:
-                raise PlanError(f"{name}: planes must be 1 … {read.available}, got {planes!r}")
-            if widths.setdefault(read.site.layer, planes) != planes:
-                raise PlanError(
-                    f"{name}: layer {read.site.layer} is widened once, so all its sites read the "
-                    f"same number of planes; got {widths[read.site.layer]} and {planes}"
-                )
+        from aim_surgery.planning.check import check_plan
+
+        check_plan(self)
         return self
 
     def to_json(self, indent: int | None = None) -> str:
@@ -226,22 +259,26 @@ class Plan:
         """A plan from its JSON text.
 
         Raises:
-            PlanError: The text is no plan, or one of another format version.
+            PlanError: The text is no plan, one of another format version, or one that can't be
+                carried out (see `checked`).
         """
         try:
             data = json.loads(text)
             version = data.pop("format")
-        except (ValueError, KeyError, AttributeError, TypeError) as err:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
             raise PlanError(f"this text is not a plan in JSON: {err!r}") from err
         if version != FORMAT_VERSION:
             raise PlanError(f"plan format {version!r}, this version reads {FORMAT_VERSION}")
         try:
-            reads = tuple(Read(Site(**_tuples(r.pop("site"))), **r) for r in data.pop("reads"))
+            reads = tuple(
+                Read(Site(**_tuples(read.pop("site"))), **read) for read in data.pop("reads")
+            )
             memory = Memory(**_tuples(data.pop("memory")))
             skips = tuple(Skip(**_tuples(skip)) for skip in data.pop("skips"))
             inputs = InputSpec(**_tuples(data.pop("inputs")))
-            return cls(memory=memory, reads=reads, skips=skips, inputs=inputs, **_tuples(data))
-        except (TypeError, KeyError, AttributeError) as err:
+            plan = cls(memory=memory, reads=reads, skips=skips, inputs=inputs, **_tuples(data))
+            return plan.checked()
+        except (TypeError, KeyError, AttributeError, RecursionError) as err:
             raise PlanError(f"this JSON is not a plan: {err}") from err
 
     def __str__(self) -> str:
@@ -251,6 +288,8 @@ class Plan:
 
 
 def _chosen(read: Read, pattern: str) -> bool:
+    if not isinstance(pattern, str):
+        raise PlanError(f"expected a glob on site or layer names, got {pattern!r}")
     names = (read.site.name, read.site.layer)
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 

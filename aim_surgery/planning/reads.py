@@ -9,7 +9,6 @@ sees k features, averaged from M likewise.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import nn
 from aim_surgery.capture import Capture, ExampleInputs
 from aim_surgery.config import AimConfig, Filter, matches
 from aim_surgery.errors import PlanError
-from aim_surgery.planning.budget import available_planes, choose_sizes, home_positions
+from aim_surgery.planning.budget import choose_sizes, home_positions
 from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read, Skip
 from aim_surgery.sites import Site, Unread, find_sites
 
@@ -46,31 +45,18 @@ def plan_reads(capture: Capture, config: AimConfig) -> Plan:
     chosen, skips = _choose(sites, config)
     parameters = sum(parameter.numel() for parameter in capture.model.parameters())
     sizes = choose_sizes(config, chosen, parameters)
-    reads = tuple(_read(site, sizes.floats, sizes.planes[site.layer]) for site in chosen)
+    reads = tuple(Read.of(site, sizes.floats, sizes.planes[site.layer]) for site in chosen)
     skips += tuple(Skip(item.name, item.weights, item.reason) for item in unread)
     return Plan(
         model=type(capture.model).__name__,
         base_parameters=parameters,
-        memory=_memory(sizes.floats, home_positions(chosen)),
+        memory=Memory.of(sizes.floats, home_positions(chosen)),
         reads=reads,
         skips=skips,
         init=config.init,
         inputs=input_spec(capture.inputs),
         notes=(*sizes.notes, *capture.notes),
     ).checked()
-
-
-def _read(site: Site, floats: int, planes: int) -> Read:
-    if site.kind == "linear":
-        return Read(site, floats, planes, "features")
-    how = "reshape" if floats % math.prod(site.spatial) == 0 else "pad"
-    return Read(site, available_planes(site, floats), planes, how)
-
-
-def _memory(floats: int, home: tuple[int, ...]) -> Memory:
-    if not home:
-        return Memory(floats, (floats,))
-    return Memory(floats, (-(-floats // math.prod(home)), *home))
 
 
 def _choose(
@@ -159,7 +145,7 @@ def _spec(value: Any) -> Any:
     raise TypeError(type(value).__name__)
 
 
-def example_inputs(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
+def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
     """The inverse of `input_spec`: tensors without data, on the model's device.
 
     Args:
@@ -168,12 +154,21 @@ def example_inputs(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
 
     Returns:
         The inputs, or None where the plan could not tell them.
+
+    Raises:
+        PlanError: No tensor has the shapes that the plan tells.
     """
     if spec.args is None:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args = tuple(_example(value, device) for value in spec.args)
-    return ExampleInputs(args, {k: _example(v, device) for k, v in spec.kwargs}, spec.source)
+    try:
+        args = tuple(_example(value, device) for value in spec.args)
+        kwargs = {name: _example(value, device) for name, value in spec.kwargs}
+    except (RuntimeError, TypeError, ValueError, OverflowError) as err:
+        raise PlanError(
+            f"the example inputs of this plan can't be made: {err}. Pass example_inputs"
+        ) from err
+    return ExampleInputs(args, kwargs, spec.source)
 
 
 def _example(spec: Any, device: torch.device) -> Any:

@@ -56,7 +56,7 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     weights = weight_sources(capture, graph)
     looked_at = _weights_looked_at(capture)
     seen: Counter[str] = Counter()
-    shapes: dict[str, tuple[int, int]] = {}
+    geometries: dict[str, list[tuple[Any, ...]]] = {}
     calls = []
     for node in graph.nodes:
         call = _layer_call(capture, looked_at, node)
@@ -64,11 +64,19 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
             call = _function_call(capture, weights, node)
         if call is not None:
             site = call.site
-            features = (site.in_channels, site.out_channels)
-            layer = site.layer
-            if shapes.setdefault(layer, features) != features:
-                # one weight in two shapes (an autoencoder that decodes with W^T): two layers
-                layer = f"{layer}_{site.in_channels}to{site.out_channels}"
+            geometry = (
+                site.kind,
+                site.in_channels,
+                site.out_channels,
+                site.groups,
+                site.kernel_size,
+            )
+            known = geometries.setdefault(site.layer, [])
+            if geometry not in known:
+                known.append(geometry)
+            # one weight in two shapes (an autoencoder that decodes with W^T) is two layers
+            number = known.index(geometry) + 1
+            layer = site.layer if number == 1 else f"{site.layer}_{number}"
             name = f"{layer}@{seen[layer]}" if seen[layer] else layer
             seen[layer] += 1
             calls.append(replace(call, site=replace(site, name=name, layer=layer)))
@@ -85,10 +93,9 @@ def _layer_call(capture: Capture, looked_at: frozenset[str], node: fx.Node) -> C
     source = argument_of(node, 0, "input")
     if not isinstance(layer, LAYER_TYPES) or not is_float(source):
         return None
-    weight = layer.weight
-    if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
-        return None
     names = _weight_names(capture, layer, str(node.target))
+    if not names or not _is_product(layer, source, node):
+        return None
     why = _why_beside(capture, layer)
     if not why and not looked_at.isdisjoint(names):
         why = "its weight has other uses"
@@ -107,10 +114,9 @@ def _why_beside(capture: Capture, layer: nn.Module) -> str:
     weight = layer._parameters.get("weight")
     if weight is None:
         return "its weight is computed"
-    if len(capture.owners[id(weight)]) > 1:
-        return f"its weight is shared by {', '.join(capture.owners[id(weight)])}"
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}"
+    why = _why_not_plain(capture, weight)
+    if why:
+        return why
     if layer._forward_pre_hooks or layer._forward_hooks:
         return "forward hooks see its input and output"
     if layer._backward_hooks or layer._backward_pre_hooks:
@@ -118,10 +124,52 @@ def _why_beside(capture: Capture, layer: nn.Module) -> str:
     return ""
 
 
+def _is_product(layer: nn.Module, source: fx.Node, node: fx.Node) -> bool:
+    """Whether the call gives what the layer alone would: hooks may have changed the shape."""
+    value, output = source.meta["val"], node.meta["val"]
+    if not isinstance(output, torch.Tensor):
+        return False
+    if not (layer._forward_hooks or layer._forward_pre_hooks) or len(node.all_input_nodes) > 1:
+        return True
+    if isinstance(layer, nn.Linear):
+        return output.shape == (*value.shape[:-1], layer.out_features)
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        return False
+    lead, sizes = value.shape[: -len(layer.kernel_size) - 1], value.shape[-len(layer.kernel_size) :]
+    after = tuple(_output_size(layer, axis, int(size)) for axis, size in enumerate(sizes))
+    return output.shape == (*lead, layer.out_channels, *after)
+
+
+def _output_size(layer: nn.modules.conv._ConvNd, axis: int, size: int) -> int:
+    """Positions along one axis after a convolution (see the formulas of `nn.Conv2d`)."""
+    stride, reach = layer.stride[axis], layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+    if isinstance(layer.padding, str):
+        padding = reach / 2 if layer.padding == "same" else 0
+    else:
+        padding = int(layer.padding[axis])
+    if layer.transposed:
+        return int((size - 1) * stride - 2 * padding + reach + layer.output_padding[axis] + 1)
+    return int((size + 2 * padding - reach - 1) // stride + 1)
+
+
+def _why_not_plain(capture: Capture, weight: torch.Tensor) -> str:
+    """Why a parameter can't be replaced by a wider one, "" if it can."""
+    names = capture.owners[id(weight)]
+    if len(names) > 1:
+        return f"its weight is shared by {', '.join(names)}"
+    if type(weight) is not nn.Parameter:
+        return f"its weight is a {type(weight).__name__}"
+    if not weight.requires_grad:
+        return "its weight is frozen"  # so that what is new can learn
+    paths = (call.path for trace in capture.traces for call in trace.opaque)
+    inside = next((path for path in paths if names[0].startswith(f"{path}.")), None)
+    return f"its weight is also used inside {inside}, which stays a Python call" if inside else ""
+
+
 def _weight_names(capture: Capture, layer: nn.Module, path: str) -> tuple[str, ...]:
     weight = layer._parameters.get("weight")
     if weight is not None:
-        return tuple(capture.owners[id(weight)])
+        return tuple(capture.owners[id(weight)]) if weight.is_floating_point() else ()
     return tuple(
         f"{path}.{name}"
         for name, parameter in layer.named_parameters()
@@ -196,11 +244,9 @@ def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx
         return "its weight is computed"
     if kind == "linear" and node.target is not F.linear:
         return "it is a matrix product"
-    parameter = attribute(capture, str(weight.target))
-    if type(parameter) is not nn.Parameter:
-        return f"its weight is a {type(parameter).__name__}"
-    if len(capture.owners[id(parameter)]) > 1:
-        return f"its weight is shared by {', '.join(capture.owners[id(parameter)])}"
+    why = _why_not_plain(capture, attribute(capture, str(weight.target)))
+    if why:
+        return why
     path = str(weight.target).rpartition(".")[0]
     calls = (n for n in node.graph.nodes if n.op == "call_module" and n.target == path)
     if len(weight.users) > 1 or next(calls, None) is not None:

@@ -21,7 +21,7 @@ def weight_sources(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str
     Returns:
         Qualified names of parameters by node; () for what is made of buffers and constants alone.
     """
-    parameters = {name for names in capture.owners.values() for name in names}
+    parameters = capture.floating_parameters
     sources: dict[fx.Node, tuple[str, ...]] = {}
     for node in graph.nodes:
         if node.op == "get_attr":

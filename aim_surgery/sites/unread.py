@@ -30,6 +30,12 @@ _PRODUCTS = (
     torch.einsum,
     torch.tensordot,
     torch.mv,
+    torch.inner,
+    torch.outer,
+    torch.chain_matmul,
+    torch.linalg.matmul,
+    torch.linalg.multi_dot,
+    torch.linalg.vecdot,
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
 _NOT_PRODUCTS = (
@@ -54,8 +60,6 @@ def find_unread(capture: Capture, graph: fx.Graph) -> Iterator[Unread]:
         if node.op == "call_module":
             path = str(node.target)
             layer = capture.modules[path]
-            if isinstance(layer, LAYER_TYPES) and path not in reasons:
-                continue
             names = _matrices(layer, path)
             if names:
                 yield Unread(path, names, reasons.get(path) or _why_packed(layer))
@@ -68,6 +72,8 @@ def find_unread(capture: Capture, graph: fx.Graph) -> Iterator[Unread]:
 
 
 def _why_packed(layer: nn.Module) -> str:
+    if isinstance(layer, LAYER_TYPES):
+        return "its hooks change the shape of its input or output"
     return f"{type(layer).__name__} computes with its weights inside one call"
 
 

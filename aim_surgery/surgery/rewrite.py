@@ -27,7 +27,7 @@ from aim_surgery.nn.memory import memory_layer
 from aim_surgery.planning import Plan, Read
 from aim_surgery.planning.budget import available_planes
 from aim_surgery.sites import Call, find_calls
-from aim_surgery.surgery.tree import build_tree
+from aim_surgery.surgery.tree import build_tree, contrary_modules
 from aim_surgery.surgery.widen import beside_weight, channels_last_format, widen_layer, widen_weight
 
 MEMORY = "aim.memory"
@@ -64,6 +64,7 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
     home = _home_weight(model, plan)
     graphs = {t.training: _rewrite(t, calls[t.training], reads, plan, home) for t in capture.traces}
     gm = AimGraphModule(graphs, plan, training=model.training, class_name=type(model).__name__)
+    gm.contrary = contrary_modules(model)
     gm.adopt(_operated_tree(capture, plan, reads, calls, copy_tensors=copy))
     return gm
 
@@ -71,18 +72,23 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
 def _match(plan: Plan, calls: list[Call]) -> dict[str, Read]:
     """Hold a plan against the sites that are really there."""
     plan.checked()
-    sites = {call.site.name: call.site for call in calls}
+    sites = {call.site.name: call.site for call in reversed(calls)}  # the first, as `find_sites`
     for read in plan.reads:
         site = sites.get(read.site.name)
         if site is None:
             raise PlanError(f"the plan reads at {read.site.name!r}, which this model has not")
-        mine = (site.kind, site.in_channels, site.out_channels, site.groups, site.kernel_size)
         theirs = read.site
-        if mine != (
-            theirs.kind, theirs.in_channels, theirs.out_channels, theirs.groups, theirs.kernel_size
-        ):  # fmt: skip
-            raise PlanError(f"{site.name}: the plan was made for {theirs}, the model has {site}")
-        if site.widens != theirs.widens:
+        mine, planned = vars(site), vars(theirs)
+        differ = {key for key in mine if mine[key] != planned[key]} - {"positions", "why_beside"}
+        if differ and site.widens == theirs.widens:
+            made_for, has = (
+                ", ".join(f"{key}={of[key]!r}" for key in mine if key in differ)
+                for of in (planned, mine)
+            )
+            raise PlanError(
+                f"{site.name}: the plan was made for {made_for}, the model has {has}: plan again"
+            )
+        if differ:
             raise PlanError(
                 f"{site.name}: the plan was made where its layer could"
                 f"{'' if theirs.widens else ' not'} be widened: {site.why_beside or 'now it can'}"
@@ -316,11 +322,25 @@ class _Writer:
             twin.target = path
             twin.meta = {}
             _set_input(twin, call, view)
+            self._without_batch(twin, len(read.site.spatial))
             return twin
         weight = self.graph.get_attr(f"{path}.weight")
         if read.site.kind == "linear":
             return self._call(F.linear, view, weight)
         return _convolve_alone(self.graph, node, copied, view, weight)
+
+    def _without_batch(self, twin: fx.Node, dims: int) -> None:
+        """Cut a transposed convolution's `output_size` down to the spatial sizes."""
+        if len(twin.args) < 2 and "output_size" not in twin.kwargs:
+            return
+        size = twin.args[1] if len(twin.args) > 1 else twin.kwargs["output_size"]
+        if isinstance(size, fx.Node):
+            with self.graph.inserting_before(twin):
+                size = self._call(operator.getitem, size, slice(-dims, None))
+        elif isinstance(size, list | tuple):
+            size = size[-dims:]
+        twin.args = twin.args[:1]
+        twin.kwargs = {**twin.kwargs, "output_size": size}
 
     def _view(self, source: fx.Node, shape: fx.Node, read: Read, value: torch.Tensor) -> fx.Node:
         """The site's planes (k, *spatial) or features (k,), on the input's device and dtype."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.tracer import is_stock
+from aim_surgery.capture.leaves import is_stock
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
 _COLLECTIONS = (dict, OrderedDict, set, list)
@@ -110,7 +110,37 @@ def _add_plain_tensors(
         module = root.get_submodule(path)
         if name in constants:
             # not persistent, so the state dict gets no key that the model did not have
-            module.register_buffer(attribute, constants[name].clone(), persistent=False)
+            module.register_buffer(attribute, constants[name].detach().clone(), persistent=False)
         elif not hasattr(module, attribute):
             tensor = vars(capture.model.get_submodule(path))[attribute]
             vars(module)[attribute] = copy.deepcopy(tensor, memo)
+
+
+def contrary_modules(model: nn.Module) -> dict[bool, tuple[str, ...]]:
+    """Modules that end up in the other mode when the model's own `train(mode)` is called.
+
+    Frozen batch norm is written so: a `train` that calls `self.bn.eval()`. Found by calling it;
+    modes and `requires_grad` are put back.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Qualified names for training (True) and evaluation (False).
+    """
+    found: dict[bool, tuple[str, ...]] = {True: (), False: ()}
+    modules = dict(model.named_modules())
+    if all(type(module).train is nn.Module.train for module in modules.values()):
+        return found
+    modes = {module: module.training for module in modules.values()}
+    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        for mode in (True, False):
+            model.train(mode)
+            found[mode] = tuple(n for n, m in modules.items() if n and m.training is not mode)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, requires_grad in frozen.items():
+            parameter.requires_grad_(requires_grad)
+    return found

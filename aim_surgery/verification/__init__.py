@@ -4,8 +4,9 @@ Three checks, each one file: equivalence (the same function at the start), cover
 reads the memory or is listed), gradients (training reaches all that is new).
 """
 
+from aim_surgery.verification.comparison import Comparison
 from aim_surgery.verification.coverage import Coverage
-from aim_surgery.verification.equivalence import Comparison, Equivalence
+from aim_surgery.verification.equivalence import Equivalence
 from aim_surgery.verification.gradients import Gradients
 from aim_surgery.verification.verify import Verification, verify
 

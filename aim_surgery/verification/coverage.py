@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.rewrite import READS
 from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, random_state_kept, set_mode
 
@@ -106,7 +107,7 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
     Raises:
         AimSurgeryError: The original itself does not run on these inputs.
     """
-    with random_state_kept(model):
+    with random_state_kept():
         used, perhaps, notes = _weights_used(copy_of(model), samples)
     operated = dict(gm.named_parameters(remove_duplicate=False))
     original = dict(model.named_parameters(remove_duplicate=False))
@@ -143,7 +144,7 @@ def _fault(
     """Why a claimed read is none, "" if it is one."""
     site = read.site
     if not site.widens:
-        name = f"aim.reads.{site.layer}.weight"
+        name = f"{READS}.{site.layer}.weight"
         return "" if name in operated else f"has no memory weights: {name} is missing"
     name = site.weights[0]
     if name not in operated or name not in original:

@@ -15,6 +15,7 @@ from torch import nn
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.rewrite import MEMORY, READS
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import call, copy_of, random_state_kept, split_entries
 
@@ -72,13 +73,13 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     """
     refusals = []
     small = samples.take(min(samples.batch, _BATCH))
-    with random_state_kept(gm):
+    with random_state_kept(), torch.enable_grad():
         for dtype in (torch.float64, None):
             twin = copy_of(gm, dtype)
             for training in (True, False):
-                twin.train(training)
                 steps = _Steps(twin, plan)
                 try:
+                    twin.train(training)
                     steps.run(small if dtype is None else small.to(dtype))
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
@@ -134,7 +135,7 @@ class _Steps:
             seen.finite &= bool(gradient.isfinite().all())
             seen.new = max(seen.new, _largest(new))
             seen.old = max(seen.old, _largest(old))
-            if name.startswith("aim.memory."):
+            if name.startswith(f"{MEMORY}."):
                 self._floats |= (gradient != 0).reshape(len(self._floats), -1).any(1).cpu()
             _step(parameter, gradient)
 
@@ -175,7 +176,7 @@ class _Steps:
         """Every new tensor, with the original weight whose layer it serves ("" for the memory)."""
         names = dict(self._twin.named_parameters(remove_duplicate=False))
         beside = {
-            f"aim.reads.{read.site.layer}.weight": read.site.weights[0]
+            f"{READS}.{read.site.layer}.weight": read.site.weights[0]
             for read in self._plan.reads
             if not read.site.widens
         }

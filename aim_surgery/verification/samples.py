@@ -17,8 +17,7 @@ from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.planning import Plan
-from aim_surgery.planning import example_inputs as inputs_of_plan
+from aim_surgery.planning import Plan, inputs_of_plan
 
 _NOISE_SEED = 20210
 _MULTIPLE = 32  # networks halve their input about five times

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,6 +15,7 @@ from aim_surgery.planning import Read
 from aim_surgery.verification.samples import Samples, cast
 
 SEED = 0
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -67,34 +69,68 @@ def set_mode(model: nn.Module, training: bool) -> None:
         module.training = mode
 
 
-def set_modes(model: nn.Module, gm: nn.Module, training: bool) -> None:
-    """Change the mode of a model and of its operated twin, module by module alike."""
-    set_mode(model, training)
-    gm.train(training)
-    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
-    for name, module in gm.named_modules(remove_duplicate=False):
-        if name in modes:
-            module.training = modes[name]
+def modes_of(module: nn.Module) -> dict[str, bool]:
+    """The training flag of every module, by all its names."""
+    return {name: m.training for name, m in module.named_modules(remove_duplicate=False)}
+
+
+def put_modes(module: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Set training flags by hand, name by name; what has no flag in `modes` follows the root."""
+    module.train(modes[""])
+    for name, child in module.named_modules(remove_duplicate=False):
+        child.training = modes.get(name, child.training)
 
 
 def call(module: nn.Module, samples: Samples) -> object:
-    """Call a module from a fixed random state, so that two modules draw the same noise."""
-    torch.manual_seed(SEED)
-    random.seed(SEED)
+    """Call a module from a fixed random state, so that two modules draw the same noise.
+
+    What the module leaves of grad mode and autocast is undone: a second module begins as it did.
+    """
+    _seed()
     own = samples.copy()
-    return module(*own.args, **own.kwargs)
+    with switches_kept():
+        return module(*own.args, **own.kwargs)
+
+
+def _seed() -> None:
+    torch.default_generator.manual_seed(SEED)
+    if torch.cuda.is_initialized():  # `torch.manual_seed` would also seed a device yet to wake up
+        torch.cuda.manual_seed_all(SEED)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(SEED)
+    random.seed(SEED)
+    np.random.seed(SEED)
 
 
 @contextmanager
-def random_state_kept(module: nn.Module) -> Iterator[None]:
-    """Give back the random state that the caller had, on every device of a module."""
-    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
-    state = random.getstate()
+def random_state_kept() -> Iterator[None]:
+    """Give back the random state that the caller had: torch's, Python's and NumPy's."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=sorted(i for i in devices if i is not None)):
+        with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        random.setstate(state)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+@contextmanager
+def switches_kept() -> Iterator[None]:
+    """Give back the grad mode and the autocast state that the caller had."""
+    autocast = [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in _AUTOCAST_DEVICES
+    ]
+    cached = torch.is_autocast_cache_enabled()
+    try:
+        with torch.set_grad_enabled(torch.is_grad_enabled()):
+            yield
+    finally:
+        for device, enabled, dtype in autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+        torch.set_autocast_cache_enabled(cached)
 
 
 def split_entries(weight: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Tensor]:

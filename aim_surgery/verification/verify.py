@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from aim_surgery.capture import Inputs
@@ -14,6 +15,7 @@ from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import Equivalence, check_equivalence
 from aim_surgery.verification.gradients import Gradients, check_gradients
 from aim_surgery.verification.samples import samples_for
+from aim_surgery.verification.twins import switches_kept
 
 _LISTED = 8
 
@@ -69,9 +71,10 @@ class Verification:
 def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None) -> Verification:
     """Check an operated model against the original.
 
-    Runs on copies, in float64 where the model allows it. An operated model that was trained since,
-    or that was made with `init="fresh"`, is another function than the original, and the
-    equivalence check says so.
+    Runs on copies, in float64 where the model allows it, in the modes that `train()` and `eval()`
+    of each give; where submodules of the original were set apart by hand, also as they were set.
+    An operated model that was trained since, or that was made with `init="fresh"`, is another
+    function than the original, and the equivalence check says so.
 
     Args:
         model: The original; left unchanged.
@@ -104,9 +107,10 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
         raise AimSurgeryError(
             "a model on the meta device has no values to verify: load its weights"
         )
-    samples = samples_for(model, gm.plan, example_inputs)
-    return Verification(
-        equivalence=check_equivalence(model, gm, gm.plan, samples),
-        coverage=check_coverage(model, gm, gm.plan, samples),
-        gradients=check_gradients(gm, gm.plan, samples),
-    )
+    with switches_kept(), torch.inference_mode(False):
+        samples = samples_for(model, gm.plan, example_inputs)
+        return Verification(
+            equivalence=check_equivalence(model, gm, gm.plan, samples),
+            coverage=check_coverage(model, gm, gm.plan, samples),
+            gradients=check_gradients(gm, gm.plan, samples),
+        )

@@ -1,0 +1,98 @@
+"""What a traced node's value is: its function run on the fake values of its arguments.
+
+A module whose result depends on data has no fake result; a copy of it is then run for real, on
+noise, to see the shape of what it returns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.fx._symbolic_trace import _orig_module_call
+from torch.utils._pytree import tree_map_only
+
+from aim_surgery.capture.leaves import is_stock
+from aim_surgery.capture.values import FakeValues, node_value
+
+DATA_DEPENDENT = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+
+
+class Evaluator:
+    """Computes node values of one model, and says what runs meanwhile.
+
+    Attributes:
+        busy: Whether a node is being evaluated: nothing that runs now is to be recorded.
+        for_real: Whether a module is being run on real tensors.
+    """
+
+    def __init__(self, values: FakeValues, modules: Mapping[str, nn.Module]) -> None:
+        self.values = values
+        self.busy = False
+        self.for_real = False
+        self._modules = modules
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Inside, modules and factories run as usual and nothing is recorded."""
+        before, self.busy = self.busy, True
+        try:
+            yield
+        finally:
+            self.busy = before
+
+    def fake(self, value: Any) -> Any:
+        """A nested value with its tensors replaced by their fake twins."""
+        with self.running():
+            return self.values.of_all(value)
+
+    def evaluate(self, node: fx.Node) -> Any:
+        """The value of a node whose arguments carry theirs."""
+        args, kwargs = node_value(node.args), node_value(node.kwargs)
+        with self.running():
+            if node.op == "call_function":
+                return self.values.call(node.target, args, kwargs)  # type: ignore[arg-type]
+            if node.op == "call_method":
+                method = getattr(args[0], str(node.target))
+                return self.values.call(method, args[1:], kwargs)
+            return self._call_module(self._modules[str(node.target)], args, kwargs)
+
+    def _call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return _orig_module_call(module, *args, **kwargs)
+
+        if is_stock(module):
+            return self.values.call_layer(module, forward, args, kwargs)
+        try:
+            return self.values.call(forward, args, kwargs)
+        except DATA_DEPENDENT:
+            return self._run_for_real(module, args, kwargs)
+
+    def _run_for_real(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            args, kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
+            self.for_real = True
+            try:
+                output = _orig_module_call(copy.deepcopy(module), *args, **kwargs)
+            finally:
+                self.for_real = False
+        return self.values.of_all(output)
+
+
+def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype.is_floating_point:
+        return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)

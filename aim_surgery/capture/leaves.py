@@ -1,0 +1,45 @@
+"""What of a model stays one call, and by which names its tensors go."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import nn
+
+
+def is_stock(module: nn.Module) -> bool:
+    """Whether calling the module runs PyTorch's own code and nothing else.
+
+    True for `nn.Conv2d` and for a subclass that keeps its forward; false for containers, for a
+    subclass with its own forward or `_conv_forward`, and for an instance with a patched forward.
+    """
+    return "forward" not in vars(module) and _is_stock_class(type(module))
+
+
+@functools.cache
+def _is_stock_class(kind: type[nn.Module]) -> bool:
+    functions = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
+    homes = [getattr(function, "__module__", "") or "" for function in functions if function]
+    traced = ("torch.nn.modules.container", "torch.nn.modules.transformer")
+    return all(
+        home.startswith(("torch.nn.modules.", "torch.ao.nn.")) and home not in traced
+        for home in homes
+    )
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Whether a module, or one in it, has a matrix or kernel that could read the memory."""
+    return any(parameter.ndim >= 2 for parameter in module.parameters())
+
+
+def tensor_names(model: nn.Module) -> dict[int, str]:
+    """Qualified names of all parameters, buffers and plain tensor attributes, by identity."""
+    names: dict[int, str] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for home in (module._parameters, module._buffers, vars(module)):
+            for name, value in home.items():
+                if isinstance(value, torch.Tensor):
+                    names.setdefault(id(value), prefix + name)
+    return names

@@ -1,0 +1,353 @@
+"""One comparison: a pair of models, run on the same inputs and held against each other.
+
+    difference(a, b) = max |a - b| / max |a|
+
+for outputs, for buffers after a run in training, and for the gradients of a random linear form of
+the outputs: of widened weights the original entries. Modes are compared as flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from aim_surgery.planning import Plan, Read
+from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.twins import call, modes_of, put_modes, split_entries
+
+# dtype: (outputs and buffers, gradients); relative to the largest value of the tensor
+TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
+    torch.float64: (1e-12, 1e-10),
+    torch.float32: (1e-5, 1e-3),
+    torch.bfloat16: (3e-2, 3e-1),
+    torch.float16: (1e-2, 1e-1),
+}
+# Gradients and buffers below this share of the largest of all are rounding in places (a bias before
+# a norm, the mean of what has been centred): they are measured against that share.
+_TINY = 1e-3
+_NAMED = 5  # offenders that a comparison names in words
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One quantity of both models, held against each other.
+
+    Attributes:
+        what: "outputs", "gradients", "buffers" or "modes".
+        case: Mode, inputs and dtype, in words.
+        dtype: The dtype that both ran in.
+        difference: The largest, relative to the largest value; infinite where there is no telling.
+        limit: The largest difference that passes.
+        offenders: What differs by more, the worst first, with its difference or the reason.
+    """
+
+    what: str
+    case: str
+    dtype: torch.dtype
+    difference: float
+    limit: float
+    offenders: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing differs by more than the limit."""
+        return self.difference <= self.limit and not self.offenders
+
+    def __str__(self) -> str:
+        text = f"{self.what} differ by {self.difference:.1e} (limit {self.limit:.0e}), {self.case}"
+        if self.what == "modes":
+            text = f"modes {'agree' if self.ok else 'differ'}, {self.case}"
+        named = list(self.offenders[:_NAMED])
+        if len(self.offenders) > _NAMED:
+            named.append(f"and {len(self.offenders) - _NAMED} more")
+        return f"{text}: {'; '.join(named)}" if named else text
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to compare on.
+
+    Attributes:
+        training: The mode to ask both models for; None leaves the original's modules as they came.
+        samples: The inputs.
+        words: The inputs in words.
+        dtype: The dtype of both models and the inputs.
+        gradients: Whether to compare gradients too.
+    """
+
+    training: bool | None
+    samples: Samples
+    words: str
+    dtype: torch.dtype
+    gradients: bool = False
+
+    def __str__(self) -> str:
+        modes = {True: "training", False: "evaluation", None: "modes set by hand"}
+        return f"{modes[self.training]}, {self.words}, {dtype_name(self.dtype)}"
+
+
+@dataclass
+class Pair:
+    """Copies of both models, compared case by case.
+
+    Attributes:
+        base: The original.
+        operated: The operated model.
+        plan: What was done; tells original from new entries.
+        limits: Tolerances of outputs (and buffers), and of gradients.
+    """
+
+    base: nn.Module
+    operated: nn.Module
+    plan: Plan
+    limits: tuple[float, float] = TOLERANCES[torch.float64]
+    _given: dict[str, bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._given = modes_of(self.base)
+
+    def compare_modes(self, training: bool, dtype: torch.dtype) -> Comparison | None:
+        """Compare what `train(training)` makes of every module; None where the original fails."""
+        case = f"after train({training})"
+        limit = self.limits[0]
+        try:
+            self.base.train(training)
+        except Exception:
+            return None
+        try:
+            self.operated.train(training)
+        except Exception as err:
+            reason = f"the operated model fails: {reason_of(err)}"
+            return Comparison("modes", case, dtype, float("inf"), limit, (reason,))
+        expected, mine = modes_of(self.base), modes_of(self.operated)
+        words = {True: "training", False: "evaluation"}
+        offenders = tuple(
+            f"{name or 'the model itself'} is in {words[mine[name]]} mode, not {words[mode]}"
+            for name, mode in expected.items()
+            if name in mine and mine[name] != mode
+        )
+        return Comparison(
+            "modes", case, dtype, float("inf") if offenders else 0.0, limit, offenders
+        )
+
+    @property
+    def set_apart(self) -> bool:
+        """Whether the original came in modes that its own `train()` would not have set."""
+        try:
+            self.base.train(self._given[""])
+        except Exception:
+            return True
+        return modes_of(self.base) != self._given
+
+    def compare(self, case: Case, notes: list[str]) -> list[Comparison] | str:
+        """Compare on one case; a text where the original refuses it."""
+        with torch.set_grad_enabled(case.gradients):
+            try:
+                self._enter(self.base, case.training)
+                expected = named_leaves(call(self.base, case.samples))
+            except Exception as err:
+                self.align_buffers()
+                return reason_of(err)
+            gradients = self._base_gradients(expected, notes) if case.gradients else None
+            expected = _detached(expected)
+            try:
+                self._enter(self.operated, case.training)
+                got = named_leaves(call(self.operated, case.samples))
+            except Exception as err:
+                return [
+                    self._failure("outputs", case, f"the operated model fails: {reason_of(err)}")
+                ]
+            found = [self._compared("outputs", case, _differences(expected, _detached(got)))]
+            if gradients is not None:
+                found.append(self._compare_gradients(case, gradients, got))
+        if case.training is not False:
+            differences = self._buffer_differences()
+            if differences:
+                found.append(self._compared("buffers", case, differences))
+        return found
+
+    def _enter(self, module: nn.Module, training: bool | None) -> None:
+        if training is None:
+            put_modes(module, self._given)
+        else:
+            module.train(training)
+
+    def _compared(
+        self, what: str, case: Case, differences: Mapping[str, float | str]
+    ) -> Comparison:
+        limit = self.limits[1 if what == "gradients" else 0]
+        measured = {k: v if isinstance(v, float) else float("inf") for k, v in differences.items()}
+        worst = sorted(measured, key=lambda name: -measured[name])
+        offenders = []
+        for name in worst:
+            found = differences[name]
+            if not measured[name] <= limit:
+                size = f"{found:.1e}" if isinstance(found, float) else found
+                offenders.append(f"{name} {size}")
+        largest = max(measured.values(), default=0.0)
+        return Comparison(what, str(case), case.dtype, largest, limit, tuple(offenders))
+
+    def _failure(self, what: str, case: Case, reason: str) -> Comparison:
+        limit = self.limits[1 if what == "gradients" else 0]
+        return Comparison(what, str(case), case.dtype, float("inf"), limit, (reason,))
+
+    def _base_gradients(
+        self, outputs: Mapping[str, Any], notes: list[str]
+    ) -> dict[str, torch.Tensor] | None:
+        """Gradients of the original; None where it has none."""
+        loss = _random_loss(outputs)
+        if loss is None:
+            return None
+        try:
+            loss.backward()
+        except Exception as err:
+            note = f"gradients not compared, the original fails in backward: {reason_of(err)}"
+            if note not in notes:
+                notes.append(note)
+            return None
+        found = {}
+        for name, parameter in self.base.named_parameters():
+            if parameter.grad is not None:
+                found[name], parameter.grad = parameter.grad, None
+        return found
+
+    def _compare_gradients(
+        self, case: Case, expected: dict[str, torch.Tensor], outputs: Mapping[str, Any]
+    ) -> Comparison:
+        """Subtract the operated model's gradients from the original's as they come in."""
+        largest = {name: _largest(gradient) for name, gradient in expected.items()}
+        floor = _TINY * max(largest.values(), default=0.0)
+        differences: dict[str, float | str] = {}
+        shapes = {name: parameter.shape for name, parameter in self.base.named_parameters()}
+        reads = {name: read for read in self.plan.reads for name in read.site.weights}
+        handles = []
+        for name, parameter in self.operated.named_parameters(remove_duplicate=False):
+            hook = _Subtract(name, shapes.get(name), reads.get(name), expected, differences)
+            if name in shapes and parameter.requires_grad:
+                handles.append(parameter.register_post_accumulate_grad_hook(hook))
+        loss = _random_loss(outputs)
+        try:
+            if loss is None:
+                return self._failure("gradients", case, "no output of the operated model has any")
+            loss.backward()
+        except Exception as err:
+            return self._failure("gradients", case, f"the operated model fails: {reason_of(err)}")
+        finally:
+            for handle in handles:
+                handle.remove()
+            self.operated.zero_grad(set_to_none=True)
+        for name, rest in expected.items():
+            scale = max(largest.get(name, 0.0), floor) or 1.0
+            differences.setdefault(name, _number(_largest(rest) / scale))
+        return self._compared("gradients", case, differences)
+
+    def align_buffers(self) -> None:
+        """Give the operated model what the original's buffers took from a run that failed."""
+        mine = dict(self.operated.named_buffers(remove_duplicate=False))
+        for name, buffer in self.base.named_buffers():
+            if name in mine and mine[name].shape == buffer.shape:
+                mine[name].copy_(buffer)
+
+    def _buffer_differences(self) -> dict[str, float | str]:
+        expected = dict(self.base.named_buffers())
+        mine = dict(self.operated.named_buffers(remove_duplicate=False))
+        mine = {name: mine[name] for name in expected if name in mine}
+        sizes = [_largest(b) for b in expected.values() if b.is_floating_point()]
+        return _differences(expected, mine, floor=_TINY * max(sizes, default=0.0))
+
+
+@dataclass(frozen=True)
+class _Subtract:
+    """Hook on a parameter of the operated model: takes its original entries off the expectation."""
+
+    name: str
+    shape: torch.Size | None
+    read: Read | None
+    expected: dict[str, torch.Tensor]
+    differences: dict[str, float | str]
+
+    def __call__(self, parameter: torch.Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None or self.shape is None:
+            return
+        if gradient.shape != self.shape and self.read is not None:
+            gradient = split_entries(gradient, self.read)[0]
+            gradient = (
+                gradient.reshape(self.shape) if gradient.numel() == self.shape.numel() else gradient
+            )
+        if gradient.shape != self.shape:
+            self.differences[self.name] = (
+                f"has shape {tuple(gradient.shape)}, not {tuple(self.shape)}"
+            )
+        elif self.name in self.expected:
+            self.expected[self.name].sub_(gradient)
+        else:
+            self.expected[self.name] = -gradient
+
+
+def _random_loss(outputs: Mapping[str, Any]) -> torch.Tensor | None:
+    """Σ output · noise over everything that has a gradient; the same noise for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    terms = []
+    for value in outputs.values():
+        if isinstance(value, torch.Tensor) and value.requires_grad:
+            value = torch.view_as_real(value) if value.is_complex() else value
+            noise = torch.randn(value.shape, generator=generator).to(value)
+            terms.append((torch.where(value.isfinite(), value, 0) * noise).sum())
+    return torch.stack([term.double() for term in terms]).sum() if terms else None
+
+
+def _detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in outputs.items()}
+
+
+def _differences(
+    expected: Mapping[str, Any], got: Mapping[str, Any], floor: float = 0.0
+) -> dict[str, float | str]:
+    """Relative difference of each pair, or why it can't be told."""
+    found: dict[str, float | str] = {}
+    for name, value in expected.items():
+        found[name] = _difference(value, got[name], floor) if name in got else "is missing"
+    found.update({name: "is new" for name in got if name not in expected})
+    return found
+
+
+def _difference(expected: Any, got: Any, floor: float) -> float | str:
+    if not isinstance(expected, torch.Tensor):
+        if isinstance(expected, bool | int | float | str | None):
+            same = expected == got or (expected != expected and got != got)
+            return 0.0 if same else f"is {got!r}, not {expected!r}"
+        return 0.0 if type(expected) is type(got) else f"is a {type(got).__name__}"
+    if not isinstance(got, torch.Tensor):
+        return f"is a {type(got).__name__}, not a tensor"
+    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        return f"is {got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = expected.to(wide), got.to(wide)
+    same = (a == b) | (a.isnan() & b.isnan())
+    scale = max(_largest(torch.where(a.isfinite(), a, 0)), floor) or 1.0
+    return _number(_largest(torch.where(same, 0, a - b)) / scale)
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _number(value: float) -> float:
+    """NaN, which no limit catches, as infinity."""
+    return float("inf") if value != value else value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float64` and the like."""
+    return str(dtype).removeprefix("torch.")
+
+
+def reason_of(err: Exception) -> str:
+    """An error in one line."""
+    lines = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__
