@@ -1,13 +1,18 @@
 """What is changed in torch while a model is traced, and put back afterwards whatever happens.
 
-Four things escape `torch.fx`:
+What escapes `torch.fx`, and what is done about it:
 
-* the training flag, a plain attribute, which a trace would freeze;
+* the training flag, a plain attribute that a trace would freeze: becomes a node;
 * tensor factories: `torch.arange(n)` has no tensor argument that could record it, and a traced
-  `torch.rand` would become a constant;
-* attributes that a forward sets on its module: they would leave the input model changed (a table
-  that is rebuilt for the input's size does no harm);
-* `isinstance(x, torch.Tensor)`, which is false for a proxy.
+  `torch.rand` would become a constant: recorded;
+* attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
+  for the input's size does no harm);
+* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
+* autocast regions and autograd functions: the module that holds one stays a Python call;
+* numbers drawn from a random state without any tensor: refused.
+
+The patches are torch's own names, seen by all threads: one thread captures at a time, and each
+patch steps aside for the others.
 """
 
 from __future__ import annotations
