@@ -102,7 +102,7 @@ def _time_rows(pairs: int) -> tuple[Row, Row]:
 
 
 def _lora(model: nn.Module) -> Callable[[], object]:
-    from peft import LoraConfig, get_peft_model  # optional: extra `benchmarks`
+    from peft import LoraConfig, get_peft_model  # optional: extra `benchmarks`  # pyright: ignore[reportMissingImports]
 
     names = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
@@ -114,7 +114,7 @@ def _lora(model: nn.Module) -> Callable[[], object]:
 
 
 def _look(model: nn.Module) -> Callable[[], object]:
-    import torch_pruning  # optional: extra `benchmarks`
+    import torch_pruning  # optional: extra `benchmarks`  # pyright: ignore[reportMissingImports]
 
     twin = copy.deepcopy(model)  # it hooks the model: `transform`'s stays clean
     image = torch.randn(1, 3, 224, 224)
