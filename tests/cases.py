@@ -139,6 +139,20 @@ class Products(nn.Module):
         return torch.addmm(self.bias, mat1=x, mat2=self.weights[4])
 
 
+class WeightFirst(nn.Module):
+    """Matrix products with the parameter on the left: features are rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(6, 4))
+        self.one, self.two = nn.Parameter(torch.randn(3, 6)), nn.Parameter(torch.randn(3, 6))
+        self.bias = nn.Parameter(torch.randn(3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.mix @ x)
+        return torch.stack([torch.addmm(self.bias, self.one, mat2=x[0]), self.two.matmul(x[1])])
+
+
 class Standardized(nn.Conv2d):
     """Weight standardisation: a convolution whose weight is computed."""
 
@@ -196,6 +210,7 @@ CASES = (
     Case("twice", Twice, (2, 4, 12, 12), reads=4),
     Case("functional", Functional, (2, 4, 8, 8), reads=3),
     Case("products", Products, (3, 6), reads=5, beside=5),
+    Case("weight_first", WeightFirst, (2, 4, 5), reads=3, beside=3),
     Case("standardized", lambda: nn.Sequential(
         Standardized(3, 6, 3), nn.ReLU(), Standardized(6, 6, 3, groups=3)),
         (2, 3, 12, 12), reads=2, beside=2),

@@ -590,3 +590,21 @@ def test_tensors_that_hooks_compute_are_copied() -> None:
     gm = aim_surgery.transform(model, x, config=LITERAL)
     assert_same(gm(x), model(x))
     assert "computed" in gm.plan.reads[0].site.why_beside
+
+
+def test_a_read_with_the_weight_on_the_left_is_one_more_column_each() -> None:
+    class Left(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w @ x
+
+    model = Left().double()
+    for x in (torch.randn(2, 4, 7).double(), torch.randn(4, 7).double(), torch.randn(4).double()):
+        gm: Any = aim_surgery.transform(model, x, config=FRESH)
+        memory = gm.aim.memory
+        m = (memory.weight + memory.bias[:, None]).flatten()
+        read = gm.get_parameter("aim.reads.w.weight") @ m
+        assert_same(gm(x), model(x) + (read[:, None] if x.ndim > 1 else read))

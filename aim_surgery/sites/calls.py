@@ -6,6 +6,7 @@ one computed from parameters (weight standardisation, parametrisations).
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -40,7 +41,8 @@ class Call:
     site: Site
     node: fx.Node
     input_index: int  # position of the activation among the node's arguments
-    weight_node: fx.Node | None
+    input_name: str  # its keyword
+    weight_first: bool = False  # a product W @ x, whose features are rows
 
 
 def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
@@ -107,7 +109,7 @@ def _layer_call(capture: Capture, looked_at: frozenset[str], node: fx.Node) -> C
     features = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (
         layer.in_channels, layer.out_channels)  # fmt: skip
     site = _site(str(node.target), kind, features, groups, kernel, source, node, names, why)
-    return Call(site, node, 0, None)
+    return Call(site, node, 0, "input")
 
 
 def _why_beside(capture: Capture, layer: nn.Module) -> str:
@@ -188,15 +190,15 @@ def _function_call(
     found = _operands(node, weights)
     if found is None:
         return None
-    kind, index, source, weight = found
+    kind, source, weight = found.kind, found.source, found.weight
     names = weights.get(weight)
     if not names or not is_float(source):
         return None
     shape = tuple(weight.meta["val"].shape)
     groups = 1
     if kind == "linear":
-        transposed = node.target is not F.linear
-        features = (shape[0], shape[1]) if transposed else (shape[1], shape[0])
+        rows_are_outputs = node.target is F.linear or found.weight_first
+        features = (shape[1], shape[0]) if rows_are_outputs else (shape[0], shape[1])
         kernel = ()
     else:
         groups = argument_of(node, 6, "groups", default=1)
@@ -210,33 +212,47 @@ def _function_call(
     # `conv.weight` belongs to the layer `conv`, though its forward has been traced through
     layer = names[0].removesuffix(".weight")
     site = _site(layer, kind, features, groups, kernel, source, node, names, why)
-    return Call(site, node, index, weight)
+    if found.weight_first:
+        output = node.meta["val"].shape
+        columns = math.prod(output[1:-2]) * output[-1] if len(output) > 1 else 1
+        site = replace(site, positions=int(columns))
+    return Call(site, node, found.index, found.name, found.weight_first)
 
 
-def _operands(
-    node: fx.Node, weights: dict[fx.Node, tuple[str, ...]]
-) -> tuple[Kind, int, fx.Node, fx.Node] | None:
-    """Kind, index of the activation, activation and weight of a functional site."""
-    if node.op == "call_function" and node.target in CONV_FUNCTIONS:
-        kind = CONV_FUNCTIONS[node.target]
-        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "weight")
-    elif node.op == "call_function" and node.target is F.linear:
-        kind = "linear"
-        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "weight")
+@dataclass(frozen=True)
+class _Operands:
+    """What a function multiplies: an activation and a weight."""
+
+    kind: Kind
+    source: fx.Node
+    weight: fx.Node
+    index: int  # of the activation among the arguments
+    name: str  # its keyword
+    weight_first: bool = False
+
+
+def _operands(node: fx.Node, weights: dict[fx.Node, tuple[str, ...]]) -> _Operands | None:
+    """The operands of a functional site, None where the call is none."""
+    function = node.target if node.op == "call_function" else None
+    if function in CONV_FUNCTIONS or function is F.linear:
+        kind: Kind = CONV_FUNCTIONS.get(function, "linear")
+        places = ((0, ("input",)), (1, ("weight",)))
     elif is_call(node, (torch.addmm,), {"addmm"}):
-        kind = "linear"
-        source, weight = argument_of(node, 1, "mat1"), argument_of(node, 2, "mat2")
+        kind, places = "linear", ((1, ("mat1",)), (2, ("mat2",)))
     elif is_call(node, _MATMULS, {"matmul", "mm"}):
-        kind = "linear"
-        source, weight = argument_of(node, 0, "input"), argument_of(node, 1, "other", "mat2")
+        kind, places = "linear", ((0, ("input",)), (1, ("other", "mat2")))
     else:
         return None
-    if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
+    first, second = (argument_of(node, index, *names) for index, names in places)
+    if not isinstance(first, fx.Node) or not isinstance(second, fx.Node):
         return None
+    weight_first = kind == "linear" and function is not F.linear and first in weights
+    source, weight = (second, first) if weight_first else (first, second)
     if source in weights or (kind == "linear" and weight.meta["val"].ndim != 2):
         return None
-    index = 1 if is_call(node, (torch.addmm,), {"addmm"}) else 0
-    return kind, index, source, weight
+    index, names = places[1 if weight_first else 0]
+    name = next((name for name in names if name in node.kwargs), names[0])
+    return _Operands(kind, source, weight, index, name, weight_first)
 
 
 def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx.Node) -> str:

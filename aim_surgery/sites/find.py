@@ -21,9 +21,10 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Unread, ...]]:
     sites: dict[str, Site] = {}
     unread: dict[str, Unread] = {}
     for trace in capture.traces:
-        for call in find_calls(capture, trace.graph):
+        calls = find_calls(capture, trace.graph)
+        for call in calls:
             sites.setdefault(call.site.name, call.site)
-        for item in find_unread(capture, trace.graph):
+        for item in find_unread(capture, trace.graph, frozenset(call.node for call in calls)):
             unread.setdefault(item.name, item)
     read = {weight for site in sites.values() for weight in site.weights}
     rest = (item for item in unread.values() if not set(item.weights) <= read)

@@ -44,19 +44,22 @@ _NOT_PRODUCTS = (
 )  # fmt: skip
 
 
-def find_unread(capture: Capture, graph: fx.Graph) -> Iterator[Unread]:
-    """Find weights that take part in products without being read at a site, or perhaps being so.
+def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) -> Iterator[Unread]:
+    """Find weights that take part in products in calls that are no sites.
 
     Args:
         capture: The captured model that the graph belongs to.
         graph: One of its graphs.
+        sites: The nodes of it that are sites.
 
     Yields:
-        One `Unread` for each call; weights that some site reads too may be among them.
+        One `Unread` for each call; a site elsewhere may read some of its weights.
     """
     reasons = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
     weights = weight_sources(capture, graph)
     for node in graph.nodes:
+        if node in sites:
+            continue
         if node.op == "call_module":
             path = str(node.target)
             layer = capture.modules[path]

@@ -326,7 +326,9 @@ class _Writer:
             return twin
         weight = self.graph.get_attr(f"{path}.weight")
         if read.site.kind == "linear":
-            return self._call(F.linear, view, weight)
+            product = self._call(F.linear, view, weight)
+            columns = call.weight_first and original.meta["val"].ndim > 1
+            return self._method("unsqueeze", product, -1) if columns else product
         return _convolve_alone(self.graph, node, copied, view, weight)
 
     def _without_batch(self, twin: fx.Node, dims: int) -> None:
@@ -378,7 +380,7 @@ class _Writer:
 
 def _input_of(node: fx.Node, call: Call) -> fx.Node:
     index = call.input_index
-    source = node.args[index] if index < len(node.args) else node.kwargs[_input_name(call)]
+    source = node.args[index] if index < len(node.args) else node.kwargs[call.input_name]
     if not isinstance(source, fx.Node):
         raise UnsupportedLayerError(f"{call.site.name}: its input is {source!r}, not a tensor")
     return source
@@ -388,11 +390,7 @@ def _set_input(node: fx.Node, call: Call, source: fx.Node) -> None:
     if call.input_index < len(node.args):
         node.update_arg(call.input_index, source)
     else:
-        node.update_kwarg(_input_name(call), source)
-
-
-def _input_name(call: Call) -> str:
-    return "mat1" if call.input_index == 1 else "input"
+        node.update_kwarg(call.input_name, source)
 
 
 def _convolve_alone(
