@@ -334,12 +334,9 @@ class ValueTracer(fx.Tracer):
 
     def is_in_place(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
         """Whether a value is what an in-place operator made of that very attribute."""
-        node, (module, name) = proxy.node, of
-        source = node.args[0] if node.args else None
+        node, owner = proxy.node, self._proxies.get(self._qualname(*of))
         in_place = getattr(node.target, "__name__", "") in _IN_PLACE
-        return in_place and source is getattr(
-            self._proxies.get(self._qualname(module, name)), "node", 0
-        )
+        return in_place and owner is not None and node.args[0] is owner.node
 
     def _qualname(self, module: nn.Module, name: str) -> str:
         return f"{self._paths.get(module)}.{name}".removeprefix(".")

@@ -71,11 +71,10 @@ class FakeValues:
         key = self._key(layer, args, kwargs)
         if key is not None and key in _OUTPUTS:
             return self._fresh(_OUTPUTS[key])
+        # twins are made here because inside the fake mode it takes ten times as long
         for tensor in (*layer._parameters.values(), *layer._buffers.values()):
             if tensor is not None:
-                self.of(
-                    tensor
-                )  # here, because inside the fake mode it would take ten times as long
+                self.of(tensor)
         output = self.call(forward, args, kwargs)
         if key is not None and isinstance(output, FakeTensor):
             if len(_OUTPUTS) >= _MOST_OUTPUTS:

@@ -314,7 +314,7 @@ class _Writer:
         """conv(m, W_m), without batch: it is added to every sample alike."""
         original = _input_of(node, call)
         source = copied[original]
-        shape = self._call(getattr, source, "shape")
+        shape = self._call(getattr, source, "shape") if read.site.spatial else None
         view = self._view(source, shape, read, original.meta["val"])
         path = f"{READS}.{read.site.layer}"
         if node.op == "call_module":
@@ -344,11 +344,13 @@ class _Writer:
         twin.args = twin.args[:1]
         twin.kwargs = {**twin.kwargs, "output_size": size}
 
-    def _view(self, source: fx.Node, shape: fx.Node, read: Read, value: torch.Tensor) -> fx.Node:
+    def _view(
+        self, source: fx.Node, shape: fx.Node | None, read: Read, value: torch.Tensor
+    ) -> fx.Node:
         """The site's planes (k, *spatial) or features (k,), on the input's device and dtype."""
         site = read.site
         view = self._views[(*site.spatial, read.planes)]
-        if site.spatial:
+        if site.spatial and shape is not None:
             dims = len(site.spatial)
             size = self._call(operator.getitem, shape, slice(-dims, None))
             view = self._call(_POOLS[dims], view, size)
