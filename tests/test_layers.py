@@ -13,6 +13,7 @@ PACKAGE = Path(aim_surgery.__file__).parent
 # From the top down; a module may import from its own layer and from those before it.
 ORDER = (
     "_version",
+    "_garbage",
     "errors",
     "nn",
     "capture",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 from typing import Any
 
 import pytest
@@ -114,3 +115,17 @@ def test_a_plan_with_another_memory_is_applied(plan: Plan) -> None:
     assert gm.get_parameter("aim.memory.weight").numel() == 300
     x = torch.randn(2, 3, 32, 32)
     assert_same(gm(x), model(x), tolerance=FLOAT32_TOLERANCE)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(enabled: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        aim_surgery.transform(model, torch.zeros(2, 8))
+        with pytest.raises(CaptureError):
+            aim_surgery.transform(model, torch.zeros(2, 7))
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()

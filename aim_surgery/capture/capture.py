@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import fx, nn
 
+from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
 from aim_surgery.capture.inputs import (
     Argument,
@@ -125,6 +126,7 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
     )
 
 
+@collection_paused()
 def _capture(model: nn.Module, inputs: ExampleInputs) -> Capture:
     arguments = bind_arguments(model, inputs)
     values = FakeValues()

@@ -62,13 +62,16 @@ class Evaluator:
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a node whose arguments carry theirs."""
         args, kwargs = node_value(node.args), node_value(node.kwargs)
-        with self.running():
+        before, self.busy = self.busy, True  # `running`, spelled out: this is called for every node
+        try:
             if node.op == "call_function":
                 return self.values.call(node.target, args, kwargs)  # type: ignore[arg-type]
             if node.op == "call_method":
                 method = getattr(args[0], str(node.target))
                 return self.values.call(method, args[1:], kwargs)
             return self._call_module(self._modules[str(node.target)], args, kwargs)
+        finally:
+            self.busy = before
 
     def _call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:

@@ -131,7 +131,7 @@ def _unmoved_random_state(tracer: ValueTracer) -> Iterator[None]:
         return {
             "torch": torch.get_rng_state().numpy().tobytes(),
             "random": random.getstate(),
-            "numpy": str(np.random.get_state()),
+            "numpy": _numpy_state(),
         }
 
     before = states()
@@ -179,6 +179,11 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     finally:
         for name, value in originals.items():
             setattr(torch, name, value)
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state(legacy=False)
+    return state["state"]["key"].tobytes(), state["state"]["pos"], state["gauss"]
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ def plan_reads(capture: Capture, config: AimConfig) -> Plan:
         init=config.init,
         inputs=input_spec(capture.inputs),
         notes=(*sizes.notes, *capture.notes),
-    ).checked()
+    )
 
 
 def _choose(

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
+from aim_surgery._garbage import collection_paused
 from aim_surgery.capture import Capture, Trace
 from aim_surgery.errors import PlanError, UnsupportedLayerError
 from aim_surgery.nn.graph_module import AimGraphModule
@@ -36,6 +37,7 @@ READS = "aim.reads"
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
+@collection_paused()
 def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModule:
     """Build the operated model.
 
