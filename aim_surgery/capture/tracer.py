@@ -328,10 +328,6 @@ class ValueTracer(fx.Tracer):
         """The module's qualified name in the model ("" for the model), None if it has none."""
         return self._paths.get(module)
 
-    def path_of_module(self, mod: nn.Module) -> str:
-        """The qualified name that fx writes into nodes."""
-        return self._paths.get(mod, type(mod).__name__)
-
     def is_in_place(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
         """Whether a value is what an in-place operator made of that very attribute."""
         node, owner = proxy.node, self._proxies.get(self._qualname(*of))

@@ -70,7 +70,7 @@ class AimGraphModule(fx.GraphModule):
         """Set the mode, as the original's `train` would, and change graphs where there are two."""
         super().train(mode)
         for path in self.contrary[mode]:
-            self.get_submodule(path).train(not mode)
+            self.get_submodule(path).training = not mode  # each has its own path here
         if self._graphs[mode] is not self._graph:
             self.graph = self._graphs[mode]
         return self
@@ -99,10 +99,7 @@ class AimGraphModule(fx.GraphModule):
         return twin
 
     def __copy__(self) -> AimGraphModule:
-        twin = _bare()
-        twin.__dict__.update(self._state())
-        twin._install(_by_mode([copy.deepcopy(graph) for graph in self._distinct_graphs()]))
-        return twin
+        return _assembled(self._state(), [copy.deepcopy(g) for g in self._distinct_graphs()])
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self._state(), [graph_state(g) for g in self._distinct_graphs()])
@@ -125,8 +122,12 @@ def _by_mode(graphs: list[fx.Graph]) -> dict[bool, fx.Graph]:
     return {True: graphs[0], False: graphs[-1]}
 
 
-def _rebuild(state: dict[str, Any], graph_states: list[Any]) -> AimGraphModule:
+def _assembled(state: dict[str, Any], graphs: list[fx.Graph]) -> AimGraphModule:
     module = _bare()
     module.__dict__.update(state)
-    module._install(_by_mode([graph_from_state(state) for state in graph_states]))
+    module._install(_by_mode(graphs))
     return module
+
+
+def _rebuild(state: dict[str, Any], graph_states: list[Any]) -> AimGraphModule:
+    return _assembled(state, [graph_from_state(graph) for graph in graph_states])

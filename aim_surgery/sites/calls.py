@@ -211,12 +211,9 @@ def _function_call(
     why = _why_function_beside(capture, kind, node, weight)
     # `conv.weight` belongs to the layer `conv`, though its forward has been traced through
     layer = names[0].removesuffix(".weight")
-    site = _site(layer, kind, features, groups, kernel, source, node, names, why)
-    if found.weight_first:
-        output = node.meta["val"].shape
-        columns = math.prod(output[1:-2]) * output[-1] if len(output) > 1 else 1
-        site = replace(site, positions=int(columns))
-    return Call(site, node, found.index, found.name, found.weight_first)
+    first = found.weight_first
+    site = _site(layer, kind, features, groups, kernel, source, node, names, why, rows=first)
+    return Call(site, node, found.index, found.name, first)
 
 
 @dataclass(frozen=True)
@@ -286,14 +283,16 @@ def _site(
     node: fx.Node,
     weights: tuple[str, ...],
     why_beside: str,
+    *,
+    rows: bool = False,
 ) -> Site:
+    """A site from its nodes' values; `rows`: a product whose features are rows, not columns."""
     value, output = source.meta["val"], node.meta["val"]
     dims = len(kernel)
     spatial = tuple(value.shape[value.ndim - dims :]) if dims else ()
     after = output.shape[output.ndim - dims :] if dims else output.shape[1:-1]
-    positions = 1
-    for size in after:
-        positions *= int(size)
+    if rows:
+        after = (*output.shape[1:-2], output.shape[-1]) if output.ndim > 1 else ()
     return Site(
         name=layer,
         layer=layer,
@@ -303,7 +302,7 @@ def _site(
         groups=groups,
         kernel_size=tuple(int(size) for size in kernel),
         spatial=tuple(int(size) for size in spatial),
-        positions=positions,
+        positions=math.prod(int(size) for size in after),
         weights=weights,
         widens=not why_beside,
         why_beside=why_beside,

@@ -281,7 +281,8 @@ class _Writer:
             _set_input(twin, call, joined)
             return twin
         result = self.copy(node, copied)
-        return self._call(operator.add, result, self._beside(node, copied, call, read))
+        beside = self._beside(node, copied, call, read, source, value)
+        return self._call(operator.add, result, beside)
 
     def _joined(self, source: fx.Node, read: Read, value: torch.Tensor) -> fx.Node:
         """cat[x, m] along the channels, group by group."""
@@ -312,26 +313,25 @@ class _Writer:
         copied: dict[fx.Node, fx.Node],
         call: Call,
         read: Read,
+        source: fx.Node,
+        value: torch.Tensor,
     ) -> fx.Node:
         """conv(m, W_m), without batch: it is added to every sample alike."""
-        original = _input_of(node, call)
-        source = copied[original]
         shape = self._call(getattr, source, "shape") if read.site.spatial else None
-        view = self._view(source, shape, read, original.meta["val"])
+        view = self._view(source, shape, read, value)
         path = f"{READS}.{read.site.layer}"
         if node.op == "call_module":
-            twin = self.graph.node_copy(node, copied.__getitem__)
+            twin = self.copy(node, copied)
             twin.target = path
-            twin.meta = {}
             _set_input(twin, call, view)
             self._without_batch(twin, len(read.site.spatial))
             return twin
         weight = self.graph.get_attr(f"{path}.weight")
         if read.site.kind == "linear":
             product = self._call(F.linear, view, weight)
-            columns = call.weight_first and original.meta["val"].ndim > 1
+            columns = call.weight_first and value.ndim > 1
             return self._method("unsqueeze", product, -1) if columns else product
-        return _convolve_alone(self.graph, node, copied, view, weight)
+        return _convolve_alone(self.copy(node, copied), view, weight)
 
     def _without_batch(self, twin: fx.Node, dims: int) -> None:
         """Cut a transposed convolution's `output_size` down to the spatial sizes."""
@@ -397,16 +397,8 @@ def _set_input(node: fx.Node, call: Call, source: fx.Node) -> None:
         node.update_kwarg(call.input_name, source)
 
 
-def _convolve_alone(
-    graph: fx.Graph,
-    node: fx.Node,
-    copied: dict[fx.Node, fx.Node],
-    view: fx.Node,
-    weight: fx.Node,
-) -> fx.Node:
-    """The same functional convolution of (m, W_m): no bias, one group."""
-    twin = graph.node_copy(node, copied.__getitem__)
-    twin.meta = {}
+def _convolve_alone(twin: fx.Node, view: fx.Node, weight: fx.Node) -> fx.Node:
+    """Make a copied functional convolution one of (m, W_m): no bias, one group."""
     args, kwargs = list(twin.args), dict(twin.kwargs)
     replacements = {0: ("input", view), 1: ("weight", weight), 2: ("bias", None), 6: ("groups", 1)}
     for index, (name, value) in replacements.items():

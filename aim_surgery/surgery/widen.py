@@ -13,14 +13,12 @@ values and their order.
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import nn
 
+from aim_surgery.config import Init
 from aim_surgery.sites import Kind
-
-Init = Literal["preserve", "fresh"]
 
 
 def widen_weight(
@@ -58,7 +56,7 @@ def widen_weight(
             wide = _empty_like(weight, shape)
             old, new = wide.split((weight.shape[1], planes), dim=1)
             old.copy_(weight)
-        initialize(new, init, fan_in=_fan_in(wide.shape))
+        initialize(new, init, fan_in=math.prod(wide.shape[1:]))
     return wide
 
 
@@ -111,10 +109,6 @@ def widen_layer(layer: nn.Module, planes: int) -> None:
         layer.in_features += planes
     elif isinstance(layer, nn.modules.conv._ConvNd):
         layer.in_channels += planes * layer.groups
-
-
-def _fan_in(shape: torch.Size) -> int:
-    return math.prod(shape[1:])
 
 
 def channels_last_format(tensor: torch.Tensor) -> torch.memory_format | None:
