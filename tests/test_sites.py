@@ -13,11 +13,11 @@ from torch import nn
 import aim_surgery
 from aim_surgery import AimConfig
 from aim_surgery.capture import capture
-from aim_surgery.sites import Site, Unread, find_sites
+from aim_surgery.sites import Site, Skip, find_sites
 from tests.cases import CASES, Case, Functional, SmallNet, Standardized, Tied, Twice
 
 
-def sites_of(model: nn.Module, *inputs: Any) -> tuple[dict[str, Site], dict[str, Unread]]:
+def sites_of(model: nn.Module, *inputs: Any) -> tuple[dict[str, Site], dict[str, Skip]]:
     sites, unread = find_sites(capture(model, inputs))
     return {site.name: site for site in sites}, {item.name: item for item in unread}
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from aim_surgery.config import Init, check_memory
 from aim_surgery.errors import PlanError
 from aim_surgery.planning.budget import available_by_layer, available_planes
-from aim_surgery.sites import Site
+from aim_surgery.sites import Site, Skip
 
 FORMAT_VERSION = 1
 
@@ -92,21 +92,6 @@ class Read:
             inputs = math.prod(site.spatial)
             return self.parameters * inputs
         return self.parameters * site.positions
-
-
-@dataclass(frozen=True)
-class Skip:
-    """Weights that don't read the memory, and why.
-
-    Attributes:
-        name: The site or module.
-        weights: Qualified names of its weights.
-        reason: Why, as a clause.
-    """
-
-    name: str
-    weights: tuple[str, ...]
-    reason: str
 
 
 @dataclass(frozen=True)

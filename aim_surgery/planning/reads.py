@@ -19,8 +19,8 @@ from aim_surgery.capture import Capture, ExampleInputs
 from aim_surgery.config import AimConfig, Filter, matches
 from aim_surgery.errors import PlanError
 from aim_surgery.planning.budget import choose_sizes, home_positions
-from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read, Skip
-from aim_surgery.sites import Site, Unread, find_sites
+from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read
+from aim_surgery.sites import Site, Skip, find_sites
 
 _LITERALS = (bool, int, float, str, type(None))
 
@@ -46,13 +46,12 @@ def plan_reads(capture: Capture, config: AimConfig) -> Plan:
     parameters = sum(parameter.numel() for parameter in capture.model.parameters())
     sizes = choose_sizes(config, chosen, parameters)
     reads = tuple(Read.of(site, sizes.floats, sizes.planes[site.layer]) for site in chosen)
-    skips += tuple(Skip(item.name, item.weights, item.reason) for item in unread)
     return Plan(
         model=type(capture.model).__name__,
         base_parameters=parameters,
         memory=Memory.of(sizes.floats, home_positions(chosen)),
         reads=reads,
-        skips=skips,
+        skips=(*skips, *unread),
         init=config.init,
         inputs=input_spec(capture.inputs),
         notes=(*sizes.notes, *capture.notes),
@@ -101,7 +100,7 @@ def _check_matches(name: str, chosen: Filter, sites: tuple[Site, ...]) -> None:
             raise PlanError(f"{name}={pattern!r} matches no site; close: {', '.join(close)}")
 
 
-def _nothing_to_read(model: nn.Module, unread: tuple[Unread, ...]) -> str:
+def _nothing_to_read(model: nn.Module, unread: tuple[Skip, ...]) -> str:
     message = f"{type(model).__name__} has no convolution or linear call to read with"
     if unread:
         listed = "; ".join(f"{item.name}: {item.reason}" for item in unread[:5])

@@ -6,6 +6,6 @@ is no site is listed with the reason.
 
 from aim_surgery.sites.calls import Call, find_calls
 from aim_surgery.sites.find import find_sites
-from aim_surgery.sites.site import Kind, Site, Unread
+from aim_surgery.sites.site import Kind, Site, Skip
 
-__all__ = ["Call", "Kind", "Site", "Unread", "find_calls", "find_sites"]
+__all__ = ["Call", "Kind", "Site", "Skip", "find_calls", "find_sites"]

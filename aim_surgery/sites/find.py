@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import find_calls
-from aim_surgery.sites.site import Site, Unread
+from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import find_unread
 
 
-def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Unread, ...]]:
+def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     """Find every convolution and linear call of a captured model.
 
     Args:
@@ -19,7 +19,7 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Unread, ...]]:
         and the weights that take part in products but are read by no site.
     """
     sites: dict[str, Site] = {}
-    unread: dict[str, Unread] = {}
+    unread: dict[str, Skip] = {}
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
         for call in calls:

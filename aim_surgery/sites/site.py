@@ -42,8 +42,14 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Unread:
-    """Weights that are multiplied with activations at no site, and why."""
+class Skip:
+    """Weights that don't read the memory, and why.
+
+    Attributes:
+        name: The site or module.
+        weights: Qualified names of its weights.
+        reason: Why, as a clause.
+    """
 
     name: str
     weights: tuple[str, ...]

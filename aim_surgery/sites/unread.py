@@ -16,7 +16,7 @@ from torch import fx, nn
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
-from aim_surgery.sites.site import Unread
+from aim_surgery.sites.site import Skip
 
 _PRODUCTS = (
     torch.matmul,
@@ -44,7 +44,7 @@ _NOT_PRODUCTS = (
 )  # fmt: skip
 
 
-def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) -> Iterator[Unread]:
+def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) -> Iterator[Skip]:
     """Find weights that take part in products in calls that are no sites.
 
     Args:
@@ -53,7 +53,7 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
         sites: The nodes of it that are sites.
 
     Yields:
-        One `Unread` for each call; a site elsewhere may read some of its weights.
+        One `Skip` for each call; a site elsewhere may read some of its weights.
     """
     reasons = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
     weights = weight_sources(capture, graph)
@@ -65,13 +65,13 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
             layer = capture.modules[path]
             names = _matrices(layer, path)
             if names:
-                yield Unread(path, names, reasons.get(path) or _why_packed(layer))
+                yield Skip(path, names, reasons.get(path) or _why_packed(layer))
         elif is_call(node, _PRODUCTS, _PRODUCT_METHODS) or _takes_weights(node):
             names = {name for source in node.all_input_nodes for name in weights.get(source, ())}
             names = tuple(sorted(name for name in names if _is_matrix(attribute(capture, name))))
             if names:
                 target = getattr(node.target, "__name__", node.target)
-                yield Unread(names[0], names, f"used by a call of {target} that is no site")
+                yield Skip(names[0], names, f"used by a call of {target} that is no site")
 
 
 def _why_packed(layer: nn.Module) -> str:
