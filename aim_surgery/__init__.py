@@ -14,6 +14,13 @@ from aim_surgery.errors import (
     PlanError,
     UnsupportedLayerError,
 )
+from aim_surgery.notebook import (
+    disable,
+    freeze_base,
+    memory_parameters,
+    read_memory,
+    reset_memory,
+)
 from aim_surgery.operation import apply, plan, transform
 from aim_surgery.planning.plan import Plan
 from aim_surgery.verification import Verification, verify
@@ -31,8 +38,13 @@ __all__ = [
     "__version__",
     "apply",
     "build",
+    "disable",
+    "freeze_base",
     "load",
+    "memory_parameters",
     "plan",
+    "read_memory",
+    "reset_memory",
     "save",
     "transform",
     "verify",

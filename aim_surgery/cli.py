@@ -68,7 +68,18 @@ Init = Annotated[
     Literal["preserve", "fresh"],
     typer.Option(help="New weights: zero, which preserves the outputs, or drawn anew."),
 ]
-Write = Annotated[Literal["none"], typer.Option(help="Update blocks.")]
+Write = Annotated[
+    Literal["sample", "batch", "none"],
+    typer.Option(help="Update blocks: a copy of the memory a sample, one for the batch, or none."),
+]
+WriteAt = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Write after this module instead; may be repeated."),
+]
+Carry = Annotated[
+    Literal["weights", "state"],
+    typer.Option(help="What of the memory survives a batch: its weights, or what was written too."),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Sites or layers to operate; may be repeated."),
@@ -123,11 +134,13 @@ def plan_command(
     init: Init = "preserve",
     include: Include = None,
     exclude: Exclude = None,
-    write: Write = "none",
+    write: Write = "sample",
+    write_at: WriteAt = None,
+    carry: Carry = "weights",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> Plan:
     """Show what an operation would do: which layer reads how much, and what it costs."""
-    config = _config(memory, budget, init, include, exclude, write)
+    config = _config(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = _model_args(model_args), _example_input(input)
     found = operation.plan(open_model(checkpoint, model, arguments), example, config=config)
     typer.echo(found.to_json(indent=2) if as_json else str(found))
@@ -150,16 +163,18 @@ def transform_command(
     init: Init = "preserve",
     include: Include = None,
     exclude: Exclude = None,
-    write: Write = "none",
+    write: Write = "sample",
+    write_at: WriteAt = None,
+    carry: Carry = "weights",
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Do what this plan says.")
     ] = None,
 ) -> Plan:
     """Give a model a memory that every layer reads, and write it to OUT."""
-    config = _config(memory, budget, init, include, exclude, write)
+    config = _config(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = _model_args(model_args), _example_input(input)
     if plan is not None:
-        _refuse_beside_plan(context, "memory", "budget", "init", "include", "exclude", "write")
+        _refuse_beside_plan(context, *_PLANNED)
     if output.resolve() == checkpoint.resolve():
         raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
     check_target(output)
@@ -253,7 +268,9 @@ def _config(
     init: Literal["preserve", "fresh"],
     include: list[str] | None,
     exclude: list[str] | None,
-    write: Literal["none"],
+    write: Literal["sample", "batch", "none"],
+    write_at: list[str] | None,
+    carry: Literal["weights", "state"],
 ) -> AimConfig:
     try:
         return AimConfig(
@@ -261,6 +278,8 @@ def _config(
             memory=memory,
             init=init,
             write=write,
+            write_at=tuple(write_at) if write_at else None,
+            carry=carry,
             include=tuple(include or ("*",)),
             exclude=tuple(exclude or ()),
         )
@@ -301,11 +320,14 @@ def _model_args(text: str | None) -> dict[str, Any]:
         raise typer.BadParameter(str(err), param_hint="--model-args") from err
 
 
+_PLANNED = ("memory", "budget", "init", "include", "exclude", "write", "write_at", "carry")
+
+
 def _refuse_beside_plan(context: typer.Context, *names: str) -> None:
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"the plan decides that: leave out --{name}")
+            raise typer.BadParameter(f"the plan decides that: leave out --{name.replace('_', '-')}")
 
 
 if __name__ == "__main__":

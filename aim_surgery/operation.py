@@ -12,7 +12,7 @@ from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.nn.graph_module import AimGraphModule
-from aim_surgery.planning import Plan, inputs_of_plan, plan_reads
+from aim_surgery.planning import Plan, inputs_of_plan, make_plan
 from aim_surgery.surgery.rewrite import operate
 
 
@@ -42,7 +42,7 @@ def plan(
         2
     """
     config = _checked_config(config)
-    return plan_reads(_captured(model, example_inputs), config)
+    return make_plan(_captured(model, example_inputs), config)
 
 
 def apply(
@@ -125,7 +125,7 @@ def transform(
     config = _checked_config(config)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         captured = _captured(model, example_inputs)
-        return operate(captured, plan_reads(captured, config), copy=copy)
+        return operate(captured, make_plan(captured, config), copy=copy)
 
 
 def _checked_config(config: AimConfig | None) -> AimConfig:

@@ -24,7 +24,7 @@ import aim_surgery
 from aim_surgery import AimConfig
 from aim_surgery.capture import capture
 from aim_surgery.checkpoint.models import build
-from aim_surgery.planning import plan_reads
+from aim_surgery.planning import make_plan
 from aim_surgery.surgery.rewrite import operate
 from benchmarks import measure
 from benchmarks.measure import Report, Row, Section
@@ -34,7 +34,7 @@ PRUNING_LIMIT = 0.35
 MEMORY_LIMIT = 1.10
 CHAIN_LIMIT = 1.5
 
-LITERAL = AimConfig(memory=50_176, budget=None)
+LITERAL = AimConfig(memory=50_176, budget=None, write="none")
 MEMORY_CASES = {"resnet50": AimConfig(), "vgg16": LITERAL}
 
 CHAIN_CONFIG = AimConfig(memory=256, budget=None)
@@ -212,7 +212,7 @@ def _run_chain(blocks: int) -> ChainRun:
     start = time.perf_counter()
     captured = capture(model, image)
     after_capture = time.perf_counter()
-    plan = plan_reads(captured, CHAIN_CONFIG)
+    plan = make_plan(captured, CHAIN_CONFIG)
     after_plan = time.perf_counter()
     gm = operate(captured, plan)
     end = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+import aim_surgery
 from aim_surgery.capture import capture
 from aim_surgery.capture.leaves import is_stock
 from aim_surgery.errors import CaptureError
@@ -398,3 +399,28 @@ def test_scripted_models_are_refused() -> None:
         scripted = torch.jit.script(nn.Linear(2, 2))
     with pytest.raises(CaptureError, match="capture the original model"):
         capture(scripted, torch.randn(1, 2))
+
+
+class Speaking(nn.Module):
+    """Says sizes: in an assertion's message, or in a key that it branches on."""
+
+    def __init__(self, keyed: bool) -> None:
+        super().__init__()
+        self.fc, self.keyed = nn.Linear(4, 4), keyed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.ndim == 2, f"expected (N, 4), got {x.shape}")
+        torch._assert(x.shape[1] == 4, f"expected (N, 4), got {x.shape[1]} features of {x.shape}")
+        if self.keyed and f"{x.shape[0]} samples" == "2 samples":
+            x = x * 2
+        return self.fc(x)
+
+
+def test_what_only_a_message_shows_is_not_assumed() -> None:
+    model, x = Speaking(keyed=False), torch.randn(5, 4)
+    gm = aim_surgery.transform(model, torch.zeros(2, 4))
+    assert_same(gm(x), model(x), tolerance=1e-6)
+    assert torch._assert.__module__ == "torch"
+    keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4))
+    with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
+        keyed(x)

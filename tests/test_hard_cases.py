@@ -396,9 +396,9 @@ def test_frozen_weights_get_memory_weights_that_learn() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).double()
     model.requires_grad_(False)
     gm = operated(model)
-    assert {name for name, p in gm.named_parameters() if p.requires_grad} == {
-        "aim.memory.weight", "aim.memory.bias", "aim.reads.0.weight", "aim.reads.2.weight",
-    }  # fmt: skip
+    learning = {name for name, p in gm.named_parameters() if p.requires_grad}
+    assert learning == {name for name, _ in gm.named_parameters() if name.startswith("aim.")}
+    assert {"aim.memory.weight", "aim.reads.0.weight", "aim.reads.2.weight"} < learning
     both(model, gm)
     gm(X).sum().backward()
     assert gm.get_parameter("aim.reads.0.weight").grad.abs().max() > 0

@@ -22,6 +22,7 @@ ORDER = (
     "planning",
     "surgery",
     "operation",
+    "notebook",
     "verification",
     "checkpoint",
     "report",

@@ -86,7 +86,6 @@ def test_example_inputs_that_cannot_be_made(plan: Plan) -> None:
         ("kind", "conv_transpose", "kind='conv_transpose'"),
         ("groups", 2, "groups=2, the model has groups=1"),
         ("kernel_size", (1, 1), r"kernel_size=\(1, 1\)"),
-        ("widens", False, "could not be widened"),
     ],
 )
 def test_a_site_that_is_not_the_model_s(plan: Plan, field: str, value: Any, words: str) -> None:
@@ -100,6 +99,21 @@ def test_a_site_that_is_not_the_model_s(plan: Plan, field: str, value: Any, word
         edited = edited.with_memory(2 * 64)  # one of its own kind, but for another resolution
     with pytest.raises(PlanError, match=rf"blocks\.2\.conv1: the plan was made .*{words}"):
         aim_surgery.apply(SmallNet(), edited)
+
+
+def test_a_plan_may_leave_a_layer_alone_that_could_be_widened(plan: Plan) -> None:
+    reads = tuple(
+        dataclasses.replace(read, site=dataclasses.replace(read.site, widens=False))
+        for read in plan.reads
+    )
+    model, x = SmallNet().double().eval(), torch.randn(2, 3, 32, 32).double()
+    gm = aim_surgery.apply(model, dataclasses.replace(plan, reads=reads), x).eval()
+    assert {name: p.shape for name, p in model.named_parameters()}.items() <= {
+        name: p.shape for name, p in gm.named_parameters()
+    }.items()
+    assert_same(gm(x), model(x))
+    gm.get_parameter("aim.reads.head.weight").data.normal_()
+    assert not torch.allclose(gm(x), model(x))
 
 
 def test_positions_may_differ() -> None:

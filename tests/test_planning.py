@@ -18,9 +18,9 @@ import aim_surgery
 from aim_surgery import AimConfig, PlanError
 from aim_surgery.checkpoint.models import build
 from aim_surgery.config import ARTICLE_FLOATS
-from aim_surgery.planning import Plan
+from aim_surgery.planning import Memory, Plan, Write
 from aim_surgery.planning.budget import available_planes, choose_sizes, plane_costs
-from aim_surgery.sites import Site
+from aim_surgery.sites import Boundary, Site
 from tests.cases import CASES, Case, SmallNet, Tied, Twice, mlp
 
 X = torch.zeros(2, 3, 32, 32)
@@ -32,6 +32,12 @@ def conv_site(name: str, channels: int, size: int, kernel: int = 3, groups: int 
     weights = (f"{name}.weight",)
     return Site(
         name, name, "conv", channels, channels, groups, kernel_size, spatial, size**2, weights, True
+    )
+
+
+def map_boundary(name: str, channels: int, size: int) -> Boundary:
+    return Boundary(
+        name, (name,), 1, channels, 1, 0, (size, size), positions=size**2, dominates=True
     )
 
 
@@ -47,7 +53,7 @@ def conv_site(name: str, channels: int, size: int, kernel: int = 3, groups: int 
 def test_full_reads_cost_what_the_design_says(spec: str, classes: int, total: int) -> None:
     with torch.device("meta"):
         model = build(spec, num_classes=classes)
-    plan = aim_surgery.plan(model, config=AimConfig(memory=50_176, budget=None))
+    plan = aim_surgery.plan(model, config=AimConfig(memory=50_176, budget=None, write="none"))
     assert plan.total_parameters == total
     assert all(read.planes == read.available for read in plan.reads)
 
@@ -62,6 +68,17 @@ def test_resnet50_within_the_default_budget() -> None:
     assert plan.new_parameters <= 0.015 * plan.base_parameters
     assert 45_000 <= plan.memory.floats <= 56_000
     assert plan.memory.layout[1:] == (7, 7)
+    written = ["relu", "layer1.0", "layer2.0", "layer3.0", "layer4.0"]
+    assert [write.point.name for write in plan.writes] == written
+    assert [(skip.name, skip.reason) for skip in plan.unwritten] == [
+        ("fc", "no later site would read it")
+    ]
+    assert plan.write_parameters <= 0.35 * 0.015 * plan.base_parameters
+    versions = {read.site.name: read.version for read in plan.reads}
+    assert versions["conv1"] == 0
+    assert versions["layer1.0.conv1"] == versions["layer1.0.downsample.0"] == 1
+    assert versions["layer1.1.conv1"] == versions["layer2.0.conv3"] == 2
+    assert versions["layer4.1.conv1"] == versions["fc"] == 5
 
 
 def test_how_a_site_reads() -> None:
@@ -81,33 +98,52 @@ def test_how_a_site_reads() -> None:
     ),
     parameters=st.integers(10_000, 10_000_000),
     budget=st.floats(0.001, 2.0),
+    writes=st.lists(st.tuples(st.integers(1, 512), st.integers(1, 16)), max_size=3),
 )
 @settings(max_examples=200, deadline=None)
-def test_budgets_hold(sites: list[tuple[int, int, int]], parameters: int, budget: float) -> None:
+def test_budgets_hold(
+    sites: list[tuple[int, int, int]],
+    parameters: int,
+    budget: float,
+    writes: list[tuple[int, int]],
+) -> None:
     table = [conv_site(f"s{i}", c, s, k) for i, (c, s, k) in enumerate(sites)]
+    points = [map_boundary(f"w{i}", c, s) for i, (c, s) in enumerate(writes)]
     costs = plane_costs(table)
     try:
-        sizes = choose_sizes(AimConfig(budget=budget), table, parameters)
+        sizes = choose_sizes(AimConfig(budget=budget), table, points, parameters)
     except PlanError as err:
         least = float(str(err).split("budget=")[1].split(" ")[0])
         assert least > budget
-        sizes = choose_sizes(AimConfig(budget=least), table, parameters)
+        sizes = choose_sizes(AimConfig(budget=least), table, points, parameters)
+        with pytest.raises(PlanError):  # and no less would do
+            choose_sizes(AimConfig(budget=least - 2e-6), table, points, parameters)
         budget = least
-    spent = 2 * sizes.floats + sum(costs[name] * k for name, k in sizes.planes.items())
+    memory = Memory.of(sizes.floats, sizes.home)
+    written = sum(
+        Write.of(point, memory, k, version, widths=sizes.widths).parameters
+        for version, (point, k) in enumerate(zip(points, sizes.write_planes, strict=True), 1)
+    )
+    fixed = 2 * sizes.floats + written
+    spent = fixed + sum(costs[name] * k for name, k in sizes.planes.items())
     assert spent <= budget * parameters
+    assert len(sizes.widths) == 1
+    assert 4 <= sizes.widths[0] <= 16
+    if sizes.widths[0] > 4:
+        assert written <= 0.35 * budget * parameters
     cap = max(sizes.planes.values())
     for site in table:
-        available = available_planes(site, sizes.floats)
+        available = available_planes(sizes.floats, site.spatial)
         assert 1 <= sizes.planes[site.layer] <= available
         assert sizes.planes[site.layer] == min(available, cap)
-    wider = {s.layer: min(available_planes(s, sizes.floats), cap + 1) for s in table}
-    more = 2 * sizes.floats + sum(costs[name] * k for name, k in wider.items())
+    wider = {s.layer: min(available_planes(sizes.floats, s.spatial), cap + 1) for s in table}
+    more = fixed + sum(costs[name] * k for name, k in wider.items())
     assert wider == dict(sizes.planes) or more > int(budget * parameters)  # κ is the largest
 
 
 @given(floats=st.integers(1, 100_000), size=st.integers(1, 300))
 def test_planes_hold_all_floats_and_no_more(floats: int, size: int) -> None:
-    planes = available_planes(conv_site("s", 1, size), floats)
+    planes = available_planes(floats, (size, size))
     assert (planes - 1) * size**2 < floats <= planes * size**2
 
 
@@ -155,7 +191,7 @@ def test_json_gives_the_plan_back(case: Case) -> None:
     again = Plan.from_json(plan.to_json())
     assert again == plan
     assert hash(again) == hash(plan)
-    assert json.loads(plan.to_json(indent=1))["format"] == 1
+    assert json.loads(plan.to_json(indent=1))["format"] == 2
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 99}', '{"format": 1, "x": 2}'])
@@ -220,21 +256,18 @@ def test_memories_that_no_machine_holds() -> None:
     with pytest.raises(PlanError, match=r"10,000,000,000,000: .* 80,000,000,000,000 bytes"):
         AimConfig(memory=10**13)
     with pytest.raises(PlanError, match=r"budget 1e\+09 would buy a memory of .*memory="):
-        choose_sizes(AimConfig(budget=1e9), [conv_site("s", 64, 8)], parameters=10**8)
+        choose_sizes(AimConfig(budget=1e9), [conv_site("s", 64, 8)], (), parameters=10**8)
     plan = aim_surgery.plan(SmallNet(), X, config=AimConfig(budget=1e9, memory=64))
     assert all(read.planes == read.available for read in plan.reads)
 
 
 @pytest.mark.parametrize(
-    "options", [{"write": "sample"}, {"write": "batch"}, {"carry": "state"}], ids=str
-)
-def test_what_is_not_there_yet_says_so(options: dict[str, Any]) -> None:
-    with pytest.raises(PlanError, match="not there yet"):
-        AimConfig(**options)
-
-
-@pytest.mark.parametrize(
-    "options", [{"write": "maybe"}, {"carry": "maybe"}, {"init": "maybe"}], ids=str
+    "options",
+    [
+        {name: "maybe"}
+        for name in ("write", "carry", "init", "mode", "norm", "activation", "widths", "momentum")
+    ],
+    ids=str,
 )
 def test_words_that_do_not_exist(options: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="must be"):
@@ -398,6 +431,111 @@ def test_json_that_was_edited_into_no_plan(
     edit(data)
     with pytest.raises(PlanError, match=words):
         Plan.from_json(json.dumps(data))
+
+
+def put_write(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return put("writes", 0, name, value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (put_write("version", 2), "stem: makes version 2, and the next one .* is 1"),
+        (put_write("source", 1), "stem: reads version 1 of memory 'memory', which has .* 0 … 0"),
+        (put_write("memory", "B"), "stem: writes to 'B', which is no memory of this plan"),
+        (put_write("outputs", 3), "stem: outputs of this write are stale"),
+        (put_write("planes", 99), "stem: planes must be 0 … 1, got 99"),
+        (put_write("kernel_size", 2), "stem: kernel_size must be odd, got 2"),
+        (put_write("widths", []), "widths must be a tuple of the channels"),
+        (put_write("widths", [0]), "widths must be a tuple of the channels"),
+        (put_write("norm", "group"), r"writes\[0\]\.norm must be one of 'layer'"),
+        (put_write("momentum", 0), r"stem: momentum must be in \(0, 1\], got 0"),
+        (put_write("point", {"name": "x"}), "not a plan"),
+        (put("writes", 0, "point", "spatial", [0, 16]), "stem: a size of this write point"),
+        (put("reads", 0, "version", 9), "stem: reads version 9 .* has versions 0 … 2"),
+        (put("reads", 0, "memory", "B"), "stem: reads 'B', which is no memory of this plan"),
+        (put("memory", "name", "reads"), "'reads' is no name for a memory"),
+        (put("memory", "shared", 3), "shared=3 must be positive, and shared must divide 128"),
+        (lambda d: d["further"].append(d["memory"]), "two memories of this plan have one name"),
+        (lambda d: d["writes"].append(d["writes"][0]), "two writes .* are at the same point"),
+        (
+            lambda d: d["memory"].update(carry="state") or d.update(writes=[]) or reset(d),
+            "carry='state' of memory 'memory': nothing writes to it",
+        ),
+    ],
+)
+def test_writes_that_were_edited_into_no_plan(
+    edit: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    config = AimConfig(memory=2 * 64, budget=None, write_at=("stem", "blocks"))
+    data = json.loads(aim_surgery.plan(SmallNet(), X, config=config).to_json())
+    edit(data)
+    with pytest.raises(PlanError, match=words):
+        Plan.from_json(json.dumps(data))
+
+
+def reset(data: dict[str, Any]) -> None:
+    for read in data["reads"]:
+        read["version"] = 0
+
+
+def test_versions_by_hand() -> None:
+    config = AimConfig(memory=2 * 64, budget=None, write_at=("stem", "blocks"))
+    plan = aim_surgery.plan(SmallNet(), X, config=config)
+    assert [read.version for read in plan.reads] == [0, 1, 1, 1, 1, 2]
+    assert [read.version for read in plan.with_versions({"*": 0}).reads] == [0] * 6
+    earlier = plan.with_versions({"head": 1})
+    assert [read.version for read in earlier.reads] == [0, 1, 1, 1, 1, 1]
+    without = plan.without_writes("stem")
+    assert [read.version for read in without.reads] == [0, 0, 0, 0, 0, 1]
+    assert [(w.point.name, w.version, w.source) for w in without.writes] == [("blocks", 1, 0)]
+    assert without.unwritten[-1].reason == "left out by hand"
+    assert not plan.without_writes("*").writes
+    for edit in (
+        lambda: plan.with_versions({"head": 3}),
+        lambda: plan.with_versions({"nothing": 0}),
+        lambda: plan.with_versions(3),  # type: ignore[arg-type]
+        lambda: plan.without_writes("nothing"),
+    ):
+        with pytest.raises(PlanError, match=r"version 3|matches no|takes a dict"):
+            edit()
+    with pytest.raises(PlanError, match=r"stem: reads version 2 .* written after it"):
+        aim_surgery.apply(SmallNet(), plan.with_versions({"stem": 2}))
+
+
+def test_writes_show_in_the_text_of_a_plan() -> None:
+    config = AimConfig(memory=2 * 64, budget=None, write_at="stem", mode="replace", carry="state")
+    text = str(aim_surgery.plan(SmallNet(), X, config=config))
+    row = next(line for line in text.splitlines() if line.startswith("stem:"))
+    assert "replace, a sample" in row
+    assert "0 -> 1" in row
+    assert "writes      after stem: " in text
+    assert "state carried" in text
+
+
+def test_nothing_to_carry() -> None:
+    with pytest.raises(PlanError, match="write='none' writes nothing"):
+        AimConfig(carry="state", write="none")
+    with pytest.raises(PlanError, match=r"nothing to carry \(.*no later site would read it\)"):
+        aim_surgery.plan(nn.Linear(64, 64), torch.zeros(2, 64), config=AimConfig(carry="state"))
+
+
+def test_writes_by_config() -> None:
+    config = AimConfig(
+        budget=None, memory=128, write="batch", write_at="stem", mode="replace",
+        widths=(8, 4), kernel_size=3, norm="batch", activation="sigmoid", momentum=0.3,
+    )  # fmt: skip
+    (write,) = aim_surgery.plan(SmallNet(), X, config=config).writes
+    assert (write.per, write.mode, write.widths, write.kernel_size) == (
+        "batch",
+        "replace",
+        (8, 4),
+        3,
+    )
+    assert (write.norm, write.activation, write.momentum) == ("batch", "sigmoid", 0.3)
+    block = ((12 + 1) * 9 * 8 + 8 + 2 * 8) + (8 * 9 * 4 + 4 + 2 * 4) + (4 * 2 + 2)
+    assert write.parameters == block
+    assert write.point.name == "stem"
 
 
 def test_tied_parameters_count_once() -> None:

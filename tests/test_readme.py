@@ -36,13 +36,14 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_python_example_prints_what_it_says() -> None:
-    (code,), (expected,) = blocks("python"), blocks("text")
-    printed = io.StringIO()
+def test_the_python_examples_print_what_they_say() -> None:
+    examples, outputs = blocks("python"), blocks("text")
     namespace: dict[str, Any] = {}
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "README.md", "exec"), namespace)  # the test of this file
-    assert printed.getvalue() == expected
+    for code, expected in zip(examples, outputs, strict=True):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, "README.md", "exec"), namespace)  # the test of this file
+        assert printed.getvalue() == expected
 
 
 def test_the_console_example_prints_what_it_says(in_folder: Path) -> None:

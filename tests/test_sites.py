@@ -44,6 +44,7 @@ def test_a_site_says_what_it_is() -> None:
         positions=256,
         weights=("stem.weight",),
         widens=True,
+        output_size=(16, 16),
     )
     assert sites["head"].spatial == ()
     assert sites["head"].positions == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import pickle
 from typing import Any
@@ -205,9 +206,13 @@ def test_ranks_that_layers_accept() -> None:
     x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
     assert_same(gm(x[0]), gm(x)[0])  # unbatched
     dense = mlp().double()
-    gm = aim_surgery.transform(dense, torch.zeros(2, 16).double(), config=FRESH)
     tokens = torch.randn(2, 5, 16, dtype=torch.float64)
-    assert_same(gm(tokens)[1], gm(tokens[1]))
+    for write in ("none", "batch", "sample"):
+        config = dataclasses.replace(FRESH, write=write)
+        gm = aim_surgery.transform(dense, torch.zeros(2, 16).double(), config=config).eval()
+        assert_same(gm(tokens)[1:], gm(tokens[1:]))
+        assert_same(gm(tokens[1]), gm(tokens[1].unsqueeze(1))[:, 0])  # five samples, five tokens
+        assert_same(gm(tokens[1, 0]), gm(tokens[1, :1])[0])  # one sample by itself
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, plan, transform
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.verification import verify
@@ -508,7 +509,10 @@ def test_a_read_that_is_detached_is_named() -> None:
     gm = transform(model, torch.zeros(2, 7, dtype=torch.int64), config=FULL)
     detach(gm, "aim.reads.head")
     result = verify(model, gm, torch.randint(11, (2, 7)))
-    assert [name for name, _ in result.gradients.unreached] == ["aim.reads.head.weight"]
+    unreached = {name for name, _ in result.gradients.unreached}
+    # and with it the update block, whose memory nobody else reads
+    assert {name for name in unreached if ".writes." not in name} == {"aim.reads.head.weight"}
+    assert "aim.writes.relu.out.weight" in unreached
 
 
 def test_a_gradient_that_is_not_finite_is_named(net, gm) -> None:
@@ -542,3 +546,14 @@ def test_refusals(net, gm) -> None:
     )
     with pytest.raises(AimSurgeryError, match="pass example_inputs"):
         verify(net, gm)
+
+
+def test_a_frozen_base_passes_with_a_note() -> None:
+    net = ConvNet()
+    gm = aim_surgery.freeze_base(transform(net, IMAGES, config=FULL))
+    result = verify(net, gm, IMAGES)
+    assert result.ok, str(result)
+    assert any("frozen in the operated model" in note for note in result.notes)
+    with torch.no_grad():
+        next(p for p in gm.parameters() if not p.requires_grad).add_(1)
+    assert not verify(net, gm, IMAGES).ok

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -58,6 +59,8 @@ class Capture:
         arguments: The parameters of the captured forward.
         traces: The trace in the model's own mode first; the other mode's only where it differs.
         notes: What a reader should know, such as a mode that could not be captured.
+        findings: What was found out about it later, such as the sites of a graph, so that it need
+            not be found again.
     """
 
     model: nn.Module
@@ -65,6 +68,7 @@ class Capture:
     arguments: tuple[Argument, ...]
     traces: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
+    findings: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
     def modules(self) -> dict[str, nn.Module]:

@@ -9,6 +9,7 @@ What escapes `torch.fx`, and what is done about it:
   for the input's size does no harm);
 * `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
+* `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
 * numbers drawn from a random state without any tensor: refused.
 
 The patches are torch's own names, seen by all threads: one thread captures at a time, and each
@@ -63,6 +64,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 _symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
                 _regions_stay_python(tracer),
+                _messages_assume_nothing(tracer),
                 _restored_attributes(tracer),
                 _restored_collections(tracer),
                 _instances_by_value(tracer.model),
@@ -121,6 +123,26 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
+
+
+@contextlib.contextmanager
+def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
+    """Messages of assertions are written before anything is asked: they branch on nothing."""
+    check = torch._assert
+
+    def check_recorded(condition: Any, message: str) -> Any:
+        if tracer.evaluating or tracer.elsewhere:
+            return check(condition, message)
+        tracer.forget_shown(message)
+        if isinstance(condition, ValueProxy):
+            return tracer.create_proxy("call_function", check, (condition, message), {})
+        return check(condition, message)
+
+    torch._assert = check_recorded
+    try:
+        yield
+    finally:
+        torch._assert = check
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class ValueProxy(fx.Proxy):
     def __format__(self, spec: str) -> str:
         if isinstance(self.aim_value, torch.Tensor):
             return repr(self)
-        return format(self.tracer.answer(self, "value"), spec)
+        return self.tracer.show(self, spec)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("aim_value", "node", "tracer"):

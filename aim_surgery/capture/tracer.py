@@ -82,6 +82,7 @@ class ValueTracer(fx.Tracer):
         self._paths = {module: path for path, module in modules.items()}
         self._names = tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
+        self._shown: dict[fx.Node, str] = {}  # values that were asked for as text
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
         self._stack: list[nn.Module] = []
         self._grad_mode: fx.Node | None = None
@@ -153,6 +154,21 @@ class ValueTracer(fx.Tracer):
         if (node, question) not in self.assumptions:
             path = (self.path_of(self._stack[-1]) if self._stack else None) or ""
             self.assumptions[node, question] = Assumption(node, question, answer, path)
+
+    def show(self, proxy: ValueProxy, spec: str) -> str:
+        """A value as text; assumed, unless it goes into an assertion's message alone."""
+        known = (proxy.node, "value") in self.assumptions
+        text = format(self.answer(proxy, "value"), spec)
+        if not known:
+            self._shown[proxy.node] = text
+        return text
+
+    def forget_shown(self, message: str) -> None:
+        """Take back assumptions about what was only shown in a message."""
+        for node, text in tuple(self._shown.items()):
+            if text in message:
+                del self._shown[node]
+                self.assumptions.pop((node, "value"), None)
 
     def stay_python(self, reason: str) -> Exception:
         """What to raise where a graph can't hold what the innermost module does."""
@@ -364,8 +380,10 @@ class ValueTracer(fx.Tracer):
         self._stack.append(m)
         try:
             if self.is_leaf_module(m, ""):
-                return self.create_proxy("call_module", self._paths[m], args, kwargs)
-            return forward(*args, **kwargs)
+                result = self.create_proxy("call_module", self._paths[m], args, kwargs)
+            else:
+                result = forward(*args, **kwargs)
+            return self._returned(m, result)
         except _StayPython as stop:
             if not self._paths.get(m):
                 where = "the model itself" if m is self.model else f"{type(m).__name__}"
@@ -375,7 +393,7 @@ class ValueTracer(fx.Tracer):
                 ) from stop
             self._roll_back(last)
             self._grad_mode, self._grad_enabled = grad_state
-            return self._call_opaque(m, args, kwargs, str(stop))
+            return self._returned(m, self._call_opaque(m, args, kwargs, str(stop)))
         except CaptureError:
             raise
         except Exception as err:
@@ -384,6 +402,13 @@ class ValueTracer(fx.Tracer):
             raise
         finally:
             self._stack.pop()
+
+    def _returned(self, m: nn.Module, result: Any) -> Any:
+        """Note on a node which module calls returned it, innermost first."""
+        path = self._paths.get(m)
+        if path and type(result) is ValueProxy:
+            result.node.meta.setdefault("returned_by", []).append(path)
+        return result
 
     def _call_opaque(self, m: nn.Module, args: Any, kwargs: Any, reason: str) -> Any:
         path = self._paths[m]

@@ -84,6 +84,7 @@ class AimGraphModule(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         dropped = ("_graph", "_graphs", "_code", "_lineno_map", "_prologue_start")
+        dropped += ("_compiled_call_impl",)  # of `compile`: it calls this very module
         return {name: value for name, value in vars(self).items() if name not in dropped}
 
     def _distinct_graphs(self) -> tuple[fx.Graph, ...]:

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 from torch.fx.node import _get_qualified_name, map_aggregate
 
-GraphState = list[tuple[str, str, str, Any, Any]]
+GraphState = list[tuple[str, str, str, Any, Any, Any]]
+
+NOTE = "aim"  # the key in `node.meta` of what surgery notes down for later passes: plain data
 
 
 class _Ref(str):
@@ -31,7 +33,7 @@ def graph_state(graph: fx.Graph) -> GraphState:
         graph: Any graph whose functions can be imported by name.
 
     Returns:
-        (op, name, target, args, kwargs) for each node, in order.
+        (op, name, target, args, kwargs, note) for each node, in order.
     """
     return [
         (
@@ -40,6 +42,7 @@ def graph_state(graph: fx.Graph) -> GraphState:
             node.target if isinstance(node.target, str) else _name_of(node.target),
             map_aggregate(node.args, _to_ref),
             map_aggregate(node.kwargs, _to_ref),
+            node.meta.get(NOTE),
         )
         for node in graph.nodes
     ]
@@ -52,7 +55,7 @@ def graph_from_state(state: GraphState) -> fx.Graph:
         state: The nodes.
 
     Returns:
-        A new graph with the same nodes under the same names.
+        A new graph with the same nodes under the same names, with the same notes.
     """
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
@@ -60,11 +63,13 @@ def graph_from_state(state: GraphState) -> fx.Graph:
     def from_ref(argument: Any) -> Any:
         return nodes[argument] if isinstance(argument, _Ref) else argument
 
-    for op, name, target, args, kwargs in state:
+    for op, name, target, args, kwargs, note in state:
         resolved = _function(target) if op == "call_function" else target
         nodes[name] = graph.create_node(
             op, resolved, map_aggregate(args, from_ref), map_aggregate(kwargs, from_ref), name
         )
+        if note is not None:
+            nodes[name].meta[NOTE] = note
     return graph
 
 

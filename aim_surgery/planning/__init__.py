@@ -1,16 +1,20 @@
 """Planning: a captured model and a config go in, a frozen `Plan` comes out."""
 
-from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read
-from aim_surgery.planning.reads import input_spec, inputs_of_plan, plan_reads
-from aim_surgery.sites import Skip
+from aim_surgery.planning.inputs import input_spec, inputs_of_plan
+from aim_surgery.planning.make import make_plan
+from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.planning.plan import InputSpec, Plan
+from aim_surgery.sites import Boundary, Skip
 
 __all__ = [
+    "Boundary",
     "InputSpec",
     "Memory",
     "Plan",
     "Read",
     "Skip",
+    "Write",
     "input_spec",
     "inputs_of_plan",
-    "plan_reads",
+    "make_plan",
 ]

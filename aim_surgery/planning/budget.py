@@ -1,41 +1,62 @@
-"""How much memory, and how many planes a site: integers in, integers out.
+"""How much memory, how wide the writes, how many planes a site: integers in, integers out.
 
-    cost(M, k) = 2 M + Σ_layers k_l · c_l,   c_l = C_out · Π kernel   (one plane of layer l)
+    cost(M, w, k) = 2 M + Σ_writes c_i(M, w) + Σ_layers k_l · c_l
 
-A budget b of P parameters allows b·P. The memory takes 30 % of it, in whole planes of the home
-layout where that is one or more; the reads take what is left, by the largest common cap κ with
-k_l = min(K_l, κ). (Writes will have their share when there are writes.)
+with c_l = C_out · Π kernel, the weights of one plane of layer l, and c_i the parameters of an
+update block of width w. A budget b of P parameters allows b·P. The memory takes 30 % of it, in
+whole planes of the home layout where that is one or more; the writes at most 35 %, all of one
+width w; the reads what is left, by the largest common cap κ with k_l = min(K_l, κ). Where even the
+narrowest writes would take more than their share, the memory that they write is made smaller.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aim_surgery.config import ARTICLE_FLOATS, DEFAULT_BUDGET, MOST_FLOATS, AimConfig
 from aim_surgery.errors import PlanError
-from aim_surgery.sites import Site
+from aim_surgery.nn.write_block import block_parameters
+from aim_surgery.sites import Boundary, Site
 
 MEMORY_SHARE = 0.30
+WRITE_SHARE = 0.35
+MOST_WIDTH = 16  # the article's first layer
+LEAST_WIDTH = 4
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a budget buys: floats of memory, planes by layer, and what to tell the user."""
+    """What a budget buys.
+
+    Attributes:
+        floats: M.
+        home: Spatial size of the memory's home layout, () where there is none.
+        planes: k by layer.
+        widths: Channels of each update block's layers.
+        write_planes: k of each write, in the order of the points.
+        notes: What to tell the user.
+    """
 
     floats: int
+    home: tuple[int, ...]
     planes: Mapping[str, int]
+    widths: tuple[int, ...]
+    write_planes: tuple[int, ...]
     notes: tuple[str, ...] = ()
 
 
-def choose_sizes(config: AimConfig, sites: Sequence[Site], parameters: int) -> Sizes:
-    """Choose the size of the memory and the planes of each layer.
+def choose_sizes(
+    config: AimConfig, sites: Sequence[Site], points: Sequence[Boundary], parameters: int
+) -> Sizes:
+    """Choose the size of the memory, the width of the writes and the planes of each layer.
 
     Args:
-        config: Its `budget` and `memory` decide.
+        config: Its `budget`, `memory` and `widths` decide.
         sites: The sites that will read.
+        points: The write points.
         parameters: P, the parameters of the model before the operation.
 
     Returns:
@@ -45,56 +66,136 @@ def choose_sizes(config: AimConfig, sites: Sequence[Site], parameters: int) -> S
         PlanError: Not even one plane a site fits (the message names the budget that would do), or
             the budget would buy a memory that no machine holds.
     """
+    home = home_positions(sites)
     if config.budget is None:
         floats = config.memory or ARTICLE_FLOATS
-        return Sizes(floats, available_by_layer(sites, floats))
-    costs = plane_costs(sites)
-    unit = sum(costs.values())
-    home = home_positions(sites)
-    budget, notes = config.budget, ()
-    least = _least_budget(config.memory, unit, parameters)
-    if budget == "auto":
-        budget = max(DEFAULT_BUDGET, least)
-        if budget > DEFAULT_BUDGET:
-            notes = (
-                f"budget raised from {DEFAULT_BUDGET:.1%} to {budget:.2%}, the least at which "
-                f"every site reads one plane",
+        full = tuple(available_planes(floats, point.spatial) for point in points)
+        widths = config.widths or (MOST_WIDTH,)
+        return Sizes(floats, home, available_by_layer(sites, floats), widths, full)
+    purse = _Purse(config, sites, points, parameters, home)
+    notes: tuple[str, ...] = ()
+    wanted = DEFAULT_BUDGET if config.budget == "auto" else config.budget
+    budget = wanted if purse.covers(wanted) else _least_budget(purse, wanted)
+    writes = f" and {len(points)} writes {LEAST_WIDTH} wide" if points and not config.widths else ""
+    if budget > wanted and config.budget == "auto":
+        notes = (
+            f"budget raised from {DEFAULT_BUDGET:.1%} to {budget:.2%}, the least for one plane a "
+            f"site{writes}",
+        )
+    elif budget > wanted:
+        raise PlanError(
+            f"budget {wanted:g} is too small for one plane a site{writes}: {len(purse.costs)} "
+            f"layers need {purse.unit:,} parameters a plane, besides the memory; "
+            f"budget={budget:.6f} would do"
+        )
+    return purse.spend(budget, notes)
+
+
+class _Purse:
+    """What things cost in one model, and what a budget buys."""
+
+    def __init__(
+        self,
+        config: AimConfig,
+        sites: Sequence[Site],
+        points: Sequence[Boundary],
+        parameters: int,
+        home: tuple[int, ...],
+    ) -> None:
+        self._config, self._sites, self._points = config, sites, points
+        self._parameters, self._home = parameters, home
+        self.costs = plane_costs(sites)
+        self.unit = sum(self.costs.values())
+
+    def allowed(self, budget: float) -> int:
+        """New parameters that a budget allows."""
+        return int(budget * self._parameters)
+
+    def memory_floats(self, budget: float) -> int:
+        """The memory's share, or less where the narrowest writes would exceed theirs."""
+        if self._config.memory is not None:
+            return self._config.memory
+        share = int(MEMORY_SHARE * budget * self._parameters / 2)
+        plane = math.prod(self._home)
+        step = plane if share >= plane else 1  # a share below one plane is taken as it is
+        limit = int(WRITE_SHARE * budget * self._parameters)
+        counts = range(1, max(share // step, 1) + 1)
+        fit = _largest(counts, lambda count: self._writes(count * step, LEAST_WIDTH), limit)
+        return max(fit, 1) * step
+
+    def covers(self, budget: float) -> bool:
+        """Whether a budget pays for the memory's share, one plane a site and narrow writes."""
+        floats = self.memory_floats(budget)
+        needed = 2 * floats + self.unit + self._writes(floats, LEAST_WIDTH)
+        return needed <= self.allowed(budget)
+
+    def spend(self, budget: float, notes: tuple[str, ...]) -> Sizes:
+        """Choose all sizes within a budget that is large enough."""
+        allowed, floats = self.allowed(budget), self.memory_floats(budget)
+        if floats > MOST_FLOATS:
+            raise PlanError(
+                f"budget {budget:g} would buy a memory of {floats:,} floats, more than the "
+                f"{MOST_FLOATS:,} there may be: choose a smaller budget, or the size with memory="
             )
-    elif budget < least:
-        raise PlanError(
-            f"budget {budget:g} is too small for one plane a site: {len(costs)} layers need "
-            f"{unit:,} parameters a plane, besides the memory; budget={least:.6f} would do"
+        share = min(int(WRITE_SHARE * allowed), allowed - 2 * floats - self.unit)
+        wider = range(LEAST_WIDTH + 1, MOST_WIDTH + 1)
+        width = LEAST_WIDTH + _largest(wider, lambda width: self._writes(floats, width), share)
+        writes = self._writes(floats, width)
+        available = available_by_layer(self._sites, floats)
+        caps = range(1, max(available.values()) + 1)
+        cap = _largest(caps, lambda cap: self._reads(available, cap), allowed - 2 * floats - writes)
+        planes = {layer: min(k, cap) for layer, k in available.items()}
+        widths, write_planes = self._widths(width), self._write_planes(floats, width)
+        return Sizes(floats, self._home, planes, widths, write_planes, notes)
+
+    def _reads(self, available: Mapping[str, int], cap: int) -> int:
+        return sum(min(available[layer], cap) * each for layer, each in self.costs.items())
+
+    def _writes(self, floats: int, width: int) -> int:
+        outputs = -(-floats // math.prod(self._home))
+        chosen = zip(self._points, self._write_planes(floats, width), strict=True)
+        return sum(
+            block_parameters(
+                point.channels,
+                planes,
+                outputs=outputs,
+                dims=len(point.spatial),
+                widths=self._widths(width),
+                kernel_size=self._config.kernel_size,
+                norm=self._config.norm,
+            )
+            for point, planes in chosen
         )
-    allowed = int(budget * parameters)
-    floats = config.memory or _memory_floats(budget, parameters, home)
-    if floats > MOST_FLOATS:
-        raise PlanError(
-            f"budget {budget:g} would buy a memory of {floats:,} floats, more than the "
-            f"{MOST_FLOATS:,} there may be: choose a smaller budget, or the size with memory="
-        )
-    available = available_by_layer(sites, floats)
-    cap = _largest_cap(allowed - 2 * floats, costs, available)
-    return Sizes(floats, {layer: min(k, cap) for layer, k in available.items()}, notes)
+
+    def _widths(self, width: int) -> tuple[int, ...]:
+        return self._config.widths or (width,)
+
+    def _write_planes(self, floats: int, width: int) -> tuple[int, ...]:
+        """As many planes as the block is wide: it could not tell more of them apart."""
+        most = self._widths(width)[0]
+        return tuple(min(available_planes(floats, point.spatial), most) for point in self._points)
 
 
 def home_positions(sites: Sequence[Site]) -> tuple[int, ...]:
-    """The smallest spatial size of more than one position at which a convolution works, or ()."""
-    sizes = [site.spatial for site in sites if math.prod(site.spatial) > 1]
-    return min(sizes, key=lambda size: (math.prod(size), size), default=())
+    """The smallest spatial size of more than one position at which a convolution works, or ().
+
+    Inputs and outputs both count: the only convolution of many transformers cuts into patches.
+    """
+    sizes = [size for site in sites for size in (site.spatial, site.output_size)]
+    several = [size for size in sizes if math.prod(size) > 1]
+    return min(several, key=lambda size: (math.prod(size), size), default=())
 
 
-def available_planes(site: Site, floats: int) -> int:
-    """K, the planes that a memory of M floats gives a site: ceil(M / S); M for a linear site."""
-    if site.kind == "linear":
-        return floats
-    return -(-floats // math.prod(site.spatial))
+def available_planes(floats: int, spatial: tuple[int, ...]) -> int:
+    """K, the planes that M floats give at a spatial size: ceil(M / S); M features at none."""
+    return -(-floats // math.prod(spatial))
 
 
 def available_by_layer(sites: Sequence[Site], floats: int) -> dict[str, int]:
     """K by layer: the least of its sites, because a layer is widened once."""
     planes: dict[str, int] = {}
     for site in sites:
-        count = available_planes(site, floats)
+        count = available_planes(floats, site.spatial)
         planes[site.layer] = min(count, planes.get(site.layer, count))
     return planes
 
@@ -104,23 +205,20 @@ def plane_costs(sites: Sequence[Site]) -> dict[str, int]:
     return {site.layer: site.out_channels * math.prod(site.kernel_size) for site in sites}
 
 
-def _memory_floats(budget: float, parameters: int, home: tuple[int, ...]) -> int:
-    share = int(MEMORY_SHARE * budget * parameters / 2)
-    plane = math.prod(home)
-    return max(share // plane * plane or share, 1)  # a share below one plane is taken as it is
+def _largest(counts: range, cost: Callable[[int], int], allowed: int) -> int:
+    """How many of the rising counts cost no more than is allowed."""
+    return bisect.bisect_right(counts, allowed, key=cost)
 
 
-def _largest_cap(allowed: int, costs: Mapping[str, int], available: Mapping[str, int]) -> int:
-    def cost(cap: int) -> int:
-        return sum(min(available[layer], cap) * each for layer, each in costs.items())
+def _least_budget(purse: _Purse, start: float) -> float:
+    """The least budget, in whole millionths, above one that does not do."""
 
-    caps = range(1, max(available.values()) + 1)
-    return bisect.bisect_right(caps, allowed, key=cost)
+    def covered(millionths: int) -> bool:
+        return purse.covers(millionths / 1e6)
 
-
-def _least_budget(memory: int | None, unit: int, parameters: int) -> float:
-    """The budget, in whole millionths, from which on every site reads one plane."""
-    # a chosen memory costs what it costs; otherwise it takes its share, one float at least
-    chosen = memory is not None
-    needed = unit + 2 * memory if chosen else max(unit / (1 - MEMORY_SHARE), unit + 2)
-    return math.ceil((needed + 1) / parameters * 1e6) / 1e6
+    first = math.floor(start * 1e6)
+    step = 1
+    while not covered(first + step):
+        step *= 2
+    candidates = range(first + 1, first + step + 1)
+    return candidates[bisect.bisect_left(candidates, True, key=covered)] / 1e6

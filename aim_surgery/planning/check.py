@@ -13,17 +13,19 @@ import itertools
 import math
 import reprlib
 import types
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from aim_surgery.config import check_memory
+from aim_surgery.config import check_memory, check_widths
 from aim_surgery.errors import PlanError
-from aim_surgery.planning.plan import Memory, Plan, Read
+from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.planning.plan import Plan
 from aim_surgery.sites import Site
 
-_WORDS = {int: "a whole number", str: "text", bool: "true or false"}
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def check_plan(plan: Plan) -> None:
@@ -38,15 +40,26 @@ def check_plan(plan: Plan) -> None:
     _check_type(plan, Plan, "")
     if plan.base_parameters < 0:
         raise PlanError(f"base_parameters must not be negative, got {plan.base_parameters}")
-    _check_memory(plan.memory)
+    memories = {memory.name: memory for memory in plan.memories}
+    if len(memories) < len(plan.memories):
+        raise PlanError("two memories of this plan have one name")
+    for memory in plan.memories:
+        _check_memory(memory)
+    versions = _check_writes(plan, memories)
     if not plan.reads:
         raise PlanError("this plan reads nowhere: leave at least one site in it")
     widths: dict[str, int] = {}
     names: set[str] = set()
     for read in plan.reads:
-        _check_site(read.site)
-        _check_read(read, plan.memory.floats)
         name, layer = read.site.name, read.site.layer
+        _check_site(read.site)
+        _check_version(name, read.memory, read.version, versions)
+        _check_read(read, memories[read.memory].floats)
+        if read.site.sample_axis is None and plan.varies(read.memory, read.version):
+            raise PlanError(
+                f"{name}: version {read.version} of the memory is another for each sample, and "
+                f"this site's input is not split by samples: let it read an earlier version"
+            )
         if name in names:
             raise PlanError(f"{name}: two reads of this plan are at the same site, keep one")
         names.add(name)
@@ -69,6 +82,81 @@ def _check_memory(memory: Memory) -> None:
             f"memory.layout {layout} doesn't hold {floats:,} floats in whole planes: "
             f"Plan.with_memory changes the size and the layout with it"
         )
+    if not memory.name.isidentifier() or memory.name in ("reads", "writes"):
+        raise PlanError(f"{memory.name!r} is no name for a memory: use a Python identifier")
+    if memory.inputs < 1 or memory.shared < 1 or floats % memory.shared:
+        raise PlanError(
+            f"memory {memory.name}: inputs={memory.inputs} and shared={memory.shared} must be "
+            f"positive, and shared must divide {floats:,} floats"
+        )
+    _check_momentum(memory.name, memory.momentum)
+
+
+def _check_momentum(name: str, momentum: float) -> None:
+    if not 0 < momentum <= 1:
+        raise PlanError(f"{name}: momentum must be in (0, 1], got {momentum}")
+
+
+def _check_writes(plan: Plan, memories: Mapping[str, Memory]) -> dict[str, int]:
+    """Each write makes the next version of its memory; the number of versions by memory."""
+    versions = dict.fromkeys(memories, 1)
+    names: set[str] = set()
+    for write in plan.writes:
+        name = write.point.name
+        if write.memory not in memories:
+            raise PlanError(f"{name}: writes to {write.memory!r}, which is no memory of this plan")
+        if write.name in names:
+            raise PlanError(f"{name}: two writes of this plan are at the same point, keep one")
+        names.add(write.name)
+        if write.version != versions[write.memory]:
+            raise PlanError(
+                f"{name}: makes version {write.version}, and the next one of memory "
+                f"{write.memory!r} is {versions[write.memory]}: number writes as they are executed"
+            )
+        _check_version(name, write.memory, write.source, versions)
+        _check_write(write, memories[write.memory])
+        if write.per == "batch" and plan.varies(write.memory, write.source):
+            raise PlanError(
+                f"{name}: a write for the whole batch can't start from version {write.source}, "
+                f"which is another for each sample: choose an earlier source"
+            )
+        versions[write.memory] += 1
+    for memory in plan.memories:
+        if memory.carry == "state" and versions[memory.name] == 1:
+            raise PlanError(
+                f"carry='state' of memory {memory.name!r}: nothing writes to it, so there is "
+                f"nothing to carry; use carry='weights'"
+            )
+    return versions
+
+
+def _check_write(write: Write, memory: Memory) -> None:
+    name, point = write.point.name, write.point
+    if min(point.channels, point.positions, *point.spatial) < 1 or len(point.spatial) > 3:
+        raise PlanError(f"{name}: a size of this write point makes no sense: {point}")
+    check_widths(write.widths)
+    fresh = write.seeing(memory)
+    stale = [k for k in ("outputs", "available", "how") if getattr(write, k) != getattr(fresh, k)]
+    if stale:
+        raise PlanError(
+            f"{name}: {', '.join(stale)} of this write are stale, a memory of {memory.floats:,} "
+            f"floats gives others: change the size with Plan.with_memory, or plan again"
+        )
+    if not 0 <= write.planes <= write.available:
+        raise PlanError(f"{name}: planes must be 0 … {write.available}, got {write.planes}")
+    if write.kernel_size < 1 or write.kernel_size % 2 == 0:
+        raise PlanError(f"{name}: kernel_size must be odd, got {write.kernel_size}")
+    _check_momentum(name, write.momentum)
+
+
+def _check_version(name: str, memory: str, version: int, versions: Mapping[str, int]) -> None:
+    if memory not in versions:
+        raise PlanError(f"{name}: reads {memory!r}, which is no memory of this plan")
+    if not 0 <= version < versions[memory]:
+        raise PlanError(
+            f"{name}: reads version {version} of memory {memory!r}, which has versions 0 … "
+            f"{versions[memory] - 1} there"
+        )
 
 
 def _check_site(site: Site) -> None:
@@ -90,7 +178,7 @@ def _check_site(site: Site) -> None:
 
 def _check_read(read: Read, floats: int) -> None:
     name = read.site.name
-    fresh = Read.of(read.site, floats, read.planes)
+    fresh = Read.of(read.site, floats, read.planes, read.memory, read.version)
     if read != fresh:
         raise PlanError(
             f"{name}: available={read.available} and how={read.how!r} are stale, a memory of "
@@ -126,7 +214,9 @@ def _check_type(value: Any, expected: Any, where: str) -> None:
         kinds = itertools.repeat(inner[0]) if inner[-1] is ... else inner
         for index, (item, kind) in enumerate(zip(value, kinds, strict=False)):
             _check_type(item, kind, f"{where}[{index}]")
-    elif not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+    elif not isinstance(value, (int, float) if expected is float else expected) or (
+        expected in (int, float) and isinstance(value, bool)
+    ):
         raise _wrong(where, _WORDS.get(expected, f"a {expected.__name__}"), value)
     elif is_dataclass(expected):
         for name, hint in _hints(expected).items():

@@ -9,89 +9,17 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from aim_surgery.config import Init, check_memory
 from aim_surgery.errors import PlanError
-from aim_surgery.planning.budget import available_by_layer, available_planes
-from aim_surgery.sites import Site, Skip
+from aim_surgery.planning.budget import available_by_layer
+from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.sites import Boundary, Site, Skip
 
-FORMAT_VERSION = 1
-
-How = Literal["reshape", "pad", "features"]
-
-
-@dataclass(frozen=True)
-class Memory:
-    """The notebook.
-
-    Attributes:
-        floats: M, its size.
-        layout: Home layout (channels, *spatial), or (M,) where no convolution gives a size. It is
-            where writes will keep the memory; reads don't depend on it.
-    """
-
-    floats: int
-    layout: tuple[int, ...]
-
-    @classmethod
-    def of(cls, floats: int, home: tuple[int, ...]) -> Memory:
-        """A memory of M floats in whole planes of a spatial size; () where there is none."""
-        if not home:
-            return cls(floats, (floats,))
-        return cls(floats, (-(-floats // math.prod(home)), *home))
-
-    @property
-    def parameters(self) -> int:
-        """Weight and bias of each float."""
-        return 2 * self.floats
-
-
-@dataclass(frozen=True)
-class Read:
-    """How one site sees the memory.
-
-    Attributes:
-        site: The site.
-        available: K, the planes (features) that there are to be had.
-        planes: k, the planes (features) that the site gets; averaged in k groups where k < K.
-        how: "reshape" (S divides M), "pad" (zeros up to whole planes) or "features" (linear).
-    """
-
-    site: Site
-    available: int
-    planes: int
-    how: How
-
-    @classmethod
-    def of(cls, site: Site, floats: int, planes: int) -> Read:
-        """The read of k planes by a site from a memory of M floats."""
-        if site.kind == "linear":
-            return cls(site, floats, planes, "features")
-        how = "reshape" if floats % math.prod(site.spatial) == 0 else "pad"
-        return cls(site, available_planes(site, floats), planes, how)
-
-    @property
-    def averaged(self) -> bool:
-        """Whether planes are averaged: each of the k is the mean of a group of the K."""
-        return self.planes < self.available
-
-    @property
-    def parameters(self) -> int:
-        """New weights that this read needs (counted once a layer, see `Plan.new_parameters`)."""
-        return self.planes * self.site.out_channels * math.prod(self.site.kernel_size)
-
-    @property
-    def macs(self) -> int:
-        """Extra multiply-accumulates per sample, on the example's size."""
-        site = self.site
-        if site.kind == "conv_transpose":
-            inputs = math.prod(site.spatial)
-            return self.parameters * inputs
-        return self.parameters * site.positions
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -119,9 +47,12 @@ class Plan:
         memory: The notebook.
         reads: One for each site that reads, in execution order.
         skips: What doesn't read, with reasons.
-        init: How new weights start: "preserve" or "fresh".
+        init: How new weights of reads start: "preserve" or "fresh".
         inputs: The example input.
         notes: What a reader should know.
+        writes: Update blocks, in execution order.
+        unwritten: Points where a write was left out, with reasons.
+        further: Memories besides the first; only a plan made by hand has some.
     """
 
     model: str
@@ -132,6 +63,14 @@ class Plan:
     init: Init
     inputs: InputSpec
     notes: tuple[str, ...] = ()
+    writes: tuple[Write, ...] = ()
+    unwritten: tuple[Skip, ...] = ()
+    further: tuple[Memory, ...] = ()
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """All memories."""
+        return (self.memory, *self.further)
 
     @property
     def read_parameters(self) -> int:
@@ -139,9 +78,19 @@ class Plan:
         return sum({read.site.layer: read.parameters for read in self.reads}.values())
 
     @property
+    def write_parameters(self) -> int:
+        """Parameters of all update blocks."""
+        return sum(write.parameters for write in self.writes)
+
+    @property
+    def memory_parameters(self) -> int:
+        """Weights and biases of all memories."""
+        return sum(memory.parameters for memory in self.memories)
+
+    @property
     def new_parameters(self) -> int:
-        """All that the operation adds: memory and reads."""
-        return self.memory.parameters + self.read_parameters
+        """All that the operation adds: memories, reads and writes."""
+        return self.memory_parameters + self.read_parameters + self.write_parameters
 
     @property
     def total_parameters(self) -> int:
@@ -151,7 +100,18 @@ class Plan:
     @property
     def macs(self) -> int:
         """Extra multiply-accumulates per sample, on the example's size."""
-        return sum(read.macs for read in self.reads)
+        return sum(part.macs for part in (*self.reads, *self.writes))
+
+    def varies(self, memory: str, version: int) -> bool:
+        """Whether a version of a memory is another for each sample: some write made it so."""
+        while version:
+            write = next(w for w in self.writes if (w.memory, w.version) == (memory, version))
+            if write.per == "sample" and write.point.sample_axis is not None:
+                return True
+            if write.mode == "replace":
+                return False
+            version = write.source
+        return False
 
     def with_planes(self, planes: Mapping[str, int]) -> Plan:
         """A copy in which some layers read another number of planes.
@@ -178,26 +138,106 @@ class Plan:
                     reads[i] = dataclasses.replace(read, planes=count)
         return dataclasses.replace(self, reads=tuple(reads)).checked()
 
-    def with_memory(self, floats: int) -> Plan:
-        """A copy with a memory of another size.
+    def with_memory(self, memory: int | Memory) -> Plan:
+        """A copy with another memory in the place of the first.
 
         Args:
-            floats: M. Sites read as many planes as before, or all where there are fewer now.
+            memory: M, or a memory with all its options. Sites read as many planes as before, or all
+                where there are fewer now.
 
         Returns:
             The edited plan; this one is left unchanged.
 
         Raises:
-            PlanError: It is no size of a memory.
+            PlanError: It is no size of a memory, or no layout for it.
         """
-        check_memory(floats)
-        available = available_by_layer([read.site for read in self.reads], floats)
+        old = self.memory
+        if not isinstance(memory, Memory):
+            check_memory(memory)
+            layout = Memory.of(memory, old.layout[1:]).layout
+            memory = dataclasses.replace(old, floats=memory, layout=layout)
+        floats, name = memory.floats, memory.name
+        mine = [read.site for read in self.reads if read.memory == old.name]
+        available = available_by_layer(mine, floats)
         reads = tuple(
-            Read.of(read.site, floats, min(read.planes, available[read.site.layer]))
+            read
+            if read.memory != old.name
+            else Read.of(
+                read.site, floats, min(read.planes, available[read.site.layer]), name, read.version
+            )
             for read in self.reads
         )
-        memory = Memory.of(floats, self.memory.layout[1:])
-        return dataclasses.replace(self, memory=memory, reads=reads).checked()
+        writes = tuple(
+            write.seeing(memory) if write.memory == old.name else write for write in self.writes
+        )
+        return dataclasses.replace(self, memory=memory, reads=reads, writes=writes).checked()
+
+    def with_versions(self, versions: Mapping[str, int]) -> Plan:
+        """A copy in which some sites read another version of their memory.
+
+        Args:
+            versions: Versions by glob on site or layer names: 0 for the memory before any write, 1
+                after the first write, ... A site can't read what is written after it.
+
+        Returns:
+            The edited plan; this one is left unchanged.
+
+        Raises:
+            PlanError: A glob matches no read, or there is no such version.
+        """
+        if not isinstance(versions, Mapping):
+            raise PlanError(f"with_versions takes a dict such as {{'head': 0}}, got {versions!r}")
+        reads = list(self.reads)
+        for pattern, version in versions.items():
+            chosen = [i for i, read in enumerate(reads) if _chosen(read, pattern)]
+            if not chosen:
+                raise PlanError(f"{pattern!r} matches no read of this plan")
+            for i in chosen:
+                reads[i] = dataclasses.replace(reads[i], version=version)
+        return dataclasses.replace(self, reads=tuple(reads)).checked()
+
+    def without_writes(self, *patterns: str) -> Plan:
+        """A copy without some writes; who read what they made reads the version before.
+
+        Args:
+            *patterns: Globs on the names of write points.
+
+        Returns:
+            The edited plan; this one is left unchanged.
+
+        Raises:
+            PlanError: A glob matches no write.
+        """
+        plan = self
+        for pattern in patterns:
+            chosen = [w for w in plan.writes if fnmatch.fnmatchcase(w.point.name, pattern)]
+            if not chosen:
+                raise PlanError(f"{pattern!r} matches no write of this plan")
+            for write in reversed(chosen):
+                plan = plan._without_write(write)
+        return plan.checked()
+
+    def _without_write(self, gone: Write) -> Plan:
+        def renumbered(memory: str, version: int) -> int:
+            if memory != gone.memory or version < gone.version:
+                return version
+            return gone.source if version == gone.version else version - 1
+
+        writes = tuple(
+            dataclasses.replace(
+                write,
+                version=renumbered(write.memory, write.version),
+                source=renumbered(write.memory, write.source),
+            )
+            for write in self.writes
+            if write != gone
+        )
+        reads = tuple(
+            dataclasses.replace(read, version=renumbered(read.memory, read.version))
+            for read in self.reads
+        )
+        unwritten = (*self.unwritten, Skip(gone.point.name, (), "left out by hand"))
+        return dataclasses.replace(self, writes=writes, reads=reads, unwritten=unwritten)
 
     def without(self, *patterns: str) -> Plan:
         """A copy in which some sites don't read.
@@ -258,10 +298,25 @@ class Plan:
             reads = tuple(
                 Read(Site(**_tuples(read.pop("site"))), **read) for read in data.pop("reads")
             )
+            writes = tuple(
+                Write(Boundary(**_tuples(write.pop("point"))), **_tuples(write))
+                for write in data.pop("writes")
+            )
             memory = Memory(**_tuples(data.pop("memory")))
+            further = tuple(Memory(**_tuples(memory)) for memory in data.pop("further"))
             skips = tuple(Skip(**_tuples(skip)) for skip in data.pop("skips"))
+            unwritten = tuple(Skip(**_tuples(skip)) for skip in data.pop("unwritten"))
             inputs = InputSpec(**_tuples(data.pop("inputs")))
-            plan = cls(memory=memory, reads=reads, skips=skips, inputs=inputs, **_tuples(data))
+            plan = cls(
+                memory=memory,
+                reads=reads,
+                skips=skips,
+                inputs=inputs,
+                writes=writes,
+                unwritten=unwritten,
+                further=further,
+                **_tuples(data),
+            )
             return plan.checked()
         except (TypeError, KeyError, AttributeError, RecursionError) as err:
             raise PlanError(f"this JSON is not a plan: {err}") from err

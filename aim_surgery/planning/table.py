@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from aim_surgery.planning.plan import Plan, Read
+from aim_surgery.planning.parts import MEMORY, Memory, Read, Write
+from aim_surgery.planning.plan import Plan
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
-_NUMBERS = ("K", "k", "parameters", "MACs")
-_COLUMNS = ("site", "kind", "size", "K", "k", "read", "layer", "parameters", "MACs")
+_NUMBERS = ("K", "k", "version", "parameters", "MACs")
+_COLUMNS = ("site", "kind", "size", "K", "k", "read", "version", "layer", "parameters", "MACs")
 
 
 def plan_text(plan: Plan) -> str:
@@ -18,9 +19,10 @@ def plan_text(plan: Plan) -> str:
         plan: Any plan.
 
     Returns:
-        Lines of text: the table, left-out weights with reasons, totals.
+        Lines of text: the table of reads and writes in execution order, what was left out with
+        reasons, totals.
     """
-    rows = [_COLUMNS, *(_row(read) for read in plan.reads)]
+    rows = [_COLUMNS, *_rows(plan)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = ["  ".join(_cell(i, row[i], widths[i]) for i in range(len(row))) for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))
@@ -28,14 +30,43 @@ def plan_text(plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _row(read: Read) -> tuple[str, ...]:
+def _rows(plan: Plan) -> list[tuple[str, ...]]:
+    """Reads as planned, each write before the first read of what it makes."""
+    rows, pending = [], list(plan.writes)
+    for read in plan.reads:
+        made = [w for w in pending if w.memory == read.memory and w.version <= read.version]
+        rows += [_write_row(write) for write in made]
+        pending = [write for write in pending if write not in made]
+        rows.append(_read_row(read))
+    return rows + [_write_row(write) for write in pending]
+
+
+def _read_row(read: Read) -> tuple[str, ...]:
     site = read.site
     how = f"{read.how}, averaged" if read.averaged else read.how
-    size = _TIMES.join(str(size) for size in site.spatial) or "-"
     kind = site.kind if site.groups == 1 else f"{site.kind} /{site.groups}"
     layer = "widened" if site.widens else "beside"
-    numbers = (f"{read.parameters:,}", _short(read.macs))
-    return (site.name, kind, size, f"{read.available}", f"{read.planes}", how, layer, *numbers)
+    sizes = (_size(site.spatial), f"{read.available}", f"{read.planes}")
+    version = _version(read.memory, read.version)
+    return (site.name, kind, *sizes, how, version, layer, f"{read.parameters:,}", _short(read.macs))
+
+
+def _write_row(write: Write) -> tuple[str, ...]:
+    point = write.point
+    sizes = (_size(point.spatial), f"{write.available}", f"{write.planes}")
+    how = f"{write.mode}, a {write.per}"
+    widths = "-".join(str(width) for width in write.widths)
+    version = f"{write.source} -> {_version(write.memory, write.version)}"
+    costs = (f"{write.parameters:,}", _short(write.macs))
+    return (f"{point.name}:", f"write {point.stage}", *sizes, how, version, widths, *costs)
+
+
+def _version(memory: str, version: int) -> str:
+    return f"{version}" if memory == MEMORY else f"{memory} {version}"
+
+
+def _size(spatial: tuple[int, ...]) -> str:
+    return _TIMES.join(str(size) for size in spatial) or "-"
 
 
 def _cell(column: int, text: str, width: int) -> str:
@@ -44,26 +75,37 @@ def _cell(column: int, text: str, width: int) -> str:
 
 def _skips(plan: Plan) -> list[str]:
     lines = []
-    for reason, group in groupby(plan.skips, key=lambda skip: skip.reason):
-        names = [skip.name for skip in group]
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        lines.append(f"not read: {shown}: {reason}")
+    for what, skips in (("read", plan.skips), ("written", plan.unwritten)):
+        for reason, group in groupby(skips, key=lambda skip: skip.reason):
+            names = [skip.name for skip in group]
+            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            lines.append(f"not {what}: {', '.join(names[:4])}{rest}: {reason}")
     return lines
 
 
 def _totals(plan: Plan) -> list[str]:
-    layout = _TIMES.join(str(size) for size in plan.memory.layout)
     ratio = plan.new_parameters / max(plan.base_parameters, 1)
-    lines = [
-        f"memory      {plan.memory.floats:,} floats ({layout}), "
-        f"{plan.memory.parameters:,} parameters",
-        f"reads       {len(plan.reads)} sites, {plan.read_parameters:,} parameters, "
-        f"{_short(plan.macs)} more multiply-accumulates a sample",
+    lines = [_memory_line(memory) for memory in plan.memories]
+    lines.append(f"reads       {len(plan.reads)} sites, {plan.read_parameters:,} parameters")
+    if plan.writes:
+        points = ", ".join(write.point.name for write in plan.writes)
+        lines.append(f"writes      after {points}: {plan.write_parameters:,} parameters")
+    lines += [
         f"parameters  {plan.base_parameters:,} -> {plan.total_parameters:,} "
-        f"(+{plan.new_parameters:,}, {ratio:.2%})",
+        f"(+{plan.new_parameters:,}, {ratio:.2%}), {_short(plan.macs)} more multiply-accumulates "
+        f"a sample",
         f"input       {plan.inputs.source}; new weights: {plan.init}",
     ]
     return lines + [f"note        {note}" for note in plan.notes]
+
+
+def _memory_line(memory: Memory) -> str:
+    layout = _TIMES.join(str(size) for size in memory.layout)
+    name = "memory" if memory.name == MEMORY else f"memory {memory.name}"
+    carried = ", state carried" if memory.carry == "state" else ""
+    return (
+        f"{name:<12}{memory.floats:,} floats ({layout}), {memory.parameters:,} parameters{carried}"
+    )
 
 
 def _short(count: int) -> str:

@@ -1,11 +1,26 @@
-"""Sites: every convolution and linear call of a captured model, as frozen data.
+"""Sites: every convolution and linear call of a captured model, and the stages that they form.
 
 A site is one call; a layer is the weight behind one or more of them. What multiplies by weights and
-is no site is listed with the reason.
+is no site is listed with the reason. A boundary is a place between sites where a write may follow.
 """
 
+from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
 from aim_surgery.sites.find import find_sites
+from aim_surgery.sites.match import match_boundaries
 from aim_surgery.sites.site import Kind, Site, Skip
+from aim_surgery.sites.stages import Stages, find_stages
 
-__all__ = ["Call", "Kind", "Site", "Skip", "find_calls", "find_sites"]
+__all__ = [
+    "Boundary",
+    "Call",
+    "Kind",
+    "Site",
+    "Skip",
+    "Stages",
+    "boundary_nodes",
+    "find_calls",
+    "find_sites",
+    "find_stages",
+    "match_boundaries",
+]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import fx, nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
+from aim_surgery.sites.samples import Samples, find_samples
 from aim_surgery.sites.site import Kind, Site
 
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +46,16 @@ class Call:
     input_name: str  # its keyword
     weight_first: bool = False  # a product W @ x, whose features are rows
 
+    @property
+    def source(self) -> fx.Node:
+        """What the site works on."""
+        return argument_of(self.node, self.input_index, self.input_name)
+
+    def channel_axis(self, node: fx.Node) -> int:
+        """The axis over channels of the site's input or output, non-negative."""
+        behind = len(self.site.kernel_size) or int(self.weight_first)
+        return max(node.meta["val"].ndim - 1 - behind, 0)
+
 
 def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     """The sites of one graph with their nodes, in execution order.
@@ -55,34 +67,51 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     Returns:
         One `Call` for each site.
     """
+    key = (find_calls, graph)
+    if key not in capture.findings:
+        capture.findings[key] = _find_calls(capture, graph)
+    return capture.findings[key]
+
+
+def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     weights = weight_sources(capture, graph)
     looked_at = _weights_looked_at(capture)
     seen: Counter[str] = Counter()
     geometries: dict[str, list[tuple[Any, ...]]] = {}
+    found = [
+        call
+        for node in graph.nodes
+        if (call := _layer_call(capture, looked_at, node) or _function_call(capture, weights, node))
+    ]
+    samples = samples_of(capture, graph, found)
     calls = []
-    for node in graph.nodes:
-        call = _layer_call(capture, looked_at, node)
-        if call is None:
-            call = _function_call(capture, weights, node)
-        if call is not None:
-            site = call.site
-            geometry = (
-                site.kind,
-                site.in_channels,
-                site.out_channels,
-                site.groups,
-                site.kernel_size,
-            )
-            known = geometries.setdefault(site.layer, [])
-            if geometry not in known:
-                known.append(geometry)
-            # one weight in two shapes (an autoencoder that decodes with W^T) is two layers
-            number = known.index(geometry) + 1
-            layer = site.layer if number == 1 else f"{site.layer}_{number}"
-            name = f"{layer}@{seen[layer]}" if seen[layer] else layer
-            seen[layer] += 1
-            calls.append(replace(call, site=replace(site, name=name, layer=layer)))
+    for call in found:
+        site = call.site
+        geometry = (
+            site.kind,
+            site.in_channels,
+            site.out_channels,
+            site.groups,
+            site.kernel_size,
+        )
+        known = geometries.setdefault(site.layer, [])
+        if geometry not in known:
+            known.append(geometry)
+        # one weight in two shapes (an autoencoder that decodes with W^T) is two layers
+        number = known.index(geometry) + 1
+        layer = site.layer if number == 1 else f"{site.layer}_{number}"
+        name = f"{layer}@{seen[layer]}" if seen[layer] else layer
+        seen[layer] += 1
+        axis, windows = samples.at(call.source, call.channel_axis(call.source))
+        site = replace(site, name=name, layer=layer, sample_axis=axis, windows=windows)
+        calls.append(replace(call, site=site))
     return tuple(calls)
+
+
+def samples_of(capture: Capture, graph: fx.Graph, calls: Sequence[Call]) -> Samples:
+    """Where the samples are in a graph whose sites are known (`find_samples`)."""
+    worked_on = [(call.source, len(call.site.kernel_size) + 1) for call in calls]
+    return find_samples(capture, graph, worked_on)
 
 
 # Module calls -------------------------------------------------------------------------------
@@ -303,6 +332,7 @@ def _site(
         kernel_size=tuple(int(size) for size in kernel),
         spatial=tuple(int(size) for size in spatial),
         positions=math.prod(int(size) for size in after),
+        output_size=tuple(int(size) for size in after) if dims else (),
         weights=weights,
         widens=not why_beside,
         why_beside=why_beside,

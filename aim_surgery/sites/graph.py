@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
 
 from aim_surgery.capture import Capture
 
@@ -54,6 +55,24 @@ def is_call(
     if node.op == "call_function":
         return node.target in functions
     return node.op == "call_method" and node.target in methods
+
+
+def called_name(node: fx.Node) -> str:
+    """The bare name of the function or method that a node calls."""
+    return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
+def embeddings(capture: Capture, graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that look up rows of a table by integers."""
+    return {
+        node
+        for node in graph.nodes
+        if is_call(node, (F.embedding, F.embedding_bag), frozenset())
+        or (
+            node.op == "call_module"
+            and isinstance(capture.modules[str(node.target)], nn.Embedding | nn.EmbeddingBag)
+        )
+    }
 
 
 def is_float(source: Any) -> bool:

@@ -25,6 +25,12 @@ class Site:
         weights: Qualified names of the parameters that the weight is made of.
         widens: Whether the layer can be widened in place; otherwise its memory weights live beside.
         why_beside: Why it can't, "" where it can.
+        sample_axis: Axis of its input that runs over the samples of a batch. None where there is
+            none: the input is the same for all samples (Swin v2's table of position biases), is a
+            single sample without that axis, or has the samples mixed into other axes.
+        windows: Entries of that axis per sample on the example, neighbours in a row: 64 where
+            Swin works on 64 windows of each image, the frames of a video folded into the batch.
+        output_size: Spatial size of the output on the example, () for a linear call.
     """
 
     name: str
@@ -39,6 +45,9 @@ class Site:
     weights: tuple[str, ...]
     widens: bool
     why_beside: str = ""
+    sample_axis: int | None = 0
+    windows: int = 1
+    output_size: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,44 @@ def widen_weight(
     return wide
 
 
+def split_weight(
+    weight: torch.Tensor, planes: int, *, kind: Kind, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take a widened weight apart: [W_x ; W_m] -> W_x, W_m. The inverse of `widen_weight`.
+
+    W_m is that of a layer with one group, because each group of W_x gets all k planes:
+
+        conv            (C_out, C_in/g + k, *kernel)    ->  (C_out, k, *kernel)
+        conv_transpose  (C_in + g·k, C_out/g, *kernel)  ->  (k, C_out, *kernel)
+        linear          (out, in + k)                   ->  (out, k)
+
+    Args:
+        weight: The widened weight; left unchanged.
+        planes: k.
+        kind: The layer's kind.
+        groups: g, 1 for a linear layer.
+
+    Returns:
+        Two new tensors: the layer's own weight, in the memory format of the widened one, and the
+        memory's, contiguous.
+
+    Example:
+        >>> own, beside = split_weight(torch.randn(8, 3 + 2, 5, 5), 2, kind="conv", groups=4)
+        >>> own.shape, beside.shape
+        (torch.Size([8, 3, 5, 5]), torch.Size([8, 2, 5, 5]))
+    """
+    with torch.no_grad():
+        if kind == "conv_transpose":
+            rows = weight.shape[0] // groups - planes
+            each = weight.unflatten(0, (groups, -1))
+            old, new = each.split((rows, planes), dim=1)
+            old, new = old.flatten(0, 1), new.transpose(0, 1).flatten(1, 2)
+        else:
+            old, new = weight.split((weight.shape[1] - planes, planes), dim=1)
+        own = _empty_like(weight, tuple(old.shape)).copy_(old)
+        return own, new.clone(memory_format=torch.contiguous_format)
+
+
 def beside_weight(
     weight: torch.Tensor, shape: tuple[int, ...], *, fan_in: int, init: Init
 ) -> nn.Parameter:
@@ -99,11 +137,11 @@ def initialize(new: torch.Tensor, init: Init, *, fan_in: int) -> None:
 
 
 def widen_layer(layer: nn.Module, planes: int) -> None:
-    """Tell a layer, whose weight has been widened already, of its new input width.
+    """Tell a layer, whose weight has been exchanged already, of its new input width.
 
     Args:
         layer: A convolution or linear layer; changed in place.
-        planes: k.
+        planes: k; negative where a weight has been split again.
     """
     if isinstance(layer, nn.Linear):
         layer.in_features += planes

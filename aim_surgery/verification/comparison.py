@@ -163,6 +163,7 @@ class Pair:
                 ]
             found = [self._compared("outputs", case, _differences(expected, _detached(got)))]
             if gradients is not None:
+                self._leave_out_frozen(gradients, notes)
                 found.append(self._compare_gradients(case, gradients, got))
         if case.training is not False:
             differences = self._buffer_differences()
@@ -214,6 +215,16 @@ class Pair:
             if parameter.grad is not None:
                 found[name], parameter.grad = parameter.grad, None
         return found
+
+    def _leave_out_frozen(self, expected: dict[str, torch.Tensor], notes: list[str]) -> None:
+        """What the operated model was told not to train has no gradient to compare."""
+        operated = dict(self.operated.named_parameters(remove_duplicate=False))
+        frozen = [n for n in expected if n in operated and not operated[n].requires_grad]
+        for name in frozen:
+            del expected[name]
+        note = f"frozen in the operated model, so their gradients are not compared: {len(frozen)}"
+        if frozen and note not in notes:
+            notes.append(note)
 
     def _compare_gradients(
         self, case: Case, expected: dict[str, torch.Tensor], outputs: Mapping[str, Any]

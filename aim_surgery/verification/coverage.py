@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.rewrite import READS
+from aim_surgery.surgery.modules import READS
 from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, random_state_kept, set_mode
 

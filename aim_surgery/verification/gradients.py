@@ -15,7 +15,7 @@ from torch import nn
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.rewrite import MEMORY, READS
+from aim_surgery.surgery.modules import READS, memory_path
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import call, copy_of, random_state_kept, split_entries
 
@@ -108,7 +108,9 @@ class _Steps:
             name: read for read in plan.reads if read.site.widens for name in read.site.weights
         }
         self._seen: dict[str, _Seen] = {}
-        self._floats = torch.zeros(plan.memory.floats, dtype=torch.bool)
+        memory = plan.memory
+        self._memory = f"{memory_path(memory.name)}."
+        self._floats = torch.zeros(memory.floats // memory.shared, dtype=torch.bool)
 
     def run(self, samples: Samples) -> None:
         handles = [
@@ -135,7 +137,7 @@ class _Steps:
             seen.finite &= bool(gradient.isfinite().all())
             seen.new = max(seen.new, _largest(new))
             seen.old = max(seen.old, _largest(old))
-            if name.startswith(f"{MEMORY}."):
+            if name.startswith(self._memory):
                 self._floats |= (gradient != 0).reshape(len(self._floats), -1).any(1).cpu()
             _step(parameter, gradient)
 

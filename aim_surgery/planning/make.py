@@ -1,4 +1,4 @@
-"""Who reads how much: `plan_reads(capture, config) -> Plan`.
+"""Who reads how much and where is written: `make_plan(capture, config) -> Plan`.
 
 A convolution with spatial size S sees a memory of M floats as K = ceil(M / S) planes: a reshape
 where S divides M, zeros padded up to whole planes elsewhere. It is given k ≤ K of them, averaged in
@@ -9,52 +9,81 @@ sees k features, averaged from M likewise.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 from torch import nn
 
-from aim_surgery.capture import Capture, ExampleInputs
+from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig, Filter, matches
 from aim_surgery.errors import PlanError
-from aim_surgery.planning.budget import choose_sizes, home_positions
-from aim_surgery.planning.plan import InputSpec, Memory, Plan, Read
+from aim_surgery.planning.budget import Sizes, choose_sizes
+from aim_surgery.planning.inputs import input_spec
+from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.planning.plan import Plan
+from aim_surgery.planning.writes import Schedule, schedule_writes
 from aim_surgery.sites import Site, Skip, find_sites
 
-_LITERALS = (bool, int, float, str, type(None))
 
-
-def plan_reads(capture: Capture, config: AimConfig) -> Plan:
-    """Decide which sites read how many planes of a memory of what size.
+def make_plan(capture: Capture, config: AimConfig) -> Plan:
+    """Decide which sites read how many planes of a memory of what size, and what writes to it.
 
     Args:
         capture: The captured model.
-        config: Budget, memory size and filters.
+        config: Budget, memory size, writes and filters.
 
     Returns:
         The plan. Nothing is built.
 
     Raises:
-        PlanError: There is nothing to read with, a filter matches nothing, or the budget is too
-            small; the message says what would do.
+        PlanError: There is nothing to read with, a filter or write point matches nothing, or the
+            budget is too small; the message says what would do.
     """
     sites, unread = find_sites(capture)
     if not sites:
         raise PlanError(_nothing_to_read(capture.model, unread))
     chosen, skips = _choose(sites, config)
+    schedule = schedule_writes(capture, config, chosen)
     parameters = sum(parameter.numel() for parameter in capture.model.parameters())
-    sizes = choose_sizes(config, chosen, parameters)
-    reads = tuple(Read.of(site, sizes.floats, sizes.planes[site.layer]) for site in chosen)
+    sizes = choose_sizes(config, chosen, schedule.points, parameters)
+    memory = Memory.of(sizes.floats, sizes.home, carry=config.carry, momentum=config.momentum)
     return Plan(
         model=type(capture.model).__name__,
         base_parameters=parameters,
-        memory=Memory.of(sizes.floats, home_positions(chosen)),
-        reads=reads,
+        memory=memory,
+        reads=tuple(
+            Read.of(
+                site,
+                sizes.floats,
+                sizes.planes[site.layer],
+                version=schedule.versions.get(site.name, 0),
+            )
+            for site in chosen
+        ),
         skips=(*skips, *unread),
         init=config.init,
         inputs=input_spec(capture.inputs),
-        notes=(*sizes.notes, *capture.notes),
+        notes=(*sizes.notes, *schedule.notes, *capture.notes),
+        writes=_writes(config, schedule, sizes, memory),
+        unwritten=schedule.left_out,
+    )
+
+
+def _writes(
+    config: AimConfig, schedule: Schedule, sizes: Sizes, memory: Memory
+) -> tuple[Write, ...]:
+    options = {
+        "per": config.write,
+        "mode": config.mode,
+        "widths": sizes.widths,
+        "kernel_size": config.kernel_size,
+        "norm": config.norm,
+        "activation": config.activation,
+        "momentum": config.momentum,
+    }
+    return tuple(
+        Write.of(point, memory, planes, version, **options)
+        for version, (point, planes) in enumerate(
+            zip(schedule.points, sizes.write_planes, strict=True), start=1
+        )
     )
 
 
@@ -111,71 +140,3 @@ def _nothing_to_read(model: nn.Module, unread: tuple[Skip, ...]) -> str:
         listed = ", ".join((quantized + integers)[:5])
         return f"{message}: its weights are quantized integers ({listed}). Operate, then quantize"
     return message
-
-
-def input_spec(inputs: ExampleInputs) -> InputSpec:
-    """Example inputs as plain data.
-
-    Args:
-        inputs: The inputs that a model was captured with.
-
-    Returns:
-        Their shapes; with `args=None` where they hold something other than tensors, literals,
-        tuples, lists and dicts.
-    """
-    try:
-        args = tuple(_spec(value) for value in inputs.args)
-        kwargs = tuple((name, _spec(value)) for name, value in inputs.kwargs.items())
-    except TypeError:
-        return InputSpec(None, (), inputs.source)
-    return InputSpec(args, kwargs, inputs.source)
-
-
-def _spec(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        dtype = str(value.dtype).removeprefix("torch.")
-        return ("tensor", tuple(int(size) for size in value.shape), dtype)
-    if isinstance(value, _LITERALS):
-        return value
-    if type(value) in (tuple, list):
-        return (type(value).__name__, tuple(_spec(item) for item in value))
-    if isinstance(value, Mapping):
-        return ("dict", tuple((str(key), _spec(item)) for key, item in value.items()))
-    raise TypeError(type(value).__name__)
-
-
-def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
-    """The inverse of `input_spec`: tensors without data, on the model's device.
-
-    Args:
-        spec: The plan's input.
-        model: Its first parameter's device is used.
-
-    Returns:
-        The inputs, or None where the plan could not tell them.
-
-    Raises:
-        PlanError: No tensor has the shapes that the plan tells.
-    """
-    if spec.args is None:
-        return None
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    try:
-        args = tuple(_example(value, device) for value in spec.args)
-        kwargs = {name: _example(value, device) for name, value in spec.kwargs}
-    except (RuntimeError, TypeError, ValueError, OverflowError) as err:
-        raise PlanError(
-            f"the example inputs of this plan can't be made: {err}. Pass example_inputs"
-        ) from err
-    return ExampleInputs(args, kwargs, spec.source)
-
-
-def _example(spec: Any, device: torch.device) -> Any:
-    if not isinstance(spec, tuple):
-        return spec
-    kind, content, *rest = spec
-    if kind == "tensor":
-        return torch.zeros(content, dtype=getattr(torch, rest[0]), device=device)
-    if kind == "dict":
-        return {key: _example(value, device) for key, value in content}
-    return (tuple if kind == "tuple" else list)(_example(value, device) for value in content)

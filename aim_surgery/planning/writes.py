@@ -1,0 +1,141 @@
+"""Where is written, and which version of the memory each site reads.
+
+    write points     one after the first block of each stage, or those that the user names
+    version(site)    how many of them are executed before the site
+
+A write that no later site reads is left out, with its reason. A site whose input is not split by
+samples (a table of position biases) can't take one copy a sample; it reads what was there before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from aim_surgery.capture import Capture
+from aim_surgery.config import AimConfig
+from aim_surgery.errors import PlanError
+from aim_surgery.sites import (
+    Boundary,
+    Site,
+    Skip,
+    boundary_nodes,
+    find_calls,
+    find_stages,
+    match_boundaries,
+)
+
+_UNREAD = "no later site would read it"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When is written and read.
+
+    Attributes:
+        points: Where is written, in execution order: the i-th (from 1) makes version i.
+        versions: Version that each site reads, by name.
+        left_out: Points where a write was left out, with reasons.
+        notes: What a reader of the plan should know.
+    """
+
+    points: tuple[Boundary, ...]
+    versions: Mapping[str, int]
+    left_out: tuple[Skip, ...]
+    notes: tuple[str, ...] = ()
+
+
+def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) -> Schedule:
+    """Choose the write points, and the version that each site reads.
+
+    Args:
+        capture: The captured model.
+        config: Its `write`, `write_at` and `carry` decide.
+        sites: The sites that will read.
+
+    Returns:
+        The schedule; an empty one where nothing is to be written.
+
+    Raises:
+        PlanError: A named write point can't be one, or there is nothing to carry.
+    """
+    if config.write == "none":
+        return Schedule((), {}, ())
+    stages = find_stages(capture)
+    if config.write_at is None:
+        points = list(stages.chosen)
+        left_out = [Skip(name, (), reason) for name, reason in stages.refused]
+    else:
+        patterns = (config.write_at,) if isinstance(config.write_at, str) else config.write_at
+        found = {p for pattern in patterns for p in match_boundaries(stages, capture, pattern)}
+        points = [boundary for boundary in stages.boundaries if boundary in found]
+        left_out = []
+    timelines = [_Timeline(capture, trace.graph, points) for trace in capture.traces]
+    varies = config.write == "sample"
+    readers = [site for site in sites if _can_read(site, points, varies)]
+    kept = []
+    for point in points:
+        reason = ""
+        if not all(timeline.has(point) for timeline in timelines):
+            reason = "the model passes it in one of its modes only"
+        elif not any(t.before(point, site) for t in timelines for site in readers):
+            reason = _UNREAD
+        if reason:
+            left_out.append(Skip(point.name, (), reason))
+        else:
+            kept.append(point)
+    if not kept and config.carry == "state":
+        raise PlanError(
+            f"carry='state': there is no write, so there is nothing to carry "
+            f"({'; '.join(f'{skip.name}: {skip.reason}' for skip in left_out) or 'no stage'}); "
+            f"name a write point with write_at, or use carry='weights'"
+        )
+    versions = {
+        site.name: min(
+            sum(timeline.before(point, site) for point in kept)
+            for timeline in timelines
+            if timeline.runs(site)
+        )
+        for site in readers
+    }
+    return Schedule(tuple(kept), versions, tuple(left_out), _notes(sites, readers, kept))
+
+
+class _Timeline:
+    """When write points and sites are executed in one graph."""
+
+    def __init__(self, capture: Capture, graph: fx.Graph, points: Sequence[Boundary]) -> None:
+        order = {node: index for index, node in enumerate(graph.nodes)}
+        nodes = boundary_nodes(capture, graph, [point.name for point in points])
+        self._points = {name: order[node] for name, node in nodes.items()}
+        self._sites = {call.site.name: order[call.node] for call in find_calls(capture, graph)}
+
+    def has(self, point: Boundary) -> bool:
+        return point.name in self._points
+
+    def runs(self, site: Site) -> bool:
+        return site.name in self._sites
+
+    def before(self, point: Boundary, site: Site) -> bool:
+        if not self.has(point) or not self.runs(site):
+            return False
+        return self._points[point.name] < self._sites[site.name]
+
+
+def _can_read(site: Site, points: Sequence[Boundary], varies: bool) -> bool:
+    """Whether a site can take what is written: one copy a sample needs an input split likewise."""
+    if not varies or all(point.sample_axis is None for point in points):
+        return True
+    return site.sample_axis is not None
+
+
+def _notes(
+    sites: Sequence[Site], readers: Sequence[Site], points: Sequence[Boundary]
+) -> tuple[str, ...]:
+    apart = [site.name for site in sites if site not in readers]
+    if not apart or not points:
+        return ()
+    names = ", ".join(apart[:4]) + (f" and {len(apart) - 4} more" if len(apart) > 4 else "")
+    return (f"read the memory as it is before any write, since no samples are in them: {names}",)

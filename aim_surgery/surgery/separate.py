@@ -1,0 +1,194 @@
+"""Takes widened layers apart again, in an emitted model: W_m gets a parameter of its own.
+
+    conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
+
+The same function of the same numbers, in the form that surgery writes where a layer's weight is
+left alone. W_x goes back to the layer under its old name, W_m to `aim.reads.<layer>.weight`: old
+and new can be trained, or not, each by itself.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.beside import input_of, set_input, write_beside
+from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
+from aim_surgery.surgery.notes import SiteNote, note_site, noted_sites
+from aim_surgery.surgery.widen import split_weight, widen_layer
+
+
+def separate(gm: AimGraphModule, why: str) -> None:
+    """Give each widened layer its own weight back, and its memory weights a place beside it.
+
+    Parameters are new ones, without gradients; they ask for gradients where the widened weight did.
+    Sites that are separate already stay as they are.
+
+    Shapes:
+        See `split_weight`.
+
+    Args:
+        gm: An operated model; changed in place, graphs, modules and plan.
+        why: What its plan then says about these layers, as `Site.why_beside`.
+
+    Raises:
+        AimSurgeryError: Its graph or its weights are no longer what surgery made; nothing is
+            changed.
+    """
+    widened = {read.site.name: read for read in gm.plan.reads if read.site.widens}
+    if not widened:
+        return
+    graphs = gm._distinct_graphs()
+    found = [_pieces(graph, widened) for graph in graphs]
+    _check_all_found(widened, found)
+    layers = {read.site.layer: read for read in widened.values()}
+    for read in layers.values():
+        _check_weight(gm, read)
+    called = {
+        widened[note.site].site.layer
+        for pieces in found
+        for node, note, *_ in pieces
+        if note.site in widened and node.op == "call_module"
+    }
+    beside = {
+        layer: _split_layer(gm, read, called=layer in called) for layer, read in layers.items()
+    }
+    gm.get_submodule(AIM)._modules["reads"] = _reads_tree(gm, beside).train(gm.training)
+    for graph, pieces in zip(graphs, found, strict=True):
+        _separate_sites(graph, pieces, widened)
+    gm.plan = _separated(gm.plan, why)
+    gm.recompile()
+
+
+# The graph ----------------------------------------------------------------------------------
+
+
+class _Pieces(NamedTuple):
+    """A site in the graph."""
+
+    node: fx.Node
+    note: SiteNote
+    source: fx.Node  # x
+    view: fx.Node  # m
+    joined: fx.Node | None  # cat[x, m], where its layer is widened
+
+
+def _pieces(graph: fx.Graph, widened: Mapping[str, Read]) -> list[_Pieces]:
+    nodes = {node.name: node for node in graph.nodes}
+    pieces = []
+    for node, note in noted_sites(graph):
+        source, view = nodes.get(note.source), nodes.get(note.view)
+        joined = input_of(node, note) if note.site in widened else None
+        whole = joined is not None if note.site in widened else note.beside in nodes
+        if source is None or view is None or not whole:
+            raise AimSurgeryError(
+                f"{note.site}: this graph has been changed since surgery wrote it, and the pieces "
+                f"of this site are no longer in it: start from what transform returned"
+            )
+        pieces.append(_Pieces(node, note, source, view, joined))
+    return pieces
+
+
+def _check_all_found(widened: Mapping[str, Read], found: Iterable[list[_Pieces]]) -> None:
+    there = {note.site for pieces in found for _, note, *_ in pieces}
+    missing = [name for name in widened if name not in there]
+    if missing:
+        raise AimSurgeryError(
+            f"{missing[0]}: no node of this graph is noted as this site: pass a model as it came "
+            f"from transform, apply or load, not one whose graph was written anew"
+        )
+
+
+def _separate_sites(
+    graph: fx.Graph, pieces: Iterable[_Pieces], widened: Mapping[str, Read]
+) -> None:
+    sums: dict[fx.Node, fx.Node] = {}  # a site may work right on another one's result
+    for node, note, source, view, joined in pieces:
+        source = sums.get(source, source)
+        note = note._replace(source=source.name)
+        if joined is not None:
+            set_input(node, note, source)
+            with graph.inserting_before(node.next):
+                beside = write_beside(graph, node, widened[note.site], note, view)
+                total = graph.call_function(operator.add, (node, beside))
+            node.replace_all_uses_with(
+                total, delete_user_cb=lambda user, own=total: user is not own
+            )
+            sums[node] = total
+            note = note._replace(beside=beside.name)
+            _erase_unused(graph, joined, {source, view})
+        note_site(node, note)
+
+
+def _erase_unused(graph: fx.Graph, node: fx.Node, keep: set[fx.Node]) -> None:
+    """Erase a node that nobody uses, then those that it alone used, and so on up to some."""
+    unused = [node]
+    while unused:
+        node = unused.pop()
+        if node.users or node in keep or node._erased:
+            continue
+        sources = node.all_input_nodes
+        graph.erase_node(node)
+        unused += sources
+
+
+# The modules --------------------------------------------------------------------------------
+
+
+def _check_weight(gm: AimGraphModule, read: Read) -> None:
+    site = read.site
+    path, _, name = site.weights[0].rpartition(".")
+    wide = gm.get_submodule(path)._parameters.get(name)
+    transposed = site.kind == "conv_transpose"
+    inputs = site.in_channels if transposed else site.in_channels // site.groups
+    inputs += read.planes * (site.groups if transposed else 1)
+    if wide is None or wide.shape[0 if transposed else 1] != inputs:
+        has = "no parameter" if wide is None else tuple(wide.shape)
+        raise AimSurgeryError(
+            f"{site.weights[0]}: expected the widened weight with {inputs} input channels, got "
+            f"{has}: do this before the layer is parametrized, pruned or sharded"
+        )
+
+
+def _split_layer(gm: AimGraphModule, read: Read, *, called: bool) -> nn.Module:
+    """Put W_x back into a layer; W_m in a module of its own."""
+    site = read.site
+    path, _, name = site.weights[0].rpartition(".")
+    layer = gm.get_submodule(path)
+    wide = layer._parameters[name]
+    assert wide is not None
+    own, beside = split_weight(wide, read.planes, kind=site.kind, groups=site.groups)
+    layer._parameters[name] = nn.Parameter(own, requires_grad=wide.requires_grad)
+    widen_layer(layer, -read.planes)
+    weight = nn.Parameter(beside, requires_grad=wide.requires_grad)
+    return beside_module(layer if called else None, read, weight)
+
+
+def _reads_tree(gm: AimGraphModule, beside: Mapping[str, nn.Module]) -> nn.Module:
+    """All that reads beside, old and new, in the order in which surgery would have placed it."""
+    modules: dict[str, nn.Module] = {}
+    for read in gm.plan.reads:
+        layer = read.site.layer
+        if layer not in modules:
+            made = beside.get(layer)
+            modules[layer] = gm.get_submodule(beside_path(read)) if made is None else made
+    for module in modules.values():
+        module._modules.clear()  # no own children: what is here is only on the way to others
+    return beside_tree(modules.items())
+
+
+def _separated(plan: Plan, why: str) -> Plan:
+    reads = tuple(
+        replace(read, site=replace(read.site, widens=False, why_beside=why))
+        if read.site.widens
+        else read
+        for read in plan.reads
+    )
+    return replace(plan, reads=reads)

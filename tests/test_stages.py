@@ -1,0 +1,499 @@
+"""Stages: where a write may follow, and what becomes of an axis on the way there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import aim_surgery
+from aim_surgery.capture import Capture, capture
+from aim_surgery.errors import PlanError
+from aim_surgery.sites import Boundary, Stages, boundary_nodes, find_calls, find_stages
+from aim_surgery.sites import match_boundaries as match
+from aim_surgery.sites.axes import follow_axis
+from aim_surgery.sites.axis_moves import reshaped_axis
+from tests.cases import SmallNet, Twice, mlp
+
+
+def stages_of(model: nn.Module, *inputs: Any) -> tuple[Stages, Capture]:
+    captured = capture(model, inputs or None)
+    return find_stages(captured), captured
+
+
+def names(boundaries: tuple[Boundary, ...]) -> list[str]:
+    return [boundary.name for boundary in boundaries]
+
+
+# Architectures ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("resnet50", {"relu": 112, "layer1.0": 56, "layer2.0": 28, "layer3.0": 14, "layer4.0": 7,
+                      "fc": 1}),
+        ("densenet121", {"features.relu0": 112, "features.transition1.relu": 56,
+                         "features.transition2.relu": 28, "features.transition3.relu": 14,
+                         "relu": 7, "classifier": 1}),
+        ("vgg16_bn", {"features.2": 224, "features.9": 112, "features.16": 56, "features.26": 28,
+                      "features.36": 14, "classifier.2": 1}),
+        ("mobilenet_v3_large", {"features.0": 112, "features.2.block.1": 56,
+                                "features.4.block.1": 28, "features.7.block.1": 14,
+                                "features.13.block.1": 7, "classifier.2": 1}),
+    ],
+)  # fmt: skip
+def test_one_point_for_each_resolution(spec: str, expected: dict[str, int]) -> None:
+    with torch.device("meta"):
+        model = aim_surgery.build(f"torchvision:{spec}")
+    stages, captured = stages_of(model)
+    assert names(stages.chosen) == list(expected)
+    assert [point.positions for point in stages.chosen] == [n * n for n in expected.values()]
+    assert all(point.dominates for point in stages.boundaries)
+    nodes = boundary_nodes(captured, captured.graph, names(stages.boundaries))
+    order = [list(captured.graph.nodes).index(nodes[name]) for name in nodes]
+    assert len(order) == len(stages.boundaries)
+    assert order == sorted(order)
+    numbers = [point.stage for point in stages.boundaries]
+    assert numbers == sorted(numbers)
+    assert numbers[0] == 1
+
+
+def test_a_boundary_says_what_it_is() -> None:
+    stages, _ = stages_of(SmallNet(), torch.randn(2, 3, 32, 32))
+    relu, block, *_ = stages.chosen
+    assert relu == Boundary(
+        name="relu",
+        names=("relu",),
+        stage=1,
+        channels=12,
+        channel_axis=1,
+        sample_axis=0,
+        spatial=(16, 16),
+        positions=256,
+        dominates=True,
+    )
+    assert (block.name, block.names[-3:]) == ("blocks", ("blocks.2", "blocks", "blocks_2_relu_1"))
+    assert names(stages.boundaries)[:4] == ["stem", "relu", "iadd", "blocks.0"]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_feature_maps_of_any_rank(dims: int) -> None:
+    conv, pool = getattr(nn, f"Conv{dims}d"), getattr(nn, f"MaxPool{dims}d")
+    model = nn.Sequential(
+        conv(2, 4, 3, padding=1), nn.ReLU(), pool(2), conv(4, 8, 3, padding=1), nn.ReLU()
+    )
+    stages, _ = stages_of(model, torch.randn(2, 2, *[8] * dims))
+    assert names(stages.chosen) == ["1", "4"]
+    assert [point.spatial for point in stages.chosen] == [(8,) * dims, (4,) * dims]
+    assert {point.channel_axis for point in stages.boundaries} == {1}
+
+
+def test_a_multilayer_perceptron_writes_after_its_first_activation() -> None:
+    stages, _ = stages_of(mlp(), torch.randn(4, 16))
+    assert names(stages.chosen) == ["2"]
+    stages, _ = stages_of(mlp(), torch.randn(4, 5, 16))
+    (point,) = stages.chosen
+    assert (point.spatial, point.positions, point.channel_axis) == ((), 5, 2)
+
+
+class Windows(nn.Module):
+    """A map in channels-first, channels-last and window layout, at one resolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 4, stride=4)
+        self.inside = nn.Linear(6, 6)
+        self.table = nn.Parameter(torch.randn(4, 2))
+        self.cpb_mlp = nn.Linear(2, 6)
+        self.back = nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        n, h, w, c = x.shape
+        y = x.view(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(-1, 4, c)
+        y = self.inside(y) + self.cpb_mlp(self.table)
+        y = y.view(n, h // 2, w // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, c)
+        return self.back((x + y).movedim(-1, 1))
+
+
+def test_layouts_of_one_resolution_are_one_stage() -> None:
+    stages, captured = stages_of(Windows(), torch.randn(2, 3, 32, 16))
+    assert {point.positions for point in stages.boundaries} == {32}
+    assert {point.spatial for point in stages.boundaries} == {(8, 4)}
+    assert {point.channel_axis for point in stages.boundaries} == {1, 3}
+    sites = {call.site.name: call.site for call in find_calls(captured, captured.graph)}
+    assert [(s.sample_axis, s.windows) for s in sites.values()] == [
+        (0, 1), (0, 8), (None, 1), (0, 1)]  # fmt: skip
+    assert sites["cpb_mlp"].sample_axis is None  # its input is the same for all samples
+
+
+class UNet(nn.Module):
+    """Two skip connections: no node but the first and the last resolution's dominates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(3, 4, 3, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(4, 4, 3, stride=2, padding=1) for _ in range(3))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(4 + 4 * (i > 0), 4, 2, 2) for i in range(3))
+        self.leave = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skips = [self.enter(x).relu()]
+        for down in self.down:
+            skips.append(down(skips[-1]).relu())
+        y = skips.pop()
+        for up in self.up:
+            y = torch.cat([up(y), skips.pop()], 1)
+        return self.leave(y)
+
+
+def test_skip_connections_fall_back_to_the_last_node_of_each_resolution() -> None:
+    stages, captured = stages_of(UNet(), torch.randn(2, 3, 32, 32))
+    assert [(p.name, p.positions, p.dominates) for p in stages.chosen] == [
+        ("relu", 1024, True), ("relu_3", 16, False), ("cat", 64, False), ("cat_1", 256, False)
+    ]  # fmt: skip
+    assert match(stages, captured, "cat_1") == (stages.chosen[-1],)
+    with pytest.raises(PlanError, match=r"features reach '\S+' around it"):
+        match(stages, captured, "down.1")
+
+
+class Encoder(nn.Module):
+    """Tokens, an attention mask as input, and time first inside: what transformers libraries do."""
+
+    def __init__(self, causal: str = "") -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 8)
+        self.blocks = nn.ModuleList(nn.ModuleDict({
+            "qkv": nn.Linear(8, 24), "proj": nn.Linear(8, 8), "norm": nn.LayerNorm(8),
+            "up": nn.Linear(8, 16), "down": nn.Linear(16, 8)}) for _ in range(2))  # fmt: skip
+        self.head = nn.Linear(8, 3)
+        self.causal = causal
+        self.register_buffer("table", torch.ones(6, 6).tril() if causal == "table" else None)
+
+    def attend(self, x: torch.Tensor, block: Any, mask: torch.Tensor) -> torch.Tensor:
+        time, batch, _ = x.shape
+        q, k, v = block["qkv"](x).view(time, batch, 3, 2, 4).permute(2, 1, 3, 0, 4).unbind(0)
+        place = torch.arange(time)
+        bias = mask[:, None, None, :]
+        table: Any = self.table
+        if self.causal == "triu":
+            bias = bias + torch.full((time, time), -1e9).triu(1)
+        elif self.causal == "table":
+            bias = bias.masked_fill(table[:time, :time] == 0, -1e9)
+        elif self.causal == "arange":
+            bias = bias.masked_fill(place[:, None] < place, -1e9)
+        elif self.causal == "flag":
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, bias)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens).transpose(0, 1)
+        mask = (1.0 - mask) * -1e9
+        block: Any
+        for block in self.blocks:
+            y = self.attend(x, block, mask).permute(2, 0, 1, 3).reshape(x.shape)
+            x = block["norm"](x + block["proj"](y))
+            x = x + block["down"](F.gelu(block["up"](x)))
+        return self.head(x[0])
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randint(0, 11, (3, 6)), torch.ones(3, 6)
+
+
+def test_masks_are_no_way_around_a_block_and_time_may_come_first() -> None:
+    stages, captured = stages_of(Encoder(), *tokens())
+    point, head = stages.chosen
+    assert (point.name, point.positions, point.sample_axis) == ("blocks.0.norm", 6, 1)
+    assert (point.channels, point.channel_axis, point.spatial) == (8, 2, ())
+    assert (head.name, head.sample_axis) == ("head", 0)
+    calls = find_calls(captured, captured.graph)
+    assert [call.site.sample_axis for call in calls] == [1] * 8 + [0]
+
+
+@pytest.mark.parametrize("causal", ["flag", "triu", "table", "arange"])
+def test_causal_models_are_not_written_over_tokens(causal: str) -> None:
+    stages, captured = stages_of(Encoder(causal), *tokens())
+    assert names(stages.chosen) == ["head"]
+    ((name, reason),) = stages.refused
+    assert name == "blocks.0.norm"
+    assert "causal" in reason
+    assert "write_at" in reason
+    assert match(stages, captured, name)[0].positions == 6  # named by hand, it may
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_sequence_layers_say_whether_time_comes_first(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), layer)
+    shape = (2, 5, 8) if batch_first else (5, 2, 8)
+    stages, captured = stages_of(model, torch.randn(shape))
+    assert stages.chosen[0].sample_axis == (0 if batch_first else 1)
+    assert stages.chosen[0].positions == 5
+    axes = {call.site.sample_axis for call in find_calls(captured, captured.graph)}
+    assert axes == {0 if batch_first else 1}
+
+
+def test_shared_modules_are_numbered() -> None:
+    stages, captured = stages_of(Twice(), torch.randn(2, 4, 12, 12))
+    assert names(stages.boundaries) == [
+        "conv", "relu", "max_pool2d", "conv@1", "mean", "fc", "relu_1", "fc@1"
+    ]  # fmt: skip
+    assert "relu" not in captured.modules
+    assert match(stages, captured, "fc@1")[0].stage == 3
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "positions"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU(), nn.Conv2d(4, 2, 3)), (3, 8, 8), 16),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), (4,), 1),
+    ],
+)
+def test_a_single_sample_without_a_batch(
+    model: nn.Module, shape: tuple[int, ...], positions: int
+) -> None:
+    stages, captured = stages_of(model, torch.randn(shape))
+    assert {point.sample_axis for point in stages.boundaries} == {None}
+    assert {point.channel_axis for point in stages.boundaries} == {0}
+    assert {call.site.sample_axis for call in find_calls(captured, captured.graph)} == {None}
+    assert (stages.chosen[0].name, stages.chosen[0].positions) == ("1", positions)
+
+
+def test_regions_without_gradients_hold_no_boundary() -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                x = self.body(x).relu()
+            return self.head(x)
+
+    stages, _ = stages_of(Frozen(), torch.randn(2, 4))
+    assert names(stages.boundaries) == ["head"]
+
+
+class Auxiliary(nn.Module):
+    """A second head in training only, as GoogLeNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.middle = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.auxiliary, self.head = nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = self.body(x).relu()
+        if self.training:
+            return self.head(self.middle(x.sigmoid()).relu()), self.auxiliary(x.relu())
+        return self.head(self.middle(x).relu())
+
+
+def test_evaluation_counts_and_both_graphs_have_the_nodes() -> None:
+    stages, captured = stages_of(Auxiliary(), torch.randn(2, 4))
+    assert names(stages.boundaries) == ["body", "relu", "middle", "relu_1", "head"]
+    training, evaluation = captured.traces
+    for trace in (training, evaluation):
+        nodes = boundary_nodes(captured, trace.graph, ["body", "relu", "middle"])
+        assert all(node in trace.graph.nodes for node in nodes.values())
+        assert list(nodes) == ["body", "relu", "middle"]
+    assert boundary_nodes(captured, training.graph, ["auxiliary"])
+    assert not boundary_nodes(captured, evaluation.graph, ["auxiliary"])
+
+
+def test_a_dict_of_outputs() -> None:
+    class Keyed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            return {"logits": self.head(self.fc(batch["x"]).relu())}
+
+    stages, _ = stages_of(Keyed(), {"x": torch.randn(3, 4)})
+    assert names(stages.chosen) == ["relu"]
+    assert stages.chosen[0].sample_axis == 0
+
+
+# What a user names --------------------------------------------------------------------------
+
+
+class OnData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(12, 12)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) if x.sum() > 0 else x
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = SmallNet(12)
+        self.python = OnData()
+        self.pair = nn.LSTM(12, 12, batch_first=True)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.python(self.net(x))
+        y, _ = self.pair(x[:, None])
+        return self.head(y[:, 0])
+
+
+@pytest.fixture(scope="module")
+def named() -> tuple[Stages, Capture]:
+    return stages_of(Named(), torch.randn(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("net.blocks.0", ["net.blocks.0"]),
+        ("net.blocks.0.relu@1", ["net.blocks.0"]),  # the relu that the block returns
+        ("net.blocks.?", ["net.blocks.0", "net.blocks.1"]),
+        ("python", ["python"]),  # what a Python call returns is a tensor like others
+    ],
+)
+def test_names_and_globs(named: tuple[Stages, Capture], pattern: str, expected: list[str]) -> None:
+    assert names(match(*named, pattern)) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("net.block.0", ["does not exist", "net.blocks.0"]),
+        ("nothing*", ["does not exist"]),
+        ("python.fc", ["one Python call", "python", "outside"]),
+        ("net.blocks.0.conv1", ["does not dominate", "features reach", "around it"]),
+        ("pair", ["no single tensor"]),
+        ("x", ["no features"]),
+    ],
+)
+def test_what_is_no_boundary(named: tuple[Stages, Capture], pattern: str, words: list[str]) -> None:
+    with pytest.raises(PlanError) as caught:
+        match(*named, pattern)
+    for word in words:
+        assert word in str(caught.value)
+
+
+# Axes ---------------------------------------------------------------------------------------
+
+SIZES = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+def runs_over(shape: tuple[int, ...], axis: int) -> torch.Tensor:
+    """A tensor that tells the index along one axis."""
+    view = [1] * len(shape)
+    view[axis] = shape[axis]
+    return torch.arange(shape[axis]).view(view).expand(shape)
+
+
+@given(SIZES, SIZES, st.data())
+def test_the_prefix_rule_tells_the_truth(before: list[int], after: list[int], data: Any) -> None:
+    axis = data.draw(st.integers(0, len(before) - 1))
+    rest, extra = divmod(math.prod(before), math.prod(after))
+    if extra:
+        return
+    shape, target = tuple(before), (*after, rest)
+    for samples in (0, before[axis]):
+        found = reshaped_axis(shape, axis, target, samples=samples)
+        reshaped = runs_over(shape, axis).reshape(target)
+        if found is not None:
+            entries = target[found] // before[axis]
+            if entries == 1 or samples:
+                expected = runs_over(target, found) // max(entries, 1)
+                assert torch.equal(reshaped, expected)
+
+
+def test_the_truth_can_fail() -> None:
+    assert reshaped_axis((3, 2, 5), 1, (6, 5), samples=2) is None  # time first: lost
+    assert reshaped_axis((2, 3, 5), 0, (6, 5), samples=2) == 0
+    assert reshaped_axis((6, 5), 0, (2, 3, 5), samples=2) == 0
+    assert reshaped_axis((6, 5), 0, (3, 2, 5), samples=2) is None
+    wrong = runs_over((3, 2, 5), 1).reshape(6, 5)
+    assert not torch.equal(wrong, runs_over((6, 5), 0) // 3)
+
+
+MOVES: dict[str, tuple[Callable[[torch.Tensor], Any], int | None]] = {
+    # what becomes of the first axis of (2, 3, 4, 5)
+    "permute": (lambda x: x.permute(1, 0, 2, 3), 1),
+    "permute of a tuple": (lambda x: torch.permute(x, (3, 1, 2, 0)), 3),
+    "transpose": (lambda x: x.transpose(0, -1), 3),
+    "T": (lambda x: x[:, :, 0, 0].T, 1),
+    "mT": (lambda x: x[:, :, 0, 0].mT, 1),
+    "movedim": (lambda x: x.movedim((0, 1), (-1, 0)), 3),
+    "unsqueeze": (lambda x: x.unsqueeze(0), 1),
+    "unsqueeze behind": (lambda x: x.unsqueeze(-1), 0),
+    "squeeze": (lambda x: x[:, :1].transpose(0, 1).squeeze(0), 0),
+    "getitem": (lambda x: x[None, ..., 0], 1),
+    "getitem of one": (lambda x: x[0], None),
+    "part": (lambda x: x[:1], None),
+    "unbind": (lambda x: x.unbind(1)[0], 0),
+    "unbind itself": (lambda x: x.unbind(0)[0], None),
+    "chunk": (lambda x: x.transpose(0, 1).chunk(3)[1], 1),
+    "chunk itself": (lambda x: x.chunk(2)[1], None),
+    "stack": (lambda x: torch.stack([x, x]), 1),
+    "cat": (lambda x: torch.cat([x, x], 1), 0),
+    "cat itself": (lambda x: torch.cat([x, x]), None),
+    "mean": (lambda x: x.transpose(0, 2).mean(1), 1),
+    "mean that keeps": (lambda x: x.mean((2, 3), keepdim=True), 0),
+    "mean itself": (lambda x: x.mean(0, keepdim=True), None),
+    "mean of all": (lambda x: x.mean(), None),
+    "max": (lambda x: x.max(dim=1)[0], 0),
+    "values": (lambda x: x.max(dim=-1).values, 0),
+    "larger": (lambda x: torch.max(x, x + 1), 0),
+    "broadcast": (lambda x: x[:, 0, 0, :1] * torch.ones(3, 2, 1), 1),
+    "expand": (lambda x: x.expand(7, -1, -1, -1, -1), 1),
+    "disagree": (lambda x: x[:, :2, 0, 0] + x[:, :2, 0, 0].T, None),
+    "matmul": (lambda x: x[:, :, 0] @ x[:, :, 0].mT, 0),
+    "contracted": (lambda x: x[:, :, 0, 0].T @ x[:, :, 0, 0], None),
+    "rows": (lambda x: x[:, :, 0, 0] @ torch.ones(3, 2), 0),
+    "columns": (lambda x: torch.ones(2, 3) @ x[:, :, 0, 0].T, 1),
+    "einsum": (lambda x: torch.einsum("bchw,c->whb", x, torch.ones(3)), 2),
+    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), 0),
+    "softmax": (lambda x: x.softmax(1), 0),
+    "flatten": (lambda x: x.flatten(1), 0),
+    "windows": (lambda x: x.flatten(0, 1), 0),
+    "windows back": (lambda x: x.flatten(0, 1).unflatten(0, (2, 3)), 0),
+    "time first": (lambda x: x.transpose(0, 1).flatten(0, 1), None),
+    "in place": (lambda x: (x + 1).unsqueeze(0).add_(1), 1),
+}
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(x)
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_an_axis_is_followed(name: str) -> None:
+    function, expected = MOVES[name]
+    captured = capture(Applied(function), (torch.randn(2, 3, 4, 5),))
+    start, *_, output = captured.graph.nodes
+    axes = follow_axis(captured, captured.graph, {start: 0}, samples=2)
+    assert axes.get(output.args[0]) == expected
+
+
+def test_channels_may_change_in_number() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x = F.glu(torch.cat([x, x], 1), 1)
+        return F.pixel_shuffle(F.pad(x, (0, 0, 0, 0, 0, 1)), 2)
+
+    captured = capture(Applied(forward), (torch.randn(2, 3, 4, 5),))
+    start, *_, output = captured.graph.nodes
+    assert follow_axis(captured, captured.graph, {start: 1})[output.args[0]] == 1
+    assert output.args[0] not in follow_axis(captured, captured.graph, {start: 1}, samples=3)

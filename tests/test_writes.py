@@ -1,0 +1,396 @@
+"""The operated network writes: values, versions, independence of samples, carry, gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import aim_surgery
+from aim_surgery import AimConfig, AimSurgeryError, PlanError
+from tests.cases import CASES, Case, SmallNet, assert_same, largest_difference, mlp
+
+FULL = AimConfig(memory=100, budget=None, init="fresh")
+X = torch.zeros(2, 3, 32, 32)
+POINTS = ("stem", "blocks.0")
+
+
+def small(write: Any = "sample", **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = dataclasses.replace(FULL, write=write, write_at=POINTS, **options)
+    return aim_surgery.transform(SmallNet().double(), X.double(), config=config)
+
+
+def images(batch: int = 4, size: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(batch, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+# Values -------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two convolutions and a linear layer; 2 x 2 positions at the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(2, 3, 3), nn.Conv2d(3, 4, 1, groups=1)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(torch.relu(self.first(x))).mean((2, 3)))
+
+
+def pair_by_hand(p: Mapping[str, Tensor], x: Tensor, *, batch: bool, replace: bool) -> Tensor:
+    """What the operated `Pair` computes, with M = 8 floats at home in 2 x 2 positions."""
+    memory = (p["aim.memory.weight"][:, 0] + p["aim.memory.bias"])[None]  # (1, 8)
+
+    def at_four(memory: Tensor) -> Tensor:  # at 4 x 4 positions: half a plane, and zeros
+        return F.pad(memory, (0, 8)).reshape(-1, 1, 4, 4).expand(len(x), -1, -1, -1)
+
+    features = torch.relu(
+        F.conv2d(torch.cat([x, at_four(memory)], 1), p["first.weight"], p["first.bias"])
+    )
+    seen = features.mean(0, keepdim=True) if batch else features
+    joined = torch.cat([seen, memory.reshape(1, 2, 2, 2).expand(len(seen), -1, -1, -1)], 1)
+    block = {name.split("relu.", 1)[1]: t for name, t in p.items() if "writes.relu." in name}
+    hidden = F.conv2d(joined, block["block.0.weight"], block["block.0.bias"])
+    centred = hidden - hidden.mean((1, 2, 3), keepdim=True)
+    hidden = centred / (centred.square().mean((1, 2, 3), keepdim=True) + 1e-5).sqrt()
+    hidden = hidden * block["block.1.weight"][:, None, None] + block["block.1.bias"][:, None, None]
+    update = torch.einsum("nwij,cw->ncij", torch.sigmoid(hidden), block["out.weight"])
+    update = (update + block["out.bias"][:, None, None]).reshape(-1, 8)
+    written = update if replace else memory + update
+    view = written.reshape(-1, 2, 2, 2).expand(len(x), -1, -1, -1)
+    features = F.conv2d(torch.cat([features, view], 1), p["second.weight"], p["second.bias"])
+    features = torch.cat([features.mean((2, 3)), written.expand(len(x), -1)], 1)
+    return F.linear(features, p["head.weight"], p["head.bias"])
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("write", ["sample", "batch"])
+def test_the_operated_network_computes_what_is_written_down_here(write: Any, mode: Any) -> None:
+    config = AimConfig(
+        memory=8, budget=None, init="fresh", write=write, mode=mode, activation="sigmoid"
+    )
+    x = torch.randn(5, 2, 4, 4, dtype=torch.float64)
+    gm = aim_surgery.transform(Pair().double(), x, config=config)
+    assert [(w.point.name, w.version) for w in gm.plan.writes] == [("relu", 1)]
+    expected = pair_by_hand(
+        dict(gm.named_parameters()), x, batch=write == "batch", replace=mode == "replace"
+    )
+    assert_same(gm(x), expected)
+    gm.get_parameter("aim.writes.relu.out.bias").data += 1  # the comparison can fail
+    assert largest_difference(gm(x), expected) > 1e-3
+
+
+def test_each_site_reads_its_version() -> None:
+    """Writing 0 in the place of the memory silences the reads after it, and no others."""
+    gm = small(mode="replace").eval()
+    x = images()
+    for write in gm.aim.writes.children():
+        nn.init.zeros_(write.out.weight)
+        nn.init.zeros_(write.out.bias)
+    quiet = gm(x)
+    for read in gm.plan.reads:
+        twin = copy.deepcopy(gm)
+        weight = twin.get_parameter(f"{read.site.layer}.weight")
+        weight.data[:, -read.planes :] += 1.0
+        changed = largest_difference(twin(x), quiet) > 1e-9
+        assert changed == (read.version == 0), read.site.name
+    later = aim_surgery.apply(SmallNet().double(), gm.plan.with_versions({"head": 0})).eval()
+    later.load_state_dict(gm.state_dict())
+    assert largest_difference(later(x), quiet) > 1e-9  # an edited plan chooses
+
+
+# One sample does not see another ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["sample", "batch"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_rows_do_not_depend_on_their_batch(case: Case, write: Any) -> None:
+    model, x = case.model(), case.input()
+    config = dataclasses.replace(FULL, write=write)
+    gm = aim_surgery.transform(model, x, config=config)
+    gm(x)  # running averages that are not zero
+    gm.eval()
+    rows = gm(x)
+    if case.name == "weight_first":  # its two entries are not samples to the model
+        return
+    assert_same(gm(x.flip(0)), rows.flip(0))
+    assert_same(torch.cat([gm(row) for row in x.split(1)]), rows)
+    assert_same(gm(torch.cat([x, 100 * torch.ones_like(x)]))[: len(x)], rows)
+
+
+class Windows(nn.Module):
+    """Four windows of each image as samples of their own, then back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.inner = nn.Conv2d(3, 4, 2, 2), nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))  # (B, 4, 8, 8)
+        batch, channels, height, width = x.shape
+        x = x.reshape(batch, channels, height // 4, 4, width // 4, 4).permute(0, 2, 4, 3, 5, 1)
+        x = torch.relu(self.inner(x.reshape(-1, 16, channels)))
+        return self.head(x.reshape(batch, -1, channels).mean(1))
+
+
+class TimeFirst(nn.Module):
+    """(time, samples, features): samples on the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Linear(5, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.embed(x)).transpose(0, 1)
+        return self.head(torch.relu(self.inner(x)).sum(0))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "larger"),
+    [(Windows(), (2, 3, 16, 16), (2, 3, 24, 32)), (TimeFirst(), (3, 2, 5), (3, 7, 5))],
+    ids=["windows", "time_first"],
+)
+def test_memory_follows_its_sample(
+    model: nn.Module, shape: tuple[int, ...], larger: tuple[int, ...]
+) -> None:
+    model = model.double()
+    gm = aim_surgery.transform(model, torch.zeros(shape).double(), config=FULL).eval()
+    assert gm.plan.writes
+    assert gm.plan.reads[-1].version > 0
+    for size in (shape, larger):
+        x = torch.randn(size, dtype=torch.float64)
+        rows = gm(x)
+        assert_same(torch.cat([gm(row) for row in x.split(1)]), rows)
+        with aim_surgery.disable(gm):
+            assert largest_difference(gm(x), rows) > 1e-6
+
+
+# Batches ------------------------------------------------------------------------------------
+
+
+def test_evaluation_uses_the_running_average() -> None:
+    gm = small("batch", momentum=0.5)
+    batches = [images(3), images(2) + 1, images(4) * 2]
+    for x in batches:
+        gm(x)
+    running = "aim.writes.stem.running"
+    assert float(gm.get_buffer("aim.writes.stem.batches")) == 3
+    gm.eval()
+    kept = gm.get_buffer(running).clone()
+    gm(images(5))
+    assert_same(gm.get_buffer(running), kept)
+    memory = aim_surgery.read_memory(gm)
+    layout = gm.plan.memory.layout
+    first = gm.aim.memory()[0] + kept
+    places = torch.Size(layout).numel()
+    assert_same(memory["stem"][0], F.pad(first, (0, places - 100)).reshape(layout))
+
+
+def test_a_batch_of_one_trains() -> None:
+    for write in ("sample", "batch"):
+        gm = small(write)
+        for module in gm.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        gm(images(1)).sum().backward()
+    dense = aim_surgery.transform(mlp(), torch.zeros(2, 16), config=FULL)
+    dense(torch.randn(1, 16)).sum().backward()
+
+
+@pytest.mark.parametrize("write", ["sample", "batch"])
+def test_a_batch_norm_that_sees_one_value_says_what_to_choose(write: Any) -> None:
+    config = dataclasses.replace(FULL, write=write, norm="batch")
+    gm = aim_surgery.transform(mlp(), torch.zeros(2, 16), config=config)
+    with pytest.raises(AimSurgeryError, match=r'sees one value.*norm="layer"'):
+        gm(torch.randn(1, 16))
+    gm.eval()(torch.randn(1, 16))
+
+
+# Other sizes, types, modes ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", ["sample", "batch"])
+@pytest.mark.parametrize("size", [24, 32, 47])
+def test_other_resolutions(write: Any, size: int) -> None:
+    model: Any = SmallNet().double()
+    config = dataclasses.replace(FULL, write=write, write_at=POINTS, init="preserve")
+    gm = aim_surgery.transform(model, X.double(), config=config)
+    x = images(3, size)
+    assert_same(gm.eval()(x), model.eval()(x))
+    fresh = small(write).eval()
+    before = fresh(x)
+    fresh.aim.memory.bias.data += 1
+    assert largest_difference(fresh(x), before) > 1e-6
+
+
+def test_autocast() -> None:
+    gm: Any = aim_surgery.transform(SmallNet(), X, config=FULL).eval()
+    x = images().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = gm(x)
+    assert half.dtype == torch.bfloat16
+    assert_same(half.float(), gm(x), tolerance=5e-2)
+
+
+class TwoWays(nn.Module):
+    """Another path in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.one(x))
+        if self.training:
+            return self.three(self.two(x)), self.two(x)
+        return self.three(self.two(x))
+
+
+def test_both_graphs_of_a_model_write() -> None:
+    model: Any = TwoWays().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    gm = aim_surgery.transform(model, x, config=dataclasses.replace(FULL, init="preserve"))
+    assert [write.point.name for write in gm.plan.writes] == ["relu"]
+    assert_same(gm(x), model(x))
+    assert_same(gm.eval()(x), model.eval()(x))
+    gm.get_parameter("three.weight").data[:, 6:] += 1
+    assert largest_difference(gm(x), model(x)) > 1e-3
+
+
+def test_it_compiles_and_exports() -> None:
+    gm = small("sample").eval()
+    x = images(2)
+    compiled = torch.compile(gm, backend="aot_eager", fullgraph=True)
+    assert_same(compiled(x), gm(x))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(gm, (images(3),), dynamic_shapes=({0: batch},)).module()
+    assert_same(exported(images(5)), gm(images(5)))
+
+
+# Carry --------------------------------------------------------------------------------------
+
+
+class _Noting:
+    """Keeps what a module gives."""
+
+    def __init__(self, module: nn.Module, seen: list[Tensor]) -> None:
+        self._handle = module.register_forward_hook(lambda _m, _a, out: seen.append(out.detach()))
+
+    def close(self) -> None:
+        self._handle.remove()
+
+
+@pytest.mark.parametrize("mode", ["add", "replace"])
+@pytest.mark.parametrize("write", ["sample", "batch"])
+def test_the_state_accumulates_in_training_only(write: Any, mode: Any, tmp_path: Path) -> None:
+    gm = small(write, carry="state", mode=mode, momentum=0.25)
+    state = gm.get_buffer("aim.memory.state")
+    assert not state.any()
+    expected = torch.zeros(100, dtype=torch.float64)
+    for batch in (2, 5, 3):
+        before = gm.aim.memory()[0].detach()
+        seen: list[Tensor] = []
+        last = gm.get_submodule("aim.writes.blocks_0")
+        with contextlib.closing(_Noting(last, seen)):
+            gm(images(batch))
+        written = seen[0].mean(0)
+        written = written if mode == "replace" else written - before
+        expected = 0.75 * expected + 0.25 * written
+        assert_same(gm.get_buffer("aim.memory.state"), expected)
+    assert_same(gm.aim.memory()[0], (gm.aim.memory.weight[:, 0] + gm.aim.memory.bias) + expected)
+    gm.eval()(images(3))
+    assert_same(gm.get_buffer("aim.memory.state"), expected)
+    aim_surgery.save(gm, tmp_path / "aim.safetensors")
+    again = aim_surgery.load(tmp_path / "aim.safetensors", SmallNet().double().eval())
+    assert_same(again(images()), gm(images()))
+    aim_surgery.reset_memory(gm)
+    assert not gm.get_buffer("aim.memory.state").any()
+    assert largest_difference(gm(images()), again(images())) > 1e-6
+
+
+def test_no_state_by_default() -> None:
+    assert AimConfig().carry == "weights"
+    assert not [name for name, _ in small().named_buffers() if name.startswith("aim.")]
+
+
+# Start and gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [
+    {"write": "sample"}, {"write": "batch"}, {"write": "sample", "carry": "state"},
+    {"write": "batch", "mode": "replace", "norm": "batch"}, {"write": "sample", "norm": "none",
+     "widths": (5, 3), "kernel_size": 3, "activation": "gelu"},
+], ids=str)  # fmt: skip
+def test_preserve_init_whatever_the_memory_holds(options: dict[str, Any]) -> None:
+    model: Any = SmallNet().double()
+    config = AimConfig(budget=None, memory=100, write_at=POINTS, **options)
+    gm = aim_surgery.transform(model, X.double(), config=config)
+    for name, parameter in gm.named_parameters():
+        if name.startswith(("aim.memory", "aim.writes")):
+            nn.init.normal_(parameter, std=3)
+    torch.manual_seed(1)
+    expected = model(images())
+    torch.manual_seed(1)
+    assert_same(gm(images()), expected)
+    assert_same(gm.eval()(images()), model.eval()(images()))
+
+
+@pytest.mark.parametrize("write", ["sample", "batch"])
+def test_two_steps_reach_memory_and_writes(write: Any) -> None:
+    config = AimConfig(budget=None, memory=100, write=write, write_at=POINTS)
+    gm = aim_surgery.transform(SmallNet(), X, config=config).double()
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1)
+    for step in range(2):
+        optimizer.zero_grad()
+        gm(images()).square().sum().backward()
+        new = {n: p.grad for n, p in gm.named_parameters() if n.startswith("aim.")}
+        reached = {name for name, grad in new.items() if grad is not None and grad.any()}
+        assert reached == (set(new) if step else set())
+        optimizer.step()
+
+
+@pytest.mark.parametrize("options", [
+    {"write": "sample"}, {"write": "batch"},
+    {"write": "sample", "mode": "replace", "norm": "batch", "widths": (2, 3), "kernel_size": 3},
+], ids=str)  # fmt: skip
+def test_gradcheck(options: dict[str, Any]) -> None:
+    config = AimConfig(budget=None, memory=8, init="fresh", activation="tanh", **options)
+    x = torch.randn(2, 2, 4, 4, dtype=torch.float64)
+    torch.manual_seed(0)
+    gm = aim_surgery.transform(Pair().double(), x, config=config)
+    names, values = zip(*gm.named_parameters(), strict=True)
+    buffers = dict(gm.named_buffers())
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        tensors = dict(zip(names, parameters, strict=True)) | {
+            name: buffer.clone() for name, buffer in buffers.items()
+        }
+        return functional_call(gm, tensors, (x,))
+
+    inputs = (x.requires_grad_(), *(v.detach().clone().requires_grad_() for v in values))
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_write_points_that_cannot_be() -> None:
+    def planned(at: str) -> None:
+        aim_surgery.plan(SmallNet(), X, config=AimConfig(write_at=at))
+
+    with pytest.raises(PlanError, match=r"'stam' does not exist.*stem"):
+        planned("stam")
+    with pytest.raises(PlanError, match=r"'blocks.0.conv1' does not dominate"):
+        planned("blocks.0.conv1")
