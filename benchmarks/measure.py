@@ -12,6 +12,7 @@ import ctypes
 import gc
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -137,6 +138,53 @@ def take_turns(
     return Pairs(tuple(a for a, _ in turns), tuple(b for _, b in turns))
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """Seconds of several sides that took turns, A B C ... A B C ... A.
+
+    Attributes:
+        seconds: By side, one for each round; the side that opened a round also closed the last one.
+        opening: The side that opened each round.
+    """
+
+    seconds: Mapping[str, tuple[float, ...]]
+    opening: str
+
+    def pairs(self, first: str, second: str) -> Pairs:
+        """Two sides, round by round; of the opening side, the mean of its turns around a round."""
+        return Pairs(self._around(first), self._around(second))
+
+    def _around(self, side: str) -> tuple[float, ...]:
+        found = self.seconds[side]
+        if side != self.opening:
+            return found
+        return tuple((a + b) / 2 for a, b in itertools.pairwise(found))
+
+
+def take_rounds(
+    sides: Mapping[str, Callable[[], object]], *, rounds: int, warmups: int = 1
+) -> Rounds:
+    """Time several functions in turns; the first opens each round and closes the last.
+
+    Args:
+        sides: What to time, by name.
+        rounds: Rounds that count.
+        warmups: Rounds before, that don't.
+
+    Returns:
+        The seconds of all sides.
+    """
+    opening = next(iter(sides))
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for count in range(warmups + rounds):
+        for name, function in sides.items():
+            taken = seconds(function)
+            if count >= warmups:
+                found[name].append(taken)
+    found[opening].append(seconds(sides[opening]))
+    return Rounds({name: tuple(times) for name, times in found.items()}, opening)
+
+
 # Memory -------------------------------------------------------------------------------------
 
 
@@ -199,12 +247,12 @@ def _sampled(function: Callable[[], Any]) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement against its limit.
+    """One measurement, against its limit if there is one.
 
     Attributes:
         name: What was measured.
         measured: The figure that is held against the limit.
-        limit: The most that it may be.
+        limit: The most that it may be; None where nothing was promised.
         spread: Smallest and largest single figure, where there are several.
         note: How it came about, in one line.
         details: Everything else that the JSON file keeps.
@@ -212,26 +260,29 @@ class Row:
 
     name: str
     measured: float
-    limit: float
+    limit: float | None
     spread: tuple[float, float] | None = None
     note: str = ""
     details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
-        """Either "ok" or "missed"."""
+        """Either "ok" or "missed"; "-" without a limit."""
+        if self.limit is None:
+            return "-"
         return "ok" if self.measured <= self.limit else "missed"
 
     def cells(self) -> tuple[str, ...]:
         """The row as text: name, measured, limit, verdict, note."""
-        if 0 < self.limit < 0.01:
+        if self.limit is not None and 0 < self.limit < 0.01:
             return self.name, f"{self.measured:.1e}", f"≤ {self.limit:g}", self.verdict, self.note
         spread = f" ({self.spread[0]:.3f} to {self.spread[1]:.3f})" if self.spread else ""
         measured = f"{self.measured:.3f}{spread}"
-        return self.name, measured, f"≤ {self.limit:.2f}", self.verdict, self.note
+        limit = "-" if self.limit is None else f"≤ {self.limit:.2f}"
+        return self.name, measured, limit, self.verdict, self.note
 
 
-def ratio_row(name: str, pairs: Pairs, limit: float, sides: tuple[str, str]) -> Row:
+def ratio_row(name: str, pairs: Pairs, limit: float | None, sides: tuple[str, str]) -> Row:
     """The row of two sides that took turns: median, and smallest to largest, of the ratios."""
     details = {f"{sides[0]}_seconds": pairs.first, f"{sides[1]}_seconds": pairs.second}
     return Row(

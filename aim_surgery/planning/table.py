@@ -31,7 +31,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _rows(plan: Plan) -> list[tuple[str, ...]]:
-    """Reads as planned, each write before the first read of what it makes."""
+    """Reads in execution order, and each write where what it makes is first read."""
     rows, pending = [], list(plan.writes)
     for read in plan.reads:
         made = [w for w in pending if w.memory == read.memory and w.version <= read.version]
@@ -104,7 +104,7 @@ def _memory_line(memory: Memory) -> str:
     name = "memory" if memory.name == MEMORY else f"memory {memory.name}"
     carried = ", state carried" if memory.carry == "state" else ""
     return (
-        f"{name:<12}{memory.floats:,} floats ({layout}), {memory.parameters:,} parameters{carried}"
+        f"{name:<11} {memory.floats:,} floats ({layout}), {memory.parameters:,} parameters{carried}"
     )
 
 
