@@ -20,6 +20,7 @@ Mode = Literal["add", "replace"]
 Norm = Literal["layer", "batch", "none"]
 Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
 Carry = Literal["weights", "state"]
+Emit = Literal["graph", "module"]
 
 DEFAULT_BUDGET = 0.015
 ARTICLE_FLOATS = 50_176
@@ -112,6 +113,8 @@ class AimConfig:
         """The options of update blocks."""
         if self.write_at is not None:
             _check_names("write_at", self.write_at)
+            if not self.write_at:
+                raise PlanError("write_at names no write point: use write='none', or leave it out")
             if self.write == "none":
                 raise PlanError("write_at names write points, and write='none' has no writes")
         if self.widths is not None:

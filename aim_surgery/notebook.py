@@ -170,7 +170,8 @@ def disable(gm: nn.Module) -> Iterator[None]:
     """Leave the memory out: inside, all reads give zeros, and nothing is written or noted.
 
     A model made with `init="preserve"` and not trained since is exactly its original here; a
-    trained one shows what it is without its notebook.
+    trained one shows what it is without its notebook. For evaluation: a training step inside finds
+    no way to memory and update blocks, which DDP refuses unless told to look for unused parameters.
 
     Args:
         gm: An operated model; as before afterwards.

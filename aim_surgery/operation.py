@@ -5,19 +5,26 @@ transform = apply ∘ plan
 
 from __future__ import annotations
 
+from typing import Any, Literal, cast, get_args, overload
+
 import torch
 from torch import nn
 
-from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture
-from aim_surgery.config import AimConfig
+from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture, capture_whole
+from aim_surgery.config import AimConfig, Emit
 from aim_surgery.errors import CaptureError, PlanError
+from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
 from aim_surgery.surgery.rewrite import operate
 
 
 def plan(
-    model: nn.Module, example_inputs: Inputs | None = None, *, config: AimConfig | None = None
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    config: AimConfig | None = None,
+    emit: Emit = "graph",
 ) -> Plan:
     """Decide what an operation would do, without doing it.
 
@@ -27,6 +34,7 @@ def plan(
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
         config: What to operate and how much it may cost.
+        emit: What `apply` will return: see `transform`.
 
     Returns:
         The plan: print it, edit it, save it, give it to `apply`.
@@ -42,7 +50,7 @@ def plan(
         2
     """
     config = _checked_config(config)
-    return make_plan(_captured(model, example_inputs), config)
+    return make_plan(_captured(model, example_inputs, _checked_emit(emit)), config)
 
 
 def apply(
@@ -51,7 +59,7 @@ def apply(
     example_inputs: Inputs | None = None,
     *,
     copy: bool = True,
-) -> AimGraphModule:
+) -> Any:
     """Carry out a plan.
 
     Args:
@@ -62,7 +70,8 @@ def apply(
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
-        A new `GraphModule` with a memory.
+        A new model with a memory: a `GraphModule`, or one of the same class where the plan says
+        `emit="module"`.
 
     Raises:
         PlanError: This is no plan, or it doesn't fit the model.
@@ -81,7 +90,29 @@ def apply(
                 "example_inputs"
             )
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        return operate(_captured(model, inputs), plan, copy=copy)
+        return operate(_captured(model, inputs, plan.emit), plan, copy=copy)
+
+
+@overload
+def transform(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    config: AimConfig | None = None,
+    emit: Literal["graph"] = "graph",
+    copy: bool = True,
+) -> AimGraphModule: ...
+
+
+@overload
+def transform(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    config: AimConfig | None = None,
+    emit: Emit,
+    copy: bool = True,
+) -> nn.Module: ...
 
 
 def transform(
@@ -89,8 +120,9 @@ def transform(
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
+    emit: Emit = "graph",
     copy: bool = True,
-) -> AimGraphModule:
+) -> nn.Module:
     """Give a model a memory that every convolution and linear call reads.
 
     A layer with weight (C_out, C_in/g, *kernel) comes back as (C_out, C_in/g + k, *kernel), a
@@ -102,10 +134,13 @@ def transform(
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
         config: What to operate and how much it may cost.
+        emit: "graph" gives a `GraphModule`: reads, writes, compilation, export. "module" gives a
+            model of the same class with all its methods (`generate`, `forward_features`): nothing
+            is traced, layers read the memory through hooks, and nothing is written.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
-        A new `GraphModule`. Original parameters keep their names and their leading entries, new
+        A new model. Original parameters keep their names and their leading entries, new
         ones live under `aim.`. With `init="preserve"` it computes what the model computes.
 
     Raises:
@@ -124,7 +159,7 @@ def transform(
     """
     config = _checked_config(config)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        captured = _captured(model, example_inputs)
+        captured = _captured(model, example_inputs, _checked_emit(emit))
         return operate(captured, make_plan(captured, config), copy=copy)
 
 
@@ -137,13 +172,20 @@ def _checked_config(config: AimConfig | None) -> AimConfig:
     return config
 
 
-def _captured(model: nn.Module, inputs: Inputs | ExampleInputs | None) -> Capture:
+def _checked_emit(emit: object) -> Emit:
+    if emit not in get_args(Emit):
+        raise PlanError(f"emit must be 'graph' or 'module', got {emit!r}")
+    return cast(Emit, emit)
+
+
+def _captured(model: nn.Module, inputs: Inputs | ExampleInputs | None, emit: Emit) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
-            if isinstance(module, AimGraphModule):
+            if isinstance(module, AimGraphModule | AimModules):
+                path = path.removesuffix("aim").removesuffix(".")
                 where = f"its submodule {path!r}" if path else "it"
                 raise CaptureError(
                     f"this model has been operated on: {where} has a memory already. Operate the "
                     f"original model"
                 )
-    return capture(model, inputs)
+    return (capture if emit == "graph" else capture_whole)(model, inputs)

@@ -404,7 +404,9 @@ def test_tokens_of_any_layout() -> None:
     assert_same(token_write(channel_axis=2)(more, view, memory), expected)
     assert_same(token_write(sample_axis=1)(features.mT.movedim(2, 0), view, memory), expected)
     assert_same(token_write(channel_axis=-2)(features.mT, view, memory), expected)
-    assert_same(token_write(sample_axis=None)(features[0], view, memory), expected[:1])
+    alone = token_write(sample_axis=None)  # made for one vector by itself
+    assert_same(alone(features[0], view, memory)[1:2], alone(features[0, 1], view, memory))
+    assert_same(alone(features, view, memory), expected)
     assert_same(token_write(sample_axis=1)(features[0], view, memory), expected[:1])
     vectors = token_write()(features[:, 0], view, memory)
     assert_same(token_write()(features[:, :1], view, memory), vectors)

@@ -454,10 +454,10 @@ def put_write(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (put("writes", 0, "point", "spatial", [0, 16]), "stem: a size of this write point"),
         (put("reads", 0, "version", 9), "stem: reads version 9 .* has versions 0 … 2"),
         (put("reads", 0, "memory", "B"), "stem: reads 'B', which is no memory of this plan"),
-        (put("memory", "name", "reads"), "'reads' is no name for a memory"),
+        (put("memory", "name", "reads"), "memory: 'reads' can't be the name of a module"),
         (put("memory", "shared", 3), "shared=3 must be positive, and shared must divide 128"),
         (lambda d: d["further"].append(d["memory"]), "two memories of this plan have one name"),
-        (lambda d: d["writes"].append(d["writes"][0]), "two writes .* are at the same point"),
+        (lambda d: d["writes"].append(d["writes"][0]), "two writes .* would live under the name"),
         (
             lambda d: d["memory"].update(carry="state") or d.update(writes=[]) or reset(d),
             "carry='state' of memory 'memory': nothing writes to it",
@@ -483,7 +483,12 @@ def test_versions_by_hand() -> None:
     config = AimConfig(memory=2 * 64, budget=None, write_at=("stem", "blocks"))
     plan = aim_surgery.plan(SmallNet(), X, config=config)
     assert [read.version for read in plan.reads] == [0, 1, 1, 1, 1, 2]
-    assert [read.version for read in plan.with_versions({"*": 0}).reads] == [0] * 6
+    silent = plan.with_versions({"*": 0})
+    assert [read.version for read in silent.reads] == [0] * 6
+    assert not silent.writes
+    assert silent.unwritten[-1].reason == "no later site would read it"
+    fewer = plan.without("head")
+    assert [write.point.name for write in fewer.writes] == ["stem"]
     earlier = plan.with_versions({"head": 1})
     assert [read.version for read in earlier.reads] == [0, 1, 1, 1, 1, 1]
     without = plan.without_writes("stem")
@@ -496,8 +501,9 @@ def test_versions_by_hand() -> None:
         lambda: plan.with_versions({"nothing": 0}),
         lambda: plan.with_versions(3),  # type: ignore[arg-type]
         lambda: plan.without_writes("nothing"),
+        lambda: plan.without_writes(5),  # type: ignore[arg-type]
     ):
-        with pytest.raises(PlanError, match=r"version 3|matches no|takes a dict"):
+        with pytest.raises(PlanError, match=r"version 3|matches no|takes a dict|expected a glob"):
             edit()
     with pytest.raises(PlanError, match=r"stem: reads version 2 .* written after it"):
         aim_surgery.apply(SmallNet(), plan.with_versions({"stem": 2}))

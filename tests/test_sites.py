@@ -144,7 +144,7 @@ def test_hooks_and_other_uses_keep_a_layer_as_it_is() -> None:
 
 
 class Unusual(nn.Module):
-    """Products that are no sites: recurrent, packed, einsum, made from the input."""
+    """Products that are no sites: recurrent, einsum, made from the input; packed ones are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,16 +173,21 @@ def test_what_is_no_site_is_listed_with_a_reason() -> None:
     assert "einsum" in unread["mixing"].reason
 
 
-def test_layers_in_a_python_call_are_listed() -> None:
+def test_layers_in_a_python_call_are_sites_or_listed() -> None:
     class OnData(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fc = nn.Linear(4, 4)
+            self.fc, self.never = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.mix = nn.Parameter(torch.randn(4, 4))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(x) if x.sum() > 0 else x
+            x = self.fc(x) @ self.mix
+            return self.never(x) if x.sum() > 1e9 else x
 
     sites, unread = sites_of(nn.Sequential(nn.Linear(4, 4), OnData()), torch.randn(2, 4))
-    assert list(sites) == ["0"]
-    assert unread["1"].weights == ("1.fc.weight",)
+    assert list(sites) == ["0", "1.fc"]
+    assert sites["1.fc"].inside == "1"
+    assert sites["1.fc"].widens
+    assert "not called when 1 was run" in unread["1.never"].reason
+    assert unread["1"].weights == ("1.mix",)
     assert "data" in unread["1"].reason

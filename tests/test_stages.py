@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import aim_surgery
+from aim_surgery import AimConfig
 from aim_surgery.capture import Capture, capture
 from aim_surgery.errors import PlanError
 from aim_surgery.sites import Boundary, Stages, boundary_nodes, find_calls, find_stages
@@ -178,11 +179,11 @@ class Encoder(nn.Module):
         self.causal = causal
         self.register_buffer("table", torch.ones(6, 6).tril() if causal == "table" else None)
 
-    def attend(self, x: torch.Tensor, block: Any, mask: torch.Tensor) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, block: Any, mask: torch.Tensor | None) -> torch.Tensor:
         time, batch, _ = x.shape
         q, k, v = block["qkv"](x).view(time, batch, 3, 2, 4).permute(2, 1, 3, 0, 4).unbind(0)
         place = torch.arange(time)
-        bias = mask[:, None, None, :]
+        bias = torch.zeros(1, 1, 1, time) if mask is None else mask[:, None, None, :]
         table: Any = self.table
         if self.causal == "triu":
             bias = bias + torch.full((time, time), -1e9).triu(1)
@@ -190,13 +191,24 @@ class Encoder(nn.Module):
             bias = bias.masked_fill(table[:time, :time] == 0, -1e9)
         elif self.causal == "arange":
             bias = bias.masked_fill(place[:, None] < place, -1e9)
+        elif self.causal == "difference":
+            bias = bias + torch.where((place[None] - place[:, None]).le(0), 0.0, -1e9)
+        elif self.causal == "cumsum":
+            bias = bias.masked_fill(torch.eye(time).cumsum(0) == 0, -1e9)
+        elif self.causal == "in place":
+            allowed = torch.zeros(time, time)
+            for row in range(time):
+                allowed[row, : row + 1] = 1
+            bias = bias.masked_fill(allowed == 0, -1e9)
+        elif self.causal == "band":  # looks both ways
+            bias = bias.masked_fill((place[None] - place[:, None]).abs() > 2, -1e9)
         elif self.causal == "flag":
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return F.scaled_dot_product_attention(q, k, v, bias)
 
-    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         x = self.embed(tokens).transpose(0, 1)
-        mask = (1.0 - mask) * -1e9
+        mask = None if mask is None else (1.0 - mask) * -1e9
         block: Any
         for block in self.blocks:
             y = self.attend(x, block, mask).permute(2, 0, 1, 3).reshape(x.shape)
@@ -205,12 +217,13 @@ class Encoder(nn.Module):
         return self.head(x[0])
 
 
-def tokens() -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randint(0, 11, (3, 6)), torch.ones(3, 6)
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 11, (3, 6))
 
 
 def test_masks_are_no_way_around_a_block_and_time_may_come_first() -> None:
-    stages, captured = stages_of(Encoder(), *tokens())
+    stages, captured = stages_of(Encoder("band"), tokens())
+    assert not stages.refused
     point, head = stages.chosen
     assert (point.name, point.positions, point.sample_axis) == ("blocks.0.norm", 6, 1)
     assert (point.channels, point.channel_axis, point.spatial) == (8, 2, ())
@@ -219,15 +232,140 @@ def test_masks_are_no_way_around_a_block_and_time_may_come_first() -> None:
     assert [call.site.sample_axis for call in calls] == [1] * 8 + [0]
 
 
-@pytest.mark.parametrize("causal", ["flag", "triu", "table", "arange"])
+@pytest.mark.parametrize(
+    "causal", ["flag", "triu", "table", "arange", "difference", "cumsum", "in place"]
+)
 def test_causal_models_are_not_written_over_tokens(causal: str) -> None:
-    stages, captured = stages_of(Encoder(causal), *tokens())
+    stages, captured = stages_of(Encoder(causal), tokens())
     assert names(stages.chosen) == ["head"]
     ((name, reason),) = stages.refused
     assert name == "blocks.0.norm"
     assert "causal" in reason
     assert "write_at" in reason
     assert match(stages, captured, name)[0].positions == 6  # named by hand, it may
+
+
+class Sequence1d(nn.Module):
+    """Positions last, as convolutions have them; what makes them one sequence is chosen."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.enter, self.qkv = nn.Conv1d(3, 4, 1), nn.Conv1d(4, 12, 1)
+        self.lstm = nn.LSTM(4, 2 if kind == "both ways" else 4, batch_first=True,
+                            bidirectional=kind == "both ways")  # fmt: skip
+        self.middle, self.leave = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.enter(x).relu()
+        if self.kind == "attention":
+            q, k, v = self.qkv(x).transpose(1, 2).chunk(3, -1)
+            x = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        elif self.kind == "last state":
+            x = x + self.lstm(x.transpose(1, 2))[1][0].permute(1, 2, 0)
+        elif self.kind != "none":
+            x = self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
+        return self.leave(self.middle(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        ("attention", "scaled_dot_product_attention is causal"),
+        ("one way", "lstm is causal"),
+        ("both ways", ""),
+        ("last state", ""),
+        ("none", ""),
+    ],
+)
+def test_sequences_of_any_layout_may_be_causal(kind: str, cause: str) -> None:
+    stages, _ = stages_of(Sequence1d(kind), torch.randn(2, 3, 5))
+    assert bool(stages.refused) == bool(cause)
+    assert bool(stages.chosen) == (not cause)
+    assert all(cause in reason for _, reason in stages.refused)
+
+
+# Masks --------------------------------------------------------------------------------------
+
+
+def test_padding_is_not_pooled() -> None:
+    stages, captured = stages_of(Encoder(), tokens(), torch.ones(3, 6))
+    assert names(stages.chosen) == ["head"]  # one position: nothing is pooled
+    ((name, reason),) = stages.refused
+    assert name == "blocks.0.norm"
+    assert "the input mask acts as a mask in scaled_dot_product_attention" in reason
+    assert "write_at" in reason
+    assert match(stages, captured, name)[0].positions == 6
+
+
+def test_a_write_over_padding_would_be_seen() -> None:
+    model = Encoder().double().eval()
+    mask = torch.ones(3, 6, dtype=torch.float64)
+    mask[1, 4:] = 0
+    ids = tokens()
+
+    def error(config: AimConfig) -> float:
+        gm = aim_surgery.transform(model, (ids, mask), config=config).eval()
+        alone, padded = gm(ids[1:2, :4], mask[1:2, :4]), gm(ids, mask)[1:2]
+        return float((alone - padded).detach().abs().max())
+
+    common: dict[str, Any] = {"memory": 48, "budget": None, "init": "fresh"}
+    assert error(AimConfig(**common)) < 1e-12
+    assert error(AimConfig(**common, write_at="blocks.0.norm")) > 1e-6
+
+
+class Masked(nn.Module):
+    """Tokens beside a second input, joined with them as `join` does."""
+
+    def __init__(self, join: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.join = join
+
+    def forward(self, x: torch.Tensor, extra: torch.Tensor | None = None) -> torch.Tensor:
+        h = self.enter(x).relu()
+        return self.leave(self.join(self, h, x, extra)).relu()
+
+
+JOINS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor | None, bool]] = {
+    "masked_fill": (
+        lambda m, h, x, e: h.masked_fill(e[..., None], 0.0), torch.ones(3, 5).bool(), True),
+    "where": (
+        lambda m, h, x, e: torch.where(e[..., None] > 0, h, 0.0), torch.ones(3, 5), True),
+    "in place": (
+        lambda m, h, x, e: h.clone().masked_fill_(e[..., None] == 0, 0.0), torch.ones(3, 5), True),
+    "product": (lambda m, h, x, e: h * e[..., None], torch.ones(3, 5), True),
+    "lengths": (
+        lambda m, h, x, e: h * (torch.arange(5) < e[:, None])[..., None], torch.tensor([5, 3, 2]),
+        True),
+    "padding mask": (
+        lambda m, h, x, e: m.attention(h, h, h, key_padding_mask=e)[0], torch.zeros(3, 5).bool(),
+        True),
+    "padding mask by position": (
+        lambda m, h, x, e: m.attention(h, h, h, e)[0], torch.zeros(3, 5), True),
+    "of the features' own input": (lambda m, h, x, e: h * (x != 0).any(-1, True), None, True),
+    "adjacency": (lambda m, h, x, e: e @ h, torch.ones(3, 5, 5), True),
+    "no mask": (lambda m, h, x, e: m.attention(h, h, h, key_padding_mask=e)[0], None, False),
+    "raw residual": (lambda m, h, x, e: h + x.repeat(1, 1, 2), None, False),
+    "normalised": (lambda m, h, x, e: h * x.std(1, keepdim=True).mean(-1, True), None, False),
+    "from features": (lambda m, h, x, e: h * (h > 0), None, False),
+    "ones": (lambda m, h, x, e: h * torch.ones_like(x)[..., :1], None, False),
+    "second signal": (lambda m, h, x, e: h + e, torch.ones(3, 5, 8), False),
+    "context": (lambda m, h, x, e: m.attention(h, e, e)[0], torch.ones(3, 7, 8), False),
+    "scale": (lambda m, h, x, e: h * e[:, None, None], torch.ones(3), False),
+    "places": (lambda m, h, x, e: h[:, e], torch.tensor([1, 0, 2, 4, 3]), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JOINS)
+def test_what_acts_as_a_mask(name: str) -> None:
+    join, extra, hides = JOINS[name]
+    inputs = (torch.randn(3, 5, 4),) if extra is None else (torch.randn(3, 5, 4), extra)
+    stages, _ = stages_of(Masked(join), *inputs)
+    assert bool(stages.refused) == hides
+    assert bool(stages.chosen) != hides
+    assert all("acts as a mask" in reason for _, reason in stages.refused)
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -279,8 +417,107 @@ def test_regions_without_gradients_hold_no_boundary() -> None:
                 x = self.body(x).relu()
             return self.head(x)
 
-    stages, _ = stages_of(Frozen(), torch.randn(2, 4))
+    stages, captured = stages_of(Frozen(), torch.randn(2, 4))
     assert names(stages.boundaries) == ["head"]
+    with pytest.raises(PlanError, match="gradients are switched off"):
+        match(stages, captured, "body")
+
+
+def test_frames_in_the_batch_hold_no_boundary() -> None:
+    class Video(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frame, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.frame(x.flatten(0, 1)).mean((2, 3))
+            return self.head(y.unflatten(0, x.shape[:2]).mean(1))
+
+    stages, captured = stages_of(Video(), torch.randn(2, 5, 3, 8, 8))
+    with pytest.raises(PlanError, match="5 entries for each of 2 samples"):
+        match(stages, captured, "frame")
+
+
+class Reordered(nn.Module):
+    """Samples in another order inside; what comes out has the order of the input."""
+
+    def __init__(self, there: Callable[..., Any], back: Callable[..., Any]) -> None:
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.there, self.back = there, back
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.enter(x).relu()
+        order = h.sum((1, 2)).argsort()
+        y = self.middle(self.there(h, order)).relu()
+        return self.leave(self.back(y, order.argsort()))
+
+
+def along(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return index[:, None, None].expand_as(x)
+
+
+REORDERINGS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "getitem": (lambda h, i: h[i], lambda h, i: h[i]),
+    "getitem of two": (lambda h, i: h[i, :], lambda h, i: h[i, ...]),
+    "index_select": (lambda h, i: h.index_select(0, i), lambda h, i: h.index_select(0, i)),
+    "gather": (lambda h, i: h.gather(0, along(i, h)), lambda h, i: h.gather(0, along(i, h))),
+    "take_along_dim": (
+        lambda h, i: torch.take_along_dim(h, along(i, h), 0),
+        lambda h, i: torch.take_along_dim(h, along(i, h), dim=0)),
+    "index_add": (
+        lambda h, i: torch.zeros_like(h).index_add(0, i.argsort(), h),
+        lambda h, i: torch.zeros_like(h).index_add(0, i.argsort(), h)),
+    "flip": (lambda h, i: h.flip(0), lambda h, i: torch.flip(h, (0,))),
+    "flip of two": (lambda h, i: h.flip(0, 1), lambda h, i: h.flip((1, 0))),
+    "flipud": (lambda h, i: h.flipud(), lambda h, i: h.flipud()),
+    "roll": (lambda h, i: h.roll(1, 0), lambda h, i: torch.roll(h, -1, dims=0)),
+    "rot90": (lambda h, i: h.rot90(2), lambda h, i: h.rot90(2, (0, 1))),
+    "written": (lambda h, i: placed(h, i), lambda h, i: placed(h, i)),
+}  # fmt: skip
+
+
+def placed(h: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(h)
+    out[order.argsort()] = h
+    return out
+
+
+@pytest.mark.parametrize("name", REORDERINGS)
+def test_reordered_samples_are_lost(name: str) -> None:
+    model = Reordered(*REORDERINGS[name]).double()
+    x = torch.randn(4, 5, 4, dtype=torch.float64)
+
+    def error(model: nn.Module) -> float:
+        alone = torch.cat([model(x[i : i + 1]) for i in range(len(x))])
+        return float((model(x) - alone).detach().abs().max())
+
+    assert error(model) < 1e-14
+    stages, captured = stages_of(model, x)
+    axes = {call.site.name: call.site.sample_axis for call in find_calls(captured, captured.graph)}
+    assert axes == {"enter": 0, "middle": None, "leave": None}
+    assert {point.name for point in stages.boundaries} == {"enter", "relu"}
+    gm = aim_surgery.transform(
+        model, x, config=AimConfig(memory=48, budget=None, init="fresh", write_at="relu")
+    )
+    assert error(gm.eval()) < 1e-12
+
+
+def test_an_axis_of_the_number_of_samples_is_not_taken_for_theirs() -> None:
+    class Heads(nn.Module):
+        """Heads in front, tokens before samples: (heads, tokens * samples, features)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.inside = nn.Linear(6, 8), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.enter(x).unflatten(-1, (2, 4)).permute(2, 1, 0, 3)
+            return self.inside(h.flatten(1, 2))
+
+    _, captured = stages_of(Heads(), torch.randn(2, 5, 6))
+    sites = [call.site for call in find_calls(captured, captured.graph)]
+    assert [site.sample_axis for site in sites] == [0, None]
 
 
 class Auxiliary(nn.Module):
@@ -437,6 +674,25 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], Any], int | None]] = {
     "squeeze": (lambda x: x[:, :1].transpose(0, 1).squeeze(0), 0),
     "getitem": (lambda x: x[None, ..., 0], 1),
     "getitem of one": (lambda x: x[0], None),
+    "getitem elsewhere": (lambda x: x[:, torch.tensor([2, 0])], 0),
+    "getitem of neighbours": (lambda x: x.mT[:, [0, 1], [1, 2]], 0),
+    "getitem of others": (lambda x: x[:, torch.tensor([0, 1]), :, torch.tensor([1, 2])], 1),
+    "getitem in front": (lambda x: x.movedim(0, 2)[torch.tensor([[0, 1, 2]])], 3),
+    "getitem of each": (lambda x: x[torch.arange(x.shape[0]), x.argmax(1)[:, 0, 0]], 0),
+    "getitem itself": (lambda x: x[torch.tensor([1, 0])], None),
+    "table": (lambda x: torch.ones(9, 7)[x[:, 0].long()], 0),
+    "flip": (lambda x: x.flip(1, 2), 0),
+    "flip itself": (lambda x: x.flip(0), None),
+    "roll of all": (lambda x: x.roll(1), None),
+    "sort": (lambda x: x.sort(dim=1)[0], 0),
+    "sort itself": (lambda x: x[:, 0, 0, 0].sort()[1], None),
+    "sort of rows, falling": (lambda x: x.mean((2, 3)).sort(1, True)[0], 0),
+    "cumsum itself": (lambda x: x.cumsum(0), None),
+    "gather": (lambda x: x.gather(1, x.argsort(1)), 0),
+    "scattered": (lambda x: torch.zeros_like(x).scatter(2, x.argsort(2), x), 0),
+    "shifted": (lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1)), None),
+    "padded": (lambda x: F.pad(x, (1, 1)), 0),
+    "einsum of the rest": (lambda x: torch.einsum("b...w,vw->v...b", x, torch.ones(7, 5)), 3),
     "part": (lambda x: x[:1], None),
     "unbind": (lambda x: x.unbind(1)[0], 0),
     "unbind itself": (lambda x: x.unbind(0)[0], None),
@@ -465,6 +721,11 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], Any], int | None]] = {
     "flatten": (lambda x: x.flatten(1), 0),
     "windows": (lambda x: x.flatten(0, 1), 0),
     "windows back": (lambda x: x.flatten(0, 1).unflatten(0, (2, 3)), 0),
+    "windows behind": (lambda x: x.movedim(1, 0).flatten(1, 2), 1),
+    "windows behind and back": (
+        lambda x: x.movedim(1, 0).flatten(1, 2).unflatten(1, (2, 4)).movedim(1, 2),
+        2,
+    ),
     "time first": (lambda x: x.transpose(0, 1).flatten(0, 1), None),
     "in place": (lambda x: (x + 1).unsqueeze(0).add_(1), 1),
 }

@@ -180,6 +180,33 @@ def test_memory_follows_its_sample(
             assert largest_difference(gm(x), rows) > 1e-6
 
 
+def test_an_example_without_samples_does_not_narrow_the_model() -> None:
+    for model, shape in (
+        (mlp(), (16,)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), (3, 9, 9)),
+    ):
+        gm = aim_surgery.transform(model.double(), torch.zeros(shape).double(), config=FULL).eval()
+        assert gm.plan.writes
+        x = torch.randn(4, *shape, dtype=torch.float64)
+        assert_same(torch.stack([gm(row) for row in x]), gm(x))
+
+
+@pytest.mark.parametrize("write", ["sample", "batch"])
+def test_an_empty_batch_leaves_no_trace(write: Any) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU())
+    config = dataclasses.replace(FULL, write=write, carry="state")
+    gm = aim_surgery.transform(model, torch.zeros(2, 3, 9, 9), config=config)
+    gm(torch.randn(2, 3, 9, 9))
+    before = {name: buffer.clone() for name, buffer in gm.named_buffers()}
+    assert gm(torch.zeros(0, 3, 9, 9)).shape == (0, 4, 5, 5)
+    after = dict(gm.named_buffers())
+    if write == "batch":  # the average stands in, and it is noted as what was written
+        assert after.pop("aim.memory.state").isfinite().all()
+        del before["aim.memory.state"]
+    assert_same(after, before, tolerance=0)
+    assert gm.eval()(torch.zeros(0, 3, 9, 9)).shape == (0, 4, 5, 5)
+
+
 # Batches ------------------------------------------------------------------------------------
 
 
@@ -394,3 +421,80 @@ def test_write_points_that_cannot_be() -> None:
         planned("stam")
     with pytest.raises(PlanError, match=r"'blocks.0.conv1' does not dominate"):
         planned("blocks.0.conv1")
+
+
+class Named(nn.Module):
+    """Write points whose names can't all be names of modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.enc_1, self.last = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enc_1(self.enc[1](self.enc[0](x)))
+        return self.last(torch.relu(x).to(torch.float64))
+
+
+def test_any_point_has_a_name() -> None:
+    model, x = Named().double(), torch.randn(3, 6, dtype=torch.float64)
+    config = dataclasses.replace(FULL, init="preserve", write_at=("enc.1", "enc_1", "to"))
+    gm = aim_surgery.transform(model, x, config=config)
+    assert [write.name for write in gm.plan.writes] == ["enc_1", "enc_1_2", "to_2"]
+    assert_same(gm(x), model(x))
+
+
+class Swapped(nn.Module):
+    """Two layers in the other order in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.a(self.b(x)) if self.training else self.b(self.a(x)))
+
+
+def test_points_in_another_order_in_the_other_mode() -> None:
+    config = dataclasses.replace(FULL, write_at=("a", "b"))
+    gm = aim_surgery.transform(Swapped(), torch.randn(3, 6), config=config)
+    assert len(gm.plan.writes) == 1
+    assert "in another order" in gm.plan.unwritten[0].reason
+    gm.train()(torch.randn(2, 6))
+    gm.eval()(torch.randn(2, 6))
+
+
+def test_a_plan_of_writes_is_held_against_the_model() -> None:
+    plan = aim_surgery.plan(SmallNet(), X, config=dataclasses.replace(FULL, write_at=POINTS))
+
+    def edited(**fields: Any) -> Any:
+        write = plan.writes[1]
+        point = dataclasses.replace(write.point, **fields)
+        return dataclasses.replace(
+            plan, writes=(plan.writes[0], dataclasses.replace(write, point=point))
+        )
+
+    for fields, words in (
+        ({"name": "nowhere"}, "'nowhere', which this model does not pass"),
+        ({"channels": 5}, "was made for a write point with 5 channels"),
+        ({"sample_axis": None}, "samples on axis None"),
+        ({"sample_axis": 2}, "samples on axis 2"),
+        ({"sample_axis": 1}, "samples and channels can't be one axis"),
+        ({"channel_axis": -1}, "count from 0"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            aim_surgery.apply(SmallNet(), edited(**fields))
+    early = dataclasses.replace(plan.writes[1], version=1, source=0)
+    late = dataclasses.replace(plan.writes[0], version=2, source=1)
+    with pytest.raises(PlanError, match=r"stem: starts from version 1 .* written after it"):
+        aim_surgery.apply(SmallNet(), dataclasses.replace(plan, writes=(early, late)))
+
+
+def test_what_is_not_written_is_said() -> None:
+    flat = aim_surgery.plan(nn.Linear(6, 6), torch.zeros(2, 6), config=FULL)
+    assert flat.notes[0].startswith("nothing is written: each write point was left out")
+    with pytest.raises(PlanError, match="write_at names no write point"):
+        AimConfig(write_at=())
+    config = AimConfig(budget=0.1, widths=(500,), write_at="stem")
+    with pytest.raises(PlanError, match=r"too small .* 1 writes of width 500 [\d,]+, besides"):
+        aim_surgery.plan(SmallNet(), X, config=config)

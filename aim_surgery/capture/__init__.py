@@ -4,6 +4,7 @@ from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.tracer import OpaqueCall
+from aim_surgery.capture.whole import capture_whole
 
 __all__ = [
     "Argument",
@@ -14,4 +15,5 @@ __all__ = [
     "OpaqueCall",
     "Trace",
     "capture",
+    "capture_whole",
 ]

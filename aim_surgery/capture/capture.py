@@ -58,6 +58,7 @@ class Capture:
         inputs: The example inputs that were used.
         arguments: The parameters of the captured forward.
         traces: The trace in the model's own mode first; the other mode's only where it differs.
+            None where the model was taken as a whole (`capture_whole`).
         notes: What a reader should know, such as a mode that could not be captured.
         findings: What was found out about it later, such as the sites of a graph, so that it need
             not be found again.
@@ -88,6 +89,11 @@ class Capture:
         """Qualified names of all floating parameters."""
         named = self.model.named_parameters(remove_duplicate=False)
         return frozenset(name for name, parameter in named if parameter.is_floating_point())
+
+    @property
+    def whole(self) -> bool:
+        """Whether the model was taken as one Python call: there is no graph then."""
+        return not self.traces
 
     @property
     def graph(self) -> fx.Graph:

@@ -23,6 +23,7 @@ from aim_surgery._version import __version__
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.read import FORMAT_KEY, load_into, read_safetensors
 from aim_surgery.errors import CheckpointError
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan
@@ -36,7 +37,7 @@ _LIBRARIES = ("torchvision", "timm")
 
 
 def save(
-    gm: AimGraphModule,
+    gm: nn.Module,
     path: str | Path,
     *,
     model_spec: str | None = None,
@@ -57,7 +58,8 @@ def save(
             holds something that safetensors can't.
     """
     path = Path(path)
-    if not isinstance(gm, AimGraphModule):
+    plan = gm.plan if isinstance(gm, AimGraphModule) else plan_of(gm)
+    if plan is None:
         raise CheckpointError(
             f"{path}: expected an operated model, from transform or apply; got a "
             f"{type(gm).__name__}"
@@ -66,7 +68,7 @@ def save(
     metadata = {
         FORMAT_KEY: FORMAT_VERSION,
         "aim_surgery.version": __version__,
-        _PLAN: gm.plan.to_json(),
+        _PLAN: plan.to_json(),
         _ALIASES: json.dumps(aliases),
     }
     if model_spec is not None:
@@ -80,7 +82,7 @@ def save(
             ) from err
 
 
-def load(path: str | Path, model: nn.Module | str | None = None) -> AimGraphModule:
+def load(path: str | Path, model: nn.Module | str | None = None) -> Any:
     """Read an operated model.
 
     Args:

@@ -22,7 +22,8 @@ class FeatureAxes:
         dims: Spatial axes of a map; 0 for tokens and vectors.
         channel_axis: Where the channels are in the example. With `dims` 0 a negative one counts
             from the end of any features, and any other means the last axis.
-        sample_axis: Where the samples are in the example; None where there are none.
+        sample_axis: Where the samples are in the example; None where it is a single one without
+            that axis. Then they are first where there are some.
     """
 
     channels: int
@@ -72,8 +73,7 @@ class FeatureAxes:
         if x.ndim < -channel or x.shape[channel] != self.channels:
             return None
         x = x.movedim(channel, -1)
-        if self.sample_axis is None or self.sample_axis >= x.ndim - 1:  # axis of the channels
-            x = x.unsqueeze(0)
-        else:
-            x = x.movedim(self.sample_axis, 0)
+        sample = self.sample_axis or 0
+        # where the channels are by now, there are no samples
+        x = x.unsqueeze(0) if sample >= x.ndim - 1 else x.movedim(sample, 0)
         return x.unsqueeze(1).flatten(1, -2)

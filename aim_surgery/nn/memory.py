@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aim_surgery.nn.samples import mean_over_samples
+from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
 
 
 class Memory(nn.Linear):
@@ -105,7 +105,8 @@ class Memory(nn.Linear):
 
     @torch.no_grad()
     def _note(self, written: Tensor) -> None:
-        if self.training and self.enabled and self.carry_state:
+        wanted = self.training and self.enabled and self.carry_state
+        if wanted and not nothing_to_average(written):
             mean = mean_over_samples(written.detach()).squeeze(0)
             self.state.lerp_(mean.to(self.state), self.momentum)
 

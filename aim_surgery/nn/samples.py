@@ -37,12 +37,22 @@ def mean_over_samples(x: Tensor, axis: int = 0) -> Tensor:
         >>> mean_over_samples(torch.ones(4, 3)).shape
         torch.Size([1, 3])
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _distributed():
         return x.mean(axis, keepdim=True)
     count = torch.full((), x.shape[axis], device=x.device, dtype=torch.int64)
     dist.all_reduce(count)
     wide = torch.promote_types(x.dtype, torch.float32)  # a sum of many halves would overflow
-    return _SumOverRanks.apply(x.sum(axis, keepdim=True, dtype=wide) / count.to(wide)).to(x.dtype)
+    count = count.clamp(min=1).to(wide)  # no rank has a sample: zeros
+    return _SumOverRanks.apply(x.sum(axis, keepdim=True, dtype=wide) / count).to(x.dtype)
+
+
+def nothing_to_average(x: Tensor, axis: int = 0) -> bool:
+    """Whether there is no sample at all: an empty batch, and no other rank that may have one."""
+    return x.shape[axis] == 0 and not _distributed()
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class _SumOverRanks(torch.autograd.Function):

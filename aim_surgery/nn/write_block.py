@@ -30,7 +30,7 @@ from aim_surgery.nn.block_layers import (
     block_layers,
     block_parameters,
 )
-from aim_surgery.nn.samples import mean_over_samples
+from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
 
 __all__ = ["WriteBlock", "block_parameters"]
 
@@ -178,9 +178,9 @@ class WriteBlock(nn.Module):
     def _write_once(self, features: Tensor, view: Tensor | None, memory: Tensor) -> Tensor:
         if not self.enabled:
             return memory.new_zeros(1, self.floats)
-        if self.training:
-            features = mean_over_samples(self.axes.samples_first(features))
-            update = self._update(features, view)
+        features = self.axes.samples_first(features) if self.training else features
+        if self.training and not nothing_to_average(features):
+            update = self._update(mean_over_samples(features), view)
             self._note(update.detach().squeeze(0))
         else:
             update = self.running.clone().unsqueeze(0)  # the buffer itself stays inside

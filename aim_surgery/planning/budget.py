@@ -76,16 +76,19 @@ def choose_sizes(
     notes: tuple[str, ...] = ()
     wanted = DEFAULT_BUDGET if config.budget == "auto" else config.budget
     budget = wanted if purse.covers(wanted) else _least_budget(purse, wanted)
-    writes = f" and {len(points)} writes {LEAST_WIDTH} wide" if points and not config.widths else ""
+    needs = f"{len(purse.costs)} layers need {purse.unit:,} parameters a plane"
+    if points:
+        narrow = "-".join(map(str, config.widths or (LEAST_WIDTH,)))
+        cost = purse.write_parameters(purse.memory_floats(budget), LEAST_WIDTH)
+        needs += f", {len(points)} writes of width {narrow} {cost:,}"
     if budget > wanted and config.budget == "auto":
         notes = (
-            f"budget raised from {DEFAULT_BUDGET:.1%} to {budget:.2%}, the least for one plane a "
-            f"site{writes}",
+            f"budget raised from {DEFAULT_BUDGET:.1%} to {budget:.2%}, the least that does: "
+            f"{needs}",
         )
     elif budget > wanted:
         raise PlanError(
-            f"budget {wanted:g} is too small for one plane a site{writes}: {len(purse.costs)} "
-            f"layers need {purse.unit:,} parameters a plane, besides the memory; "
+            f"budget {wanted:g} is too small for one plane a site: {needs}, besides the memory; "
             f"budget={budget:.6f} would do"
         )
     return purse.spend(budget, notes)
@@ -115,18 +118,30 @@ class _Purse:
         """The memory's share, or less where the narrowest writes would exceed theirs."""
         if self._config.memory is not None:
             return self._config.memory
+        by_hand = self._config.widths is not None
+        if by_hand and self._config.budget == "auto":  # the rest is what they cost
+            budget = DEFAULT_BUDGET
         share = int(MEMORY_SHARE * budget * self._parameters / 2)
         plane = math.prod(self._home)
         step = plane if share >= plane else 1  # a share below one plane is taken as it is
-        limit = int(WRITE_SHARE * budget * self._parameters)
         counts = range(1, max(share // step, 1) + 1)
-        fit = _largest(counts, lambda count: self._writes(count * step, LEAST_WIDTH), limit)
+        if by_hand and self._config.budget == "auto":
+            return max(share // step, 1) * step
+        if by_hand:  # they may take all that one plane a site leaves
+            limit = self.allowed(budget) - self.unit
+            fit = _largest(counts, lambda n: 2 * n * step + self._least_writes(n * step), limit)
+        else:
+            limit = int(WRITE_SHARE * budget * self._parameters)
+            fit = _largest(counts, lambda n: self._least_writes(n * step), limit)
         return max(fit, 1) * step
+
+    def _least_writes(self, floats: int) -> int:
+        return self.write_parameters(floats, LEAST_WIDTH)
 
     def covers(self, budget: float) -> bool:
         """Whether a budget pays for the memory's share, one plane a site and narrow writes."""
         floats = self.memory_floats(budget)
-        needed = 2 * floats + self.unit + self._writes(floats, LEAST_WIDTH)
+        needed = 2 * floats + self.unit + self.write_parameters(floats, LEAST_WIDTH)
         return needed <= self.allowed(budget)
 
     def spend(self, budget: float, notes: tuple[str, ...]) -> Sizes:
@@ -139,8 +154,10 @@ class _Purse:
             )
         share = min(int(WRITE_SHARE * allowed), allowed - 2 * floats - self.unit)
         wider = range(LEAST_WIDTH + 1, MOST_WIDTH + 1)
-        width = LEAST_WIDTH + _largest(wider, lambda width: self._writes(floats, width), share)
-        writes = self._writes(floats, width)
+        width = LEAST_WIDTH + _largest(
+            wider, lambda width: self.write_parameters(floats, width), share
+        )
+        writes = self.write_parameters(floats, width)
         available = available_by_layer(self._sites, floats)
         caps = range(1, max(available.values()) + 1)
         cap = _largest(caps, lambda cap: self._reads(available, cap), allowed - 2 * floats - writes)
@@ -151,7 +168,8 @@ class _Purse:
     def _reads(self, available: Mapping[str, int], cap: int) -> int:
         return sum(min(available[layer], cap) * each for layer, each in self.costs.items())
 
-    def _writes(self, floats: int, width: int) -> int:
+    def write_parameters(self, floats: int, width: int) -> int:
+        """Of all update blocks at one width."""
         outputs = -(-floats // math.prod(self._home))
         chosen = zip(self._points, self._write_planes(floats, width), strict=True)
         return sum(

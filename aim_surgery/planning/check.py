@@ -21,7 +21,7 @@ import torch
 
 from aim_surgery.config import check_memory, check_widths
 from aim_surgery.errors import PlanError
-from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.planning.parts import Memory, Read, Write, free_name
 from aim_surgery.planning.plan import Plan
 from aim_surgery.sites import Site
 
@@ -48,6 +48,8 @@ def check_plan(plan: Plan) -> None:
     versions = _check_writes(plan, memories)
     if not plan.reads:
         raise PlanError("this plan reads nowhere: leave at least one site in it")
+    # an example without samples has none anywhere, and a call may have some all the same
+    batched = any(write.point.sample_axis is not None for write in plan.writes)
     widths: dict[str, int] = {}
     names: set[str] = set()
     for read in plan.reads:
@@ -55,7 +57,8 @@ def check_plan(plan: Plan) -> None:
         _check_site(read.site)
         _check_version(name, read.memory, read.version, versions)
         _check_read(read, memories[read.memory].floats)
-        if read.site.sample_axis is None and plan.varies(read.memory, read.version):
+        split = read.site.sample_axis is not None or not batched
+        if not split and plan.varies(read.memory, read.version):
             raise PlanError(
                 f"{name}: version {read.version} of the memory is another for each sample, and "
                 f"this site's input is not split by samples: let it read an earlier version"
@@ -82,14 +85,21 @@ def _check_memory(memory: Memory) -> None:
             f"memory.layout {layout} doesn't hold {floats:,} floats in whole planes: "
             f"Plan.with_memory changes the size and the layout with it"
         )
-    if not memory.name.isidentifier() or memory.name in ("reads", "writes"):
-        raise PlanError(f"{memory.name!r} is no name for a memory: use a Python identifier")
+    _check_module_name("memory", memory.name)
     if memory.inputs < 1 or memory.shared < 1 or floats % memory.shared:
         raise PlanError(
             f"memory {memory.name}: inputs={memory.inputs} and shared={memory.shared} must be "
             f"positive, and shared must divide {floats:,} floats"
         )
     _check_momentum(memory.name, memory.momentum)
+
+
+def _check_module_name(where: str, name: str) -> None:
+    if not free_name(name) or name in ("reads", "writes"):
+        raise PlanError(
+            f"{where}: {name!r} can't be the name of a module: letters, digits and _ that are no "
+            f"attribute of nn.Module and no keyword"
+        )
 
 
 def _check_momentum(name: str, momentum: float) -> None:
@@ -106,8 +116,12 @@ def _check_writes(plan: Plan, memories: Mapping[str, Memory]) -> dict[str, int]:
         if write.memory not in memories:
             raise PlanError(f"{name}: writes to {write.memory!r}, which is no memory of this plan")
         if write.name in names:
-            raise PlanError(f"{name}: two writes of this plan are at the same point, keep one")
+            raise PlanError(
+                f"{name}: two writes of this plan would live under the name {write.name!r}: keep "
+                f"one, or name the other"
+            )
         names.add(write.name)
+        _check_module_name(name, write.name)
         if write.version != versions[write.memory]:
             raise PlanError(
                 f"{name}: makes version {write.version}, and the next one of memory "
@@ -134,6 +148,10 @@ def _check_write(write: Write, memory: Memory) -> None:
     name, point = write.point.name, write.point
     if min(point.channels, point.positions, *point.spatial) < 1 or len(point.spatial) > 3:
         raise PlanError(f"{name}: a size of this write point makes no sense: {point}")
+    if point.channel_axis < 0 or (point.sample_axis or 0) < 0:
+        raise PlanError(f"{name}: axes of a write point count from 0: {point}")
+    if point.sample_axis == point.channel_axis:
+        raise PlanError(f"{name}: samples and channels can't be one axis: {point}")
     check_widths(write.widths)
     fresh = write.seeing(memory)
     stale = [k for k in ("outputs", "available", "how") if getattr(write, k) != getattr(fresh, k)]

@@ -9,6 +9,7 @@ sees k features, averaged from M likewise.
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,7 @@ from aim_surgery.config import AimConfig, Filter, matches
 from aim_surgery.errors import PlanError
 from aim_surgery.planning.budget import Sizes, choose_sizes
 from aim_surgery.planning.inputs import input_spec
-from aim_surgery.planning.parts import Memory, Read, Write
+from aim_surgery.planning.parts import Memory, Read, Write, module_name
 from aim_surgery.planning.plan import Plan
 from aim_surgery.planning.writes import Schedule, schedule_writes
 from aim_surgery.sites import Site, Skip, find_sites
@@ -64,13 +65,14 @@ def make_plan(capture: Capture, config: AimConfig) -> Plan:
         notes=(*sizes.notes, *schedule.notes, *capture.notes),
         writes=_writes(config, schedule, sizes, memory),
         unwritten=schedule.left_out,
+        emit="module" if capture.whole else "graph",
     )
 
 
 def _writes(
     config: AimConfig, schedule: Schedule, sizes: Sizes, memory: Memory
 ) -> tuple[Write, ...]:
-    options = {
+    options: dict[str, Any] = {
         "per": config.write,
         "mode": config.mode,
         "widths": sizes.widths,
@@ -79,12 +81,12 @@ def _writes(
         "activation": config.activation,
         "momentum": config.momentum,
     }
-    return tuple(
-        Write.of(point, memory, planes, version, **options)
-        for version, (point, planes) in enumerate(
-            zip(schedule.points, sizes.write_planes, strict=True), start=1
-        )
-    )
+    writes: list[Write] = []
+    for point, planes in zip(schedule.points, sizes.write_planes, strict=True):
+        name = module_name(point.name, {write.name for write in writes})
+        version = len(writes) + 1
+        writes.append(Write.of(point, memory, planes, version, name=name, **options))
+    return tuple(writes)
 
 
 def _choose(

@@ -6,9 +6,15 @@ earlier one. A site reads one version.
 
 from __future__ import annotations
 
+import itertools
+import keyword
 import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from torch import nn
 
 from aim_surgery.config import Activation, Carry, Mode, Norm, Per
 from aim_surgery.nn.write_block import block_parameters
@@ -108,6 +114,7 @@ class Write:
     """An update block: memory' = memory + out(pool(block([features, view]))).
 
     Attributes:
+        name: Its name under `aim.writes`.
         point: The boundary after which it writes; its features go in.
         outputs: Channels that `out` gives: those of the memory's home layout.
         available: K, the planes (features) of memory that there are to be had at that size.
@@ -125,6 +132,7 @@ class Write:
         momentum: Share of the newest batch in the running average (`per="batch"`).
     """
 
+    name: str
     point: Boundary
     outputs: int
     available: int
@@ -147,8 +155,21 @@ class Write:
     ) -> Write:
         """The write of a memory's version at a point, from the version before it."""
         available, how = seen_as(memory.floats, point.spatial)
-        options = {"source": version - 1, "memory": memory.name, **options}
-        return cls(point, memory.layout[0], available, planes, how, version, **options)
+        options = {
+            "name": module_name(point.name),
+            "source": version - 1,
+            "memory": memory.name,
+            "version": version,
+            **options,
+        }
+        return cls(
+            point=point,
+            outputs=memory.layout[0],
+            available=available,
+            planes=planes,
+            how=how,
+            **options,
+        )
 
     def seeing(self, memory: Memory) -> Write:
         """This write with a memory of another size or layout."""
@@ -164,15 +185,16 @@ class Write:
         )
 
     @property
-    def name(self) -> str:
-        """The name of its point, as a part of a module path."""
-        return self.point.name.replace(".", "_").replace("@", "_")
-
-    @property
     def parameters(self) -> int:
         """Parameters of the block."""
-        return write_parameters(
-            self.point, self.outputs, self.planes, self.widths, self.kernel_size, self.norm
+        return block_parameters(
+            self.point.channels,
+            self.planes,
+            outputs=self.outputs,
+            dims=len(self.point.spatial),
+            widths=self.widths,
+            kernel_size=self.kernel_size,
+            norm=self.norm,
         )
 
     @property
@@ -194,21 +216,14 @@ def seen_as(floats: int, spatial: tuple[int, ...]) -> tuple[int, How]:
     return available_planes(floats, spatial), how
 
 
-def write_parameters(
-    point: Boundary,
-    outputs: int,
-    planes: int,
-    widths: tuple[int, ...],
-    kernel_size: int,
-    norm: Norm,
-) -> int:
-    """Parameters of the update block at a point."""
-    return block_parameters(
-        point.channels,
-        planes,
-        outputs=outputs,
-        dims=len(point.spatial),
-        widths=widths,
-        kernel_size=kernel_size,
-        norm=norm,
-    )
+def free_name(name: str) -> bool:
+    """Whether a module may have a child of this name."""
+    plain = re.fullmatch(r"\w+", name) is not None and not keyword.iskeyword(name)
+    return plain and not hasattr(nn.Module(), name)
+
+
+def module_name(point: str, taken: Collection[str] = ()) -> str:
+    """A name for the module that belongs to a write point: "layer1.0" -> "layer1_0"."""
+    base = re.sub(r"\W", "_", point)
+    candidates = itertools.chain((base,), (f"{base}_{count}" for count in itertools.count(2)))
+    return next(name for name in candidates if free_name(name) and name not in taken)

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aim_surgery.config import Init, check_memory
+from aim_surgery.config import Emit, Init, check_memory
 from aim_surgery.errors import PlanError
 from aim_surgery.planning.budget import available_by_layer
 from aim_surgery.planning.parts import Memory, Read, Write
 from aim_surgery.sites import Boundary, Site, Skip
 
 FORMAT_VERSION = 2
+UNREAD = "no later site would read it"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Plan:
         writes: Update blocks, in execution order.
         unwritten: Points where a write was left out, with reasons.
         further: Memories besides the first; only a plan made by hand has some.
+        emit: "graph" for a `GraphModule`, "module" for the model's own class.
     """
 
     model: str
@@ -66,6 +68,7 @@ class Plan:
     writes: tuple[Write, ...] = ()
     unwritten: tuple[Skip, ...] = ()
     further: tuple[Memory, ...] = ()
+    emit: Emit = "graph"
 
     @property
     def memories(self) -> tuple[Memory, ...]:
@@ -106,7 +109,7 @@ class Plan:
         """Whether a version of a memory is another for each sample: some write made it so."""
         while version:
             write = next(w for w in self.writes if (w.memory, w.version) == (memory, version))
-            if write.per == "sample" and write.point.sample_axis is not None:
+            if write.per == "sample":
                 return True
             if write.mode == "replace":
                 return False
@@ -180,7 +183,8 @@ class Plan:
                 after the first write, ... A site can't read what is written after it.
 
         Returns:
-            The edited plan; this one is left unchanged.
+            The edited plan; this one is left unchanged. A write that nobody reads any more is left
+            out, and the versions after it are renumbered.
 
         Raises:
             PlanError: A glob matches no read, or there is no such version.
@@ -194,7 +198,8 @@ class Plan:
                 raise PlanError(f"{pattern!r} matches no read of this plan")
             for i in chosen:
                 reads[i] = dataclasses.replace(reads[i], version=version)
-        return dataclasses.replace(self, reads=tuple(reads)).checked()
+        plan = dataclasses.replace(self, reads=tuple(reads)).checked()
+        return plan._without_unread_writes().checked()
 
     def without_writes(self, *patterns: str) -> Plan:
         """A copy without some writes; who read what they made reads the version before.
@@ -210,14 +215,26 @@ class Plan:
         """
         plan = self
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise PlanError(f"expected a glob on names of write points, got {pattern!r}")
             chosen = [w for w in plan.writes if fnmatch.fnmatchcase(w.point.name, pattern)]
             if not chosen:
                 raise PlanError(f"{pattern!r} matches no write of this plan")
             for write in reversed(chosen):
-                plan = plan._without_write(write)
+                plan = plan._without_write(write, "left out by hand")
         return plan.checked()
 
-    def _without_write(self, gone: Write) -> Plan:
+    def _without_unread_writes(self) -> Plan:
+        """Leave out writes whose version nobody reads, neither a site nor a write that is read."""
+        plan = self
+        for write in reversed(self.writes):
+            parts = (*((r.memory, r.version) for r in plan.reads),
+                     *((w.memory, w.source) for w in plan.writes))  # fmt: skip
+            if (write.memory, write.version) not in parts:
+                plan = plan._without_write(write, UNREAD)
+        return plan
+
+    def _without_write(self, gone: Write, reason: str) -> Plan:
         def renumbered(memory: str, version: int) -> int:
             if memory != gone.memory or version < gone.version:
                 return version
@@ -236,7 +253,7 @@ class Plan:
             dataclasses.replace(read, version=renumbered(read.memory, read.version))
             for read in self.reads
         )
-        unwritten = (*self.unwritten, Skip(gone.point.name, (), "left out by hand"))
+        unwritten = (*self.unwritten, Skip(gone.point.name, (), reason))
         return dataclasses.replace(self, writes=writes, reads=reads, unwritten=unwritten)
 
     def without(self, *patterns: str) -> Plan:
@@ -261,7 +278,8 @@ class Plan:
             if read.site.layer in layers:
                 skips.append(Skip(read.site.name, read.site.weights, "left out by hand"))
         reads = tuple(read for read in self.reads if read.site.layer not in layers)
-        return dataclasses.replace(self, reads=reads, skips=tuple(skips)).checked()
+        plan = dataclasses.replace(self, reads=reads, skips=tuple(skips))
+        return plan._without_unread_writes().checked()
 
     def checked(self) -> Plan:
         """This plan, if it can be carried out.
@@ -299,7 +317,7 @@ class Plan:
                 Read(Site(**_tuples(read.pop("site"))), **read) for read in data.pop("reads")
             )
             writes = tuple(
-                Write(Boundary(**_tuples(write.pop("point"))), **_tuples(write))
+                Write(point=Boundary(**_tuples(write.pop("point"))), **_tuples(write))
                 for write in data.pop("writes")
             )
             memory = Memory(**_tuples(data.pop("memory")))

@@ -17,6 +17,7 @@ from torch import fx
 from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import PlanError
+from aim_surgery.planning.plan import UNREAD
 from aim_surgery.sites import (
     Boundary,
     Site,
@@ -26,8 +27,6 @@ from aim_surgery.sites import (
     find_stages,
     match_boundaries,
 )
-
-_UNREAD = "no later site would read it"
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,8 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
     """
     if config.write == "none":
         return Schedule((), {}, ())
+    if capture.whole:
+        return _without_graph(config)
     stages = find_stages(capture)
     if config.write_at is None:
         points = list(stages.chosen)
@@ -74,14 +75,16 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
         left_out = []
     timelines = [_Timeline(capture, trace.graph, points) for trace in capture.traces]
     varies = config.write == "sample"
-    readers = [site for site in sites if _can_read(site, points, varies)]
-    kept = []
+    readers = [s for s in sites if not s.inside and _can_read(s, points, varies)]
+    kept: list[Boundary] = []
     for point in points:
         reason = ""
         if not all(timeline.has(point) for timeline in timelines):
             reason = "the model passes it in one of its modes only"
+        elif not all(t.in_order([*kept, point]) for t in timelines):
+            reason = "the model's other mode passes the write points in another order"
         elif not any(t.before(point, site) for t in timelines for site in readers):
-            reason = _UNREAD
+            reason = UNREAD
         if reason:
             left_out.append(Skip(point.name, (), reason))
         else:
@@ -100,7 +103,10 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
         )
         for site in readers
     }
-    return Schedule(tuple(kept), versions, tuple(left_out), _notes(sites, readers, kept))
+    notes = _notes(sites, readers, kept)
+    if not kept:
+        notes = (_nothing_written(left_out),)
+    return Schedule(tuple(kept), versions, tuple(left_out), notes)
 
 
 class _Timeline:
@@ -114,6 +120,10 @@ class _Timeline:
 
     def has(self, point: Boundary) -> bool:
         return point.name in self._points
+
+    def in_order(self, points: Sequence[Boundary]) -> bool:
+        places = [self._points[point.name] for point in points]
+        return places == sorted(places)
 
     def runs(self, site: Site) -> bool:
         return site.name in self._sites
@@ -131,11 +141,39 @@ def _can_read(site: Site, points: Sequence[Boundary], varies: bool) -> bool:
     return site.sample_axis is not None
 
 
+def _without_graph(config: AimConfig) -> Schedule:
+    """Writes need a graph to be placed in."""
+    if config.write_at is not None or config.carry == "state":
+        raise PlanError(
+            "a model that keeps its class (emit='module') has no graph to place writes in: use "
+            "write='none' there, or emit='graph'"
+        )
+    why = "there is no graph to place writes in where the model keeps its class"
+    return Schedule((), {}, (), (f"nothing is written: {why}",))
+
+
+def _nothing_written(left_out: Sequence[Skip]) -> str:
+    if left_out:
+        return "nothing is written: each write point was left out, for the reasons above"
+    return (
+        "nothing is written: no place was found where one tensor carries all features, one entry a "
+        "sample; an example of several samples may show more, and write_at names a place"
+    )
+
+
 def _notes(
     sites: Sequence[Site], readers: Sequence[Site], points: Sequence[Boundary]
 ) -> tuple[str, ...]:
-    apart = [site.name for site in sites if site not in readers]
-    if not apart or not points:
+    if not points:
         return ()
-    names = ", ".join(apart[:4]) + (f" and {len(apart) - 4} more" if len(apart) > 4 else "")
-    return (f"read the memory as it is before any write, since no samples are in them: {names}",)
+    apart = [site for site in sites if site not in readers]
+    groups = {
+        "no samples are in them": [site.name for site in apart if not site.inside],
+        "they are inside Python calls": [site.name for site in apart if site.inside],
+    }
+    return tuple(
+        f"read the memory as it is before any write, since {why}: {', '.join(names[:4])}"
+        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        for why, names in groups.items()
+        if names
+    )

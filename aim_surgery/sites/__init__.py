@@ -6,7 +6,7 @@ is no site is listed with the reason. A boundary is a place between sites where 
 
 from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
-from aim_surgery.sites.find import find_sites
+from aim_surgery.sites.find import find_inside_sites, find_sites
 from aim_surgery.sites.match import match_boundaries
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.stages import Stages, find_stages
@@ -20,6 +20,7 @@ __all__ = [
     "Stages",
     "boundary_nodes",
     "find_calls",
+    "find_inside_sites",
     "find_sites",
     "find_stages",
     "match_boundaries",

@@ -8,6 +8,7 @@ followed call by call from where it is known:
     view, flatten, ...      by the prefix rule (`axis_moves.reshaped_axis`)
     all other calls         the axis of the same place and size; operands of lower rank are aligned
                             from the right, as broadcasting does
+    sort, h[perm], flip, ...    along the samples: lost, since the order is no longer theirs
 
 An axis that none of this finds again is lost: better none than a wrong one.
 """
@@ -15,12 +16,15 @@ An axis that none of this finds again is lost: better none than a wrong one.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 
 from torch import fx
 
 from aim_surgery.capture import Capture
-from aim_surgery.sites.axis_moves import Move, shape_of
+from aim_surgery.sites.axis_index import overwrites
+from aim_surgery.sites.axis_moves import LOST, Move, shape_of
 from aim_surgery.sites.axis_rules import rule_of
+from aim_surgery.sites.graph import changes_in_place
 
 
 def follow_axis(
@@ -40,17 +44,32 @@ def follow_axis(
         tensors, the axis of its elements.
     """
     axes: dict[fx.Node, int] = {}
+    lost: set[fx.Node] = set()
     for node in graph.nodes:
         axis = starts.get(node)
         if axis is None and node.op.startswith("call"):
-            axis = _axis_after(capture, node, axes, samples)
-        if axis is not None:
+            axis = _axis_after(capture, node, axes, lost, samples)
+        if axis is not None and axis != LOST:
             axes[node] = axis
+        elif samples and _follows(node, axes, lost):
+            lost.add(node)
+        if changes_in_place(node) and (axis == LOST or (samples and overwrites(node, axes))):
+            axes.pop(node.args[0], None)
+            lost.add(node.args[0])
     return axes
 
 
+def _follows(node: fx.Node, axes: Mapping[fx.Node, int], lost: AbstractSet[fx.Node]) -> bool:
+    depends = any(source in axes or source in lost for source in node.all_input_nodes)
+    return depends and shape_of(node.meta.get("val")) is not None
+
+
 def _axis_after(
-    capture: Capture, node: fx.Node, axes: Mapping[fx.Node, int], samples: int
+    capture: Capture,
+    node: fx.Node,
+    axes: Mapping[fx.Node, int],
+    lost: AbstractSet[fx.Node],
+    samples: int,
 ) -> int | None:
     sources = [source for source in node.all_input_nodes if source in axes]
     after = shape_of(node.meta.get("val")) if sources else None
@@ -61,6 +80,8 @@ def _axis_after(
     for source in sources:
         before = shape_of(source.meta["val"])
         if before is not None:
-            found.add(rule(Move(node, source, axes[source], before, after, samples)))
+            found.add(rule(Move(node, source, axes[source], before, after, samples, lost)))
+    if LOST in found:
+        return LOST
     found.discard(None)
     return found.pop() if len(found) == 1 else None  # operands that disagree: it is lost

@@ -1,11 +1,13 @@
 """Where an axis of an operand is in the result of a call, as far as shapes tell it.
 
 A rule takes one operand's axis (`Move`) and gives the axis of the result that runs over the same
-entries, or None where there is none. The prefix rule is for all that reshapes:
+entries, or None where there is none. `LOST` is for samples that a call puts in another order
+(`h[perm]`, `flip`, `sort`): their axis may look the same and isn't. The prefix rule is for all that
+reshapes:
 
     (p, c, r) -> (p', c, r')    with p entries before it, an axis of size c stays what it was
 
-For samples besides: (B, n, r) -> (B·n, r) and back, the first axis still runs over samples, with n
+For samples besides: (p, B, n, r) -> (p, B·n, r) and back, the axis still runs over samples, with n
 entries to each.
 """
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,8 @@ from aim_surgery.sites.graph import argument_of
 
 Shape = tuple[int, ...]
 
+LOST = -1  # the samples are in another order or mixed, whatever the other operands say
+
 
 def shape_of(value: Any) -> Shape | None:
     """The shape of a tensor, or of the first tensor of a sequence; None where there is none."""
@@ -32,6 +37,13 @@ def shape_of(value: Any) -> Shape | None:
     if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
         return next((shape for shape in map(shape_of, value) if shape is not None), None)
     return None
+
+
+def dims_of(dims: Any, rank: int) -> set[int]:
+    """Dimensions as a set; None stands for all."""
+    if dims is None:
+        return set(range(rank))
+    return {int(dim) % rank for dim in ((dims,) if isinstance(dims, int) else dims)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,7 @@ class Move:
     before: Shape
     after: Shape
     samples: int
+    lost: AbstractSet[fx.Node] = frozenset()  # depend on samples, with no axis over them
 
     def argument(self, index: int, *names: str, default: Any = None) -> Any:
         """The value of an argument of the call."""
@@ -109,15 +122,10 @@ def reshaped_axis(before: Shape, axis: int, after: Shape, *, samples: int = 0) -
     """
     prefix = math.prod(before[:axis])
     passed = 1
-    starts = []
     for place, size in enumerate(after):
-        if passed == prefix:
-            starts.append(place)
-            if size == before[axis]:
-                return place
+        if passed == prefix and (size % samples == 0 if samples else size == before[axis]):
+            return place
         passed *= size
-    if samples and prefix == 1:
-        return next((place for place in starts if after[place] % samples == 0), None)
     return None
 
 

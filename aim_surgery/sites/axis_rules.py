@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import operator
 from functools import cache
-from typing import Any
 
 import torch
 from torch import fx, nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.values import node_value
+from aim_surgery.sites.axis_index import indexed, reorderings
 from aim_surgery.sites.axis_moves import (
     Move,
     Rule,
     aligned_left,
     aligned_right,
     batched,
+    dims_of,
     product_with_weight,
     reshaped,
     resized,
@@ -81,12 +82,12 @@ def _unsqueezed(move: Move) -> int | None:
 
 def _squeezed(move: Move) -> int | None:
     gone = {axis for axis, size in enumerate(move.before) if size == 1}
-    gone &= _dims(move.argument(1, "dim"), len(move.before))
+    gone &= dims_of(move.argument(1, "dim"), len(move.before))
     return _without(move.axis, gone)
 
 
 def _unbound(move: Move) -> int | None:
-    return _without(move.axis, _dims(move.argument(1, "dim", default=0), len(move.before)))
+    return _without(move.axis, dims_of(move.argument(1, "dim", default=0), len(move.before)))
 
 
 def _stacked(move: Move) -> int | None:
@@ -97,13 +98,6 @@ def _without(axis: int, gone: set[int]) -> int | None:
     return None if axis in gone else axis - sum(other < axis for other in gone)
 
 
-def _dims(dims: Any, rank: int) -> set[int]:
-    """Dimensions as a set; None stands for all."""
-    if dims is None:
-        return set(range(rank))
-    return {int(dim) % rank for dim in ((dims,) if isinstance(dims, int) else dims)}
-
-
 def _reduced(index: int) -> Rule:
     def rule(move: Move) -> int | None:
         dims = move.argument(index, "dim", "axis")
@@ -111,48 +105,12 @@ def _reduced(index: int) -> Rule:
             return same(move)
         if isinstance(dims, bool):  # torch.var(x, unbiased)
             return None
-        gone = _dims(dims, len(move.before))
+        gone = dims_of(dims, len(move.before))
         if len(move.after) == len(move.before):
             return None if move.axis in gone else move.axis
         return _without(move.axis, gone)
 
     return rule
-
-
-def _indexed(move: Move) -> int | None:
-    key = move.argument(1)
-    value = move.source.meta["val"]
-    if not isinstance(value, torch.Tensor):
-        return _element(move, key)
-    if move.source is not move.node.args[0]:  # the index has the axis: a table look-up
-        return aligned_left(move) if isinstance(key, torch.Tensor) else None
-    keys = list(key) if isinstance(key, tuple) else [key]
-    if any(isinstance(k, torch.Tensor | list) for k in keys):
-        return None
-    if any(k is Ellipsis for k in keys):
-        place = next(i for i, k in enumerate(keys) if k is Ellipsis)
-        named = sum(k is not None and k is not Ellipsis for k in keys)
-        keys[place : place + 1] = [slice(None)] * (len(move.before) - named)
-    axis, shift = 0, 0
-    for k in keys:
-        if k is None:
-            shift += 1
-            continue
-        if axis == move.axis:
-            break
-        axis += 1
-        shift -= not isinstance(k, slice)
-    else:
-        return move.axis + shift
-    if not isinstance(k, slice):
-        return None
-    return move.kept(axis + shift) if move.samples else axis + shift
-
-
-def _element(move: Move, key: Any) -> int | None:
-    """An element of a tuple: layers may return other things behind their first."""
-    first = move.source.op != "call_module" or key == 0
-    return resized(move) if first else None
 
 
 def _attribute(move: Move) -> int | None:
@@ -187,15 +145,22 @@ def _multiplied(first_index: int) -> Rule:
 def _contracted(move: Move) -> int | None:
     """`einsum` with its output written out."""
     equation = move.argument(0)
-    if not isinstance(equation, str) or "->" not in equation or "." in equation:
+    if not isinstance(equation, str) or "->" not in equation:
         return None
-    left, right = equation.replace(" ", "").split("->")
+    left, right = equation.replace(" ", "").replace("...", ".").split("->")
     operands = move.node.args[1:]
     if len(operands) == 1 and isinstance(operands[0], tuple | list):
         operands = tuple(operands[0])
     place = next(i for i, operand in enumerate(operands) if operand is move.source)
-    letter = left.split(",")[place][move.axis]
-    return right.index(letter) if letter in right else None
+    letter = _spelled(left.split(",")[place], len(move.before))[move.axis]
+    letters = _spelled(right, len(move.after))
+    return letters.index(letter) if letter in letters else None
+
+
+def _spelled(term: str, rank: int) -> list[str]:
+    """The letters of each axis; those of an ellipsis are numbered from the right."""
+    dots = range(rank - len(term) + ("." in term), 0, -1)
+    return [name for c in term for name in ([str(i) for i in dots] if c == "." else [c])]
 
 
 def _attended(move: Move) -> int | None:
@@ -219,14 +184,15 @@ def _table() -> dict[str, Rule]:
         _unbound: "unbind select",
         _stacked: "stack",
         reshaped: "view reshape flatten unflatten view_as reshape_as",
-        resized: "cat concat concatenate chunk split tensor_split split_with_sizes narrow glu pad "
-        "pixel_shuffle pixel_unshuffle index_select",
+        resized: "cat concat concatenate chunk split tensor_split split_with_sizes narrow glu "
+        "pixel_shuffle pixel_unshuffle",
         aligned_right: "expand expand_as broadcast_to repeat tile",
         aligned_left: "embedding one_hot",
         batched: "unfold fold conv1d conv2d conv3d conv_transpose1d conv_transpose2d "
         "conv_transpose3d",
         product_with_weight: "linear bilinear",
-        _indexed: operator.getitem.__name__,
+        indexed: operator.getitem.__name__,
+        **reorderings(),
         _attribute: "getattr",
         _multiplied(0): "matmul imatmul mm bmm mv",
         _multiplied(1): "addmm baddbmm",

@@ -1,6 +1,11 @@
-"""Whether attention in a graph is causal: earlier tokens must not see later ones.
+"""Whether a graph is causal: earlier tokens must not see later ones.
 
-A write pools over all tokens, and so would tell each token of those that come after it.
+A write pools over all tokens, and so would tell each token of those that come after it. Signs of it
+are what calls say (`is_causal=True`), layers that go one way (an LSTM), and masks
+
+    triangle    0 or -inf above the diagonal alone, or True on one side of it alone
+
+which are looked at where they are stored, and computed where they are made from sizes.
 """
 
 from __future__ import annotations
@@ -10,37 +15,68 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import fx
+from torch import fx, nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.values import node_value
+from aim_surgery.sites.constants import compute_constants
+from aim_surgery.sites.features import Features
 from aim_surgery.sites.graph import argument_of, is_call
 
 _COMPARISONS = (
     operator.ge, operator.gt, operator.le, operator.lt, torch.ge, torch.gt, torch.le, torch.lt,
 )  # fmt: skip
 _MOST_ENTRIES = 2**26  # of a mask that is looked at
+_MOST_MASKS = 16  # that are computed
 
 
-def find_causal(capture: Capture, graph: fx.Graph) -> str:
-    """Find a sign of causal attention.
+def find_causal(capture: Capture, features: Features) -> str:
+    """Find a sign that a graph is causal.
 
     Not seen: a mask that is an input of the model, causality by shifts or by padding on one side
-    (WaveNet), recurrent layers, masks made inside an opaque module.
+    (WaveNet), recurrent cells called in a loop, masks made inside an opaque module.
 
     Args:
         capture: The captured model that the graph belongs to.
-        graph: One of its graphs.
+        features: What the nodes of the graph carry.
 
     Returns:
         What shows it, as a noun; "" where nothing does.
     """
-    for node in graph.nodes:
-        if _is_causal(capture, node):
+    for node in features.graph.nodes:
+        if _is_causal(capture, node) or _goes_one_way(capture, node):
             if node.op == "call_module" or node.op == "get_attr":
                 return str(node.target)
             return node.name
+    candidates = [node for node in features.graph.nodes if _may_be_a_mask(features, node)]
+    for node, value in compute_constants(capture, features, candidates[:_MOST_MASKS]).items():
+        if _is_triangle(value):
+            return node.name
     return ""
+
+
+def _may_be_a_mask(features: Features, node: fx.Node) -> bool:
+    """Square tables that don't depend on the input, and are joined with what does."""
+    dependent = features.samples.dependent
+    if not node.op.startswith("call_f") and node.op != "call_method":
+        return False
+    return (
+        node not in dependent
+        and any(user in dependent for user in node.users)
+        and _is_square(node)
+        and node.meta["val"].numel() <= _MOST_ENTRIES
+    )
+
+
+def _goes_one_way(capture: Capture, node: fx.Node) -> bool:
+    """Recurrent layers of one direction whose steps are used, not their final state alone."""
+    if node.op != "call_module":
+        return False
+    inside = capture.modules[str(node.target)].modules()
+    if not any(isinstance(layer, nn.RNNBase) and not layer.bidirectional for layer in inside):
+        return False
+    taken = [user.args[1] for user in node.users if user.target is operator.getitem]
+    return len(taken) < len(node.users) or any(key not in (1, -1) for key in taken)
 
 
 def _is_causal(capture: Capture, node: fx.Node) -> bool:
@@ -77,17 +113,21 @@ def _are_row_and_column(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 
 
 def _is_causal_table(capture: Capture, name: str) -> bool:
-    """Whether a buffer or constant is a triangle: nothing, or -inf, above the diagonal alone."""
     constants = {k: v for trace in capture.traces for k, v in trace.constants.items()}
     table = constants.get(name)
     if table is None:
         path, _, attribute = name.rpartition(".")
         table = getattr(capture.modules.get(path), attribute, None)
-    if not isinstance(table, torch.Tensor) or isinstance(table, torch.nn.Parameter):
+    if not isinstance(table, torch.Tensor) or isinstance(table, nn.Parameter):
         return False
-    if table.is_meta or table.ndim < 2 or not table.shape[-1] == table.shape[-2] > 1:
+    return not table.is_meta and _is_triangle(table)
+
+
+def _is_triangle(table: torch.Tensor) -> bool:
+    """Whether a table holds nothing, or -inf, above the diagonal alone."""
+    if table.ndim < 2 or not table.shape[-1] == table.shape[-2] > 1:
         return False
-    if table.numel() > _MOST_ENTRIES:
+    if table.numel() > _MOST_ENTRIES or table.is_complex():
         return False
     table = table.detach().reshape(-1, *table.shape[-2:])[0]
     above = torch.ones(table.shape, dtype=torch.bool, device=table.device).triu(1)

@@ -9,7 +9,6 @@ nodes that all features pass.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import torch
 from torch import fx
 
 from aim_surgery.sites.calls import Call
-from aim_surgery.sites.graph import called_name
+from aim_surgery.sites.graph import changes_in_place
 
 ROOT, SINK = "root", "sink"
 
@@ -93,7 +92,7 @@ def find_flow(
         sources = [source for source in node.all_input_nodes if source in edges]
         if node.op == "output":
             edges.add_edges_from((source, SINK) for source in sources)
-        elif _changes_in_place(node):
+        elif changes_in_place(node):
             edges.add_edges_from((s, node.args[0]) for s in sources if s is not node.args[0])
         elif sources or node in first:
             if not sources:
@@ -111,12 +110,3 @@ def holds_features(value: Any) -> bool:
     if isinstance(value, Mapping):
         value = tuple(value.values())
     return isinstance(value, tuple | list) and any(map(holds_features, value))
-
-
-def _changes_in_place(node: fx.Node) -> bool:
-    """Calls whose result is their first argument, changed: `x[i] = y`, `x.add_(y)`."""
-    if node.op not in ("call_function", "call_method") or node.users or not node.args:
-        return False
-    name = called_name(node)
-    changes = node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
-    return changes and isinstance(node.args[0], fx.Node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -60,6 +61,15 @@ def is_call(
 def called_name(node: fx.Node) -> str:
     """The bare name of the function or method that a node calls."""
     return str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+
+
+def changes_in_place(node: fx.Node) -> bool:
+    """Whether a call's result is its first argument, changed: `x[i] = y`, `x.add_(y)`."""
+    if node.op not in ("call_function", "call_method") or node.users or not node.args:
+        return False
+    name = called_name(node)
+    changes = node.target is operator.setitem or (name.endswith("_") and not name.endswith("__"))
+    return changes and isinstance(node.args[0], fx.Node)
 
 
 def embeddings(capture: Capture, graph: fx.Graph) -> set[fx.Node]:

@@ -11,9 +11,7 @@ from torch import fx
 from aim_surgery.capture import Capture
 from aim_surgery.errors import PlanError
 from aim_surgery.sites.boundary import Boundary, analysed_trace, node_names
-from aim_surgery.sites.calls import find_calls, samples_of
-from aim_surgery.sites.flow import find_flow
-from aim_surgery.sites.graph import embeddings
+from aim_surgery.sites.features import Features
 from aim_surgery.sites.stages import Stages
 
 _LISTED = 5
@@ -25,8 +23,8 @@ def match_boundaries(stages: Stages, capture: Capture, pattern: str) -> tuple[Bo
     Args:
         stages: The model's boundaries.
         capture: The captured model.
-        pattern: A name that a boundary goes by, or a glob. A glob is tried on the first name of
-            each boundary, then on all.
+        pattern: A name that a boundary goes by, or a glob. A glob is tried on the `name` of each
+            boundary, then on all its `names`.
 
     Returns:
         One boundary for a name, one or more for a glob, in execution order.
@@ -37,7 +35,7 @@ def match_boundaries(stages: Stages, capture: Capture, pattern: str) -> tuple[Bo
     for boundary in stages.boundaries:
         if pattern in boundary.names:
             return (boundary,)
-    for names_of in (_first_name, _all_names):
+    for names_of in (_main_name, _all_names):
         found = tuple(
             boundary
             for boundary in stages.boundaries
@@ -48,7 +46,7 @@ def match_boundaries(stages: Stages, capture: Capture, pattern: str) -> tuple[Bo
     raise PlanError(f"{_why_not(stages, capture, pattern)}. {_what_is(stages, pattern)}")
 
 
-def _first_name(boundary: Boundary) -> tuple[str, ...]:
+def _main_name(boundary: Boundary) -> tuple[str, ...]:
     return (boundary.name,)
 
 
@@ -82,24 +80,19 @@ def _why_not(stages: Stages, capture: Capture, pattern: str) -> str:
     if node is None or not isinstance(node.meta.get("val"), torch.Tensor):
         what = "returns no single tensor" if node is not None or path == pattern else "is no call"
         return f"write point {pattern!r} {what}"
-    return _why_no_boundary(capture, graph, node, pattern)
+    return _why_no_boundary(Features(capture, graph), node, pattern)
 
 
-def _why_no_boundary(capture: Capture, graph: fx.Graph, node: fx.Node, pattern: str) -> str:
-    calls = find_calls(capture, graph)
-    dependent = samples_of(capture, graph, calls).dependent
-    flow = find_flow(graph, calls, embeddings(capture, graph), dependent)
+def _why_no_boundary(features: Features, node: fx.Node, pattern: str) -> str:
+    flow = features.flow
     if node not in flow.edges:
         return f"write point {pattern!r} carries no features of a convolution or linear layer"
-    if node not in flow.dominators:
-        around = flow.around(node)
-        where = f"{around!r}" if around else "the output"
-        return (
-            f"write point {pattern!r} does not dominate its readers' features: features reach "
-            f"{where} around it"
-        )
-    shape = list(node.meta["val"].shape)
+    reason = features.why_not(node)
+    if reason:
+        return f"write point {pattern!r} {reason}"
+    around = flow.around(node)
+    where = f"{around!r}" if around else "the output"
     return (
-        f"write point {pattern!r} has the shape {shape}, of which it is not known which axis runs "
-        f"over channels and which over samples"
+        f"write point {pattern!r} does not dominate its readers' features: features reach {where} "
+        f"around it"
     )

@@ -44,16 +44,15 @@ class Samples:
             channel_axis: Its axis over channels.
 
         Returns:
-            (None, 1) where it doesn't depend on the samples or they are mixed into other axes.
+            (None, 1) where it doesn't depend on the samples, they are mixed into other axes or in
+            another order: an axis that only has their number is not taken for theirs.
         """
         if not self.count or node not in self.dependent:
             return None, 1
         shape, axis = node.meta["val"].shape, self.axes.get(node)
-        if axis is None:
-            places = [place for place, size in enumerate(shape) if size == self.count]
-            places = [place for place in places if place != channel_axis]
-            return (places[0] if len(places) == 1 else None), 1
-        return (None, 1) if axis == channel_axis else (axis, int(shape[axis]) // self.count)
+        if axis is None or axis == channel_axis:
+            return None, 1
+        return axis, int(shape[axis]) // self.count
 
 
 def find_samples(
@@ -72,7 +71,7 @@ def find_samples(
     """
     dependent = _dependent(graph)
     first = next((site for site in inputs_of_sites if site[0] in dependent), None)
-    shapes = {node: tuple(node.meta["val"].shape) for node in _input_tensors(graph)}
+    shapes = {node: tuple(node.meta["val"].shape) for node in input_tensors(graph)}
     shapes = {node: shape for node, shape in shapes.items() if shape}
     if not shapes or (first is not None and first[0].meta["val"].ndim == first[1]):
         return Samples(0, {}, dependent)
@@ -107,7 +106,7 @@ def _dependent(graph: fx.Graph) -> set[fx.Node]:
     return dependent
 
 
-def _input_tensors(graph: fx.Graph) -> Iterator[fx.Node]:
+def input_tensors(graph: fx.Graph) -> Iterator[fx.Node]:
     """Placeholders, and what is taken out of those that are collections."""
     collections: set[fx.Node] = set()
     for node in graph.nodes:

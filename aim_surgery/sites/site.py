@@ -31,6 +31,8 @@ class Site:
         windows: Entries of that axis per sample on the example, neighbours in a row: 64 where
             Swin works on 64 windows of each image, the frames of a video folded into the batch.
         output_size: Spatial size of the output on the example, () for a linear call.
+        inside: Path of the Python call that it is in, "." for the whole model; "" in a graph. A
+            site inside reads through a hook on its layer.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Site:
     sample_axis: int | None = 0
     windows: int = 1
     output_size: tuple[int, ...] = ()
+    inside: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@
     chosen      the end of the first block of each stage
 
 Where features flow around (U-Net, feature pyramids) few resolutions have dominators. There, the
-last node of each resolution stands in.
+last node of each resolution stands in. Sequences of a causal model, or of one with a mask as input,
+are left to the user: a write pools over all positions.
 """
 
 from __future__ import annotations
@@ -18,18 +19,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-import torch
-from torch import fx
-
 from aim_surgery.capture import Capture
-from aim_surgery.sites.axes import follow_axis
-from aim_surgery.sites.boundary import Boundary, analysed_trace, node_names
-from aim_surgery.sites.calls import Call, find_calls, samples_of
+from aim_surgery.sites.boundary import Boundary, analysed_trace
 from aim_surgery.sites.causal import find_causal
-from aim_surgery.sites.flow import Flow, find_flow
-from aim_surgery.sites.graph import embeddings
-
-_Point = tuple[fx.Node, Boundary]
+from aim_surgery.sites.features import Features, Point
+from aim_surgery.sites.flow import Flow
+from aim_surgery.sites.masks import find_input_mask
 
 
 @dataclass(frozen=True)
@@ -58,7 +53,7 @@ def find_stages(capture: Capture) -> Stages:
         The stages; all empty where no site depends on the input.
     """
     graph = analysed_trace(capture).graph
-    features = _Features(capture, graph)
+    features = Features(capture, graph)
     flow = features.flow
     points = [point for node in flow.dominators if (point := features.at(node)) is not None]
     stages = [list(run) for _, run in groupby(points, key=lambda point: point[1].positions)]
@@ -69,16 +64,16 @@ def find_stages(capture: Capture) -> Stages:
     stages.sort(key=lambda stage: flow.order[stage[0][0]])
     numbers = {node: number for number, stage in enumerate(stages, 1) for node, _ in stage}
 
-    def numbered(some: Sequence[_Point]) -> Iterator[Boundary]:
+    def numbered(some: Sequence[Point]) -> Iterator[Boundary]:
         for node, boundary in sorted(some, key=lambda point: flow.order[point[0]]):
             yield replace(boundary, stage=numbers[node])
 
     boundaries = tuple(numbered([point for stage in stages for point in stage]))
-    kept, refused = _without_causal(capture, graph, tuple(numbered(chosen)))
+    kept, refused = _without_leaks(capture, features, tuple(numbered(chosen)))
     return Stages(boundaries, kept, refused)
 
 
-def _first_block(flow: Flow, points: Sequence[_Point], stage: Sequence[_Point]) -> _Point | None:
+def _first_block(flow: Flow, points: Sequence[Point], stage: Sequence[Point]) -> Point | None:
     """The end of the first block of a stage, None where no site works in it."""
     ways = set(flow.reaching)
     places = [flow.order[call.node] for call in flow.sites if call.node in ways]
@@ -94,97 +89,32 @@ def _first_block(flow: Flow, points: Sequence[_Point], stage: Sequence[_Point]) 
     return stage[ends.index(last)]
 
 
-class _Features:
-    """What a node carries, on one graph: samples, channels, positions."""
-
-    def __init__(self, capture: Capture, graph: fx.Graph) -> None:
-        self.calls = find_calls(capture, graph)
-        self.samples = samples_of(capture, graph, self.calls)
-        tables = embeddings(capture, graph)
-        starts = {node: node.meta["val"].ndim - 1 for node in tables}
-        starts |= {call.node: call.channel_axis(call.node) for call in self.calls}
-        self.channels = follow_axis(capture, graph, starts)
-        self.flow = find_flow(graph, self.calls, tables, self.samples.dependent)
-        self._names = node_names(capture, graph)
-        self._without_grad = set(_without_grad(graph))
-
-    def at(self, node: fx.Node, *, dominates: bool = True) -> _Point | None:
-        """The boundary that a node is, if it carries one feature tensor with known axes."""
-        value, channel_axis = node.meta.get("val"), self.channels.get(node)
-        if not isinstance(value, torch.Tensor) or channel_axis is None:
-            return None
-        if not value.is_floating_point() or node in self._without_grad:
-            return None
-        sample_axis = self.samples.axes.get(node)
-        if self.samples.count and (
-            sample_axis in (None, channel_axis) or value.shape[sample_axis] != self.samples.count
-        ):
-            return None
-        names = self._names[node]
-        paths = names[:-1] or names
-        positions = self._positions(value, int(value.shape[channel_axis]))
-        if positions < 1:
-            return None
-        return node, Boundary(
-            name=min(paths, key=lambda path: path.count(".")),
-            names=names,
-            stage=0,
-            channels=int(value.shape[channel_axis]),
-            channel_axis=channel_axis,
-            sample_axis=sample_axis,
-            spatial=_spatial(tuple(value.shape), channel_axis, sample_axis),
-            positions=positions,
-            dominates=dominates,
-        )
-
-    def last_of_resolutions(self, covered: set[int]) -> Iterator[_Point]:
-        """Where most sites work at other resolutions than some: the last node of each other one."""
-        ways = set(self.flow.reaching)
-        sites = [call for call in self.flow.sites if call.node in ways]
-        positions = [self._positions_of(call) for call in sites]
-        positions = [count for count in positions if count > 1] or positions
-        if 2 * sum(count in covered for count in positions) >= len(positions):
-            return
-        missing = set(positions) - covered - {1}
-        for node in reversed(self.flow.reaching):
-            point = self.at(node, dominates=False) if missing else None
-            if point is not None and point[1].positions in missing:
-                missing.remove(point[1].positions)
-                yield point
-
-    def _positions_of(self, call: Call) -> int:
-        return self._positions(call.node.meta["val"], call.site.out_channels)
-
-    def _positions(self, value: torch.Tensor, channels: int) -> int:
-        return int(value.numel()) // max(channels * max(self.samples.count, 1), 1)
-
-
-def _spatial(shape: tuple[int, ...], channels: int, samples: int | None) -> tuple[int, ...]:
-    sizes = tuple(int(size) for axis, size in enumerate(shape) if axis not in (channels, samples))
-    tokens = channels == len(shape) - 1 and len(sizes) == 1
-    return () if tokens or len(sizes) > 3 else sizes
-
-
-def _without_grad(graph: fx.Graph) -> Iterator[fx.Node]:
-    enabled = True
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            enabled = node.args[0] is not False
-        elif not enabled:
-            yield node
-
-
-def _without_causal(
-    capture: Capture, graph: fx.Graph, chosen: tuple[Boundary, ...]
+def _without_leaks(
+    capture: Capture, features: Features, chosen: tuple[Boundary, ...]
 ) -> tuple[tuple[Boundary, ...], tuple[tuple[str, str], ...]]:
-    tokens = [point for point in chosen if not point.spatial and point.positions > 1]
-    causal = find_causal(capture, graph) if tokens else ""
-    if not causal:
+    """Leave out sequences (N, T, C) and (N, C, T) whose positions must not all see each other."""
+    sequences = [p for p in chosen if len(p.spatial) <= 1 and p.positions > 1]
+    reason = _why_not_pooled(capture, features) if sequences else ""
+    if not reason:
         return chosen, ()
-    reason = (
-        f"attention is causal ({causal}): a write pooled over all tokens would show earlier tokens "
-        f"what comes later. Name points by hand (write_at=...) if that is meant, or use "
-        f"write='none'"
-    )
-    kept = tuple(point for point in chosen if point not in tokens)
-    return kept, tuple((point.name, reason) for point in tokens)
+    kept = tuple(point for point in chosen if point not in sequences)
+    return kept, tuple((point.name, reason) for point in sequences)
+
+
+def _why_not_pooled(capture: Capture, features: Features) -> str:
+    causal = find_causal(capture, features)
+    if causal:
+        return (
+            f"later tokens are hidden from earlier ones ({causal} is causal): a write pooled over "
+            f"all tokens would show earlier tokens what comes later. Name points by hand "
+            f"(write_at=...) if that is meant, or use write='none'"
+        )
+    mask = find_input_mask(features)
+    if mask:
+        return (
+            f"{mask}: a write pools over all tokens, also those that a mask input hides, so what a "
+            f"sample gives would depend on how far it is padded. Name points by hand "
+            f"(write_at=...) if inputs are never padded, or if write='batch' is used and only "
+            f"training may see padding; or use write='none'"
+        )
+    return ""

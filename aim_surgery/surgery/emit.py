@@ -78,6 +78,11 @@ class GraphWriter:
     def write(self, features: fx.Node, write: Write) -> None:
         """Write an update block after the node that carries its features."""
         source = (write.memory, write.source)
+        if source not in self._versions:
+            raise PlanError(
+                f"{write.point.name}: starts from version {write.source} of memory "
+                f"{write.memory!r}, which is written after it: number writes as they are executed"
+            )
         view = self._views[source, write.point.spatial, write.planes] if write.planes else None
         block = self.graph.call_module(write_path(write), (features, view, self._versions[source]))
         self._add_version((write.memory, write.version), block)
@@ -220,7 +225,7 @@ class GraphWriter:
         lead = self._call(operator.getitem, shape, slice(None, features - dims))
         if dims:
             inner = self._call(operator.getitem, shape, slice(-dims, None))
-            size = self._call(operator.add, self._call(operator.add, lead, (-1,)), inner)
+            size = self._call(operator.add, self._call(operator.add, lead, (read.planes,)), inner)
             return self._method("reshape", view, size)
         size = self._call(operator.getitem, lead, slice(axis, axis + 1))
         if axis:

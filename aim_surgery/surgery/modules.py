@@ -16,6 +16,7 @@ from torch import nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.errors import UnsupportedLayerError
+from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
@@ -43,18 +44,33 @@ def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: b
     Returns:
         The tree whose names the emitted graphs use.
     """
-    model = capture.model
-    widened = {read.site.weights[0]: read for read in plan.reads if read.site.widens}
+    root = build_tree(capture, widened_weights(capture.model, plan), copy_tensors=copy_tensors)
+    for name, read in _widened(plan).items():
+        widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
+    add_aim(root, capture.model, plan, calls)
+    return root
+
+
+def widened_weights(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
+    """Make the wide weights of a plan.
+
+    Args:
+        model: The original model; left unchanged.
+        plan: What to do.
+
+    Returns:
+        New parameters, by the identity of those that they stand for.
+    """
     replaced: dict[int, torch.Tensor] = {}
-    for name, read in widened.items():
+    for name, read in _widened(plan).items():
         weight, site = model.get_parameter(name), read.site
         wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
         replaced[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
-    root = build_tree(capture, replaced, copy_tensors=copy_tensors)
-    for name, read in widened.items():
-        widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
-    root.aim = _aim_modules(model, plan, calls)
-    return root
+    return replaced
+
+
+def _widened(plan: Plan) -> dict[str, Read]:
+    return {read.site.weights[0]: read for read in plan.reads if read.site.widens}
 
 
 def home_weight(model: nn.Module, plan: Plan) -> torch.Tensor:
@@ -110,11 +126,21 @@ def beside_module(layer: nn.Module | None, read: Read, weight: nn.Parameter) -> 
     return module
 
 
-def _aim_modules(model: nn.Module, plan: Plan, calls: Calls) -> nn.Module:
-    """The tree under `aim`: memories, weights that live beside their layers, update blocks."""
+def add_aim(root: nn.Module, model: nn.Module, plan: Plan, calls: Calls) -> AimModules:
+    """Add what is new: memories, weights that live beside their layers, update blocks.
+
+    Args:
+        root: The operated tree; gets `aim`.
+        model: The original model; left unchanged.
+        plan: What to do.
+        calls: The sites of each graph, by mode.
+
+    Returns:
+        The tree under `aim`.
+    """
     home = home_weight(model, plan)
     where = {"device": home.device, "dtype": home.dtype}
-    aim, writes = nn.Module(), nn.Module()
+    aim, writes = AimModules(), nn.Module()
     for memory in plan.memories:
         aim.add_module(memory.name, _memory_layer(memory, where))
     planned = {read.site.name: read for read in plan.reads}
@@ -123,13 +149,19 @@ def _aim_modules(model: nn.Module, plan: Plan, calls: Calls) -> nn.Module:
         read = planned.get(call.site.name)
         if read is not None and not read.site.widens:
             beside.setdefault(call.site.layer, []).append(call)
-    reads = ((layer, _beside(model, found, planned, plan)) for layer, found in beside.items())
+    reads = [(layer, _beside(model, found, planned, plan)) for layer, found in beside.items()]
+    reads += [
+        (read.site.layer, _beside_inside(model, read, plan))
+        for read in plan.reads
+        if read.site.inside and not read.site.widens
+    ]
     aim.add_module("reads", beside_tree(reads))
     aim.add_module("writes", writes)
     layouts = {memory.name: memory for memory in plan.memories}
     for write in plan.writes:
         writes.add_module(write.name, _write_block(write, layouts[write.memory], where))
     aim.train(model.training)
+    root.add_module(AIM, aim)
     return aim
 
 
@@ -167,16 +199,27 @@ def _write_block(write: Write, memory: PlannedMemory, where: dict[str, Any]) -> 
 def _beside(model: nn.Module, calls: list[Call], reads: dict[str, Read], plan: Plan) -> nn.Module:
     """W_m of a layer that is left alone: in a twin of the layer where it is called as one."""
     read = reads[calls[0].site.name]
+    called = any(call.node.op == "call_module" for call in calls)
+    layer = model.get_submodule(read.site.layer) if called else None
+    return beside_module(layer, read, _beside_weight(model, read, plan))
+
+
+def _beside_inside(model: nn.Module, read: Read, plan: Plan) -> nn.Module:
+    """W_m of a layer inside a Python call, in a layer that can be called by a hook."""
+    layer = model.get_submodule(read.site.layer)
+    if read.site.kind == "linear":
+        layer = nn.Linear(0, read.site.out_channels, bias=False, device="meta")
+    return beside_module(layer, read, _beside_weight(model, read, plan))
+
+
+def _beside_weight(model: nn.Module, read: Read, plan: Plan) -> nn.Parameter:
     site = read.site
     shape = (site.out_channels, read.planes, *site.kernel_size)
     if site.kind == "conv_transpose":
         shape = (read.planes, site.out_channels, *site.kernel_size)
     fan_in = (site.in_channels // site.groups + read.planes) * math.prod(site.kernel_size)
-    weight = beside_weight(
-        model.get_parameter(site.weights[0]), shape, fan_in=fan_in, init=plan.init
-    )
-    called = any(call.node.op == "call_module" for call in calls)
-    return beside_module(model.get_submodule(site.layer) if called else None, read, weight)
+    weight = model.get_parameter(site.weights[0])
+    return beside_weight(weight, shape, fan_in=fan_in, init=plan.init)
 
 
 def _place(tree: nn.Module, path: str, module: nn.Module) -> None:

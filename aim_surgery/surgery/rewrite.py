@@ -11,21 +11,29 @@ After a write point it gets the update block, and later sites view what that giv
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from aim_surgery._garbage import collection_paused
 from aim_surgery.capture import Capture, Trace
 from aim_surgery.errors import PlanError, UnsupportedLayerError
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, Write
-from aim_surgery.sites import Boundary, Call, boundary_nodes, find_calls
+from aim_surgery.sites import (
+    Boundary,
+    Call,
+    boundary_nodes,
+    find_calls,
+    find_inside_sites,
+    find_stages,
+)
 from aim_surgery.surgery.emit import GraphWriter
+from aim_surgery.surgery.inside import attach_reads, operate_whole
 from aim_surgery.surgery.modules import AIM, Calls, home_weight, operated_tree
 from aim_surgery.surgery.tree import contrary_modules
 
 
 @collection_paused()
-def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModule:
+def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> nn.Module:
     """Build the operated model.
 
     Args:
@@ -35,8 +43,9 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
             with the old one.
 
     Returns:
-        A new module. Original parameters keep their names and their leading entries; new ones live
-        under `aim.`.
+        A new module: an `AimGraphModule`, or one of the model's own class where it was taken as a
+        whole. Original parameters keep their names and their leading entries; new ones live under
+        `aim.`.
 
     Raises:
         PlanError: The plan was made for another model, or was edited into one that can't be done.
@@ -44,12 +53,14 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
     """
     model = capture.model
     calls = {t.training: find_calls(capture, t.graph) for t in capture.traces}
-    _match_reads(plan, calls)
+    _match_reads(plan, capture, calls)
     points = {t.training: _match_writes(capture, t.graph, plan) for t in capture.traces}
     if hasattr(model, AIM):
         raise UnsupportedLayerError(
             f"{type(model).__name__} already has an attribute 'aim', where the memory would live"
         )
+    if capture.whole:
+        return operate_whole(capture, plan, copy_tensors=copy)
     # Graphs first: what the compilation of their code needs is free again when tensors are copied.
     home = home_weight(model, plan)
     graphs = {
@@ -59,14 +70,19 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> AimGraphModul
     gm = AimGraphModule(graphs, plan, training=model.training, class_name=type(model).__name__)
     gm.contrary = contrary_modules(model)
     gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy))
+    attach_reads(gm, plan)
     return gm
 
 
-def _match_reads(plan: Plan, calls: Calls) -> None:
+def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
     """Hold a plan against the sites that are really there."""
     plan.checked()
-    every = [call for found in calls.values() for call in found]
-    sites = {call.site.name: call.site for call in reversed(every)}  # the first, as `find_sites`
+    if (plan.emit == "module") != capture.whole:
+        raise PlanError(f"the plan was made with emit={plan.emit!r}: give apply that plan alone")
+    every = [call.site for found in calls.values() for call in found]
+    if capture.whole or any(read.site.inside for read in plan.reads):
+        every += find_inside_sites(capture)[0]
+    sites = {site.name: site for site in reversed(every)}  # the first, as `find_sites`
     for read in plan.reads:
         site = sites.get(read.site.name)
         if site is None:
@@ -102,30 +118,32 @@ _FREE = frozenset(("positions", "output_size", "why_beside", "windows"))
 
 def _match_writes(capture: Capture, graph: fx.Graph, plan: Plan) -> dict[fx.Node, list[Write]]:
     """The nodes of one graph after which the plan writes."""
-    points = [write.point for write in plan.writes]
-    nodes = boundary_nodes(capture, graph, [point.name for point in points]) if points else {}
+    if not plan.writes:
+        return {}
+    boundaries = {boundary.name: boundary for boundary in find_stages(capture).boundaries}
+    nodes = boundary_nodes(capture, graph, [write.point.name for write in plan.writes])
     found: dict[fx.Node, list[Write]] = {}
     for write in plan.writes:
-        node = nodes.get(write.point.name)
-        if node is None:
+        point, name = write.point, write.point.name
+        node, boundary = nodes.get(name), boundaries.get(name)
+        if node is None or boundary is None:
+            raise PlanError(f"the plan writes after {name!r}, which this model does not pass")
+        made_for, has = _facts(point), _facts(boundary)
+        if made_for != has:
             raise PlanError(
-                f"the plan writes after {write.point.name!r}, which this model does not pass"
-            )
-        has = _shape_at(node, write.point)
-        if has != write.point.channels:
-            raise PlanError(
-                f"{write.point.name}: the plan was made for {write.point.channels} channels on "
-                f"axis {write.point.channel_axis}, the model has {has}: plan again"
+                f"{name}: the plan was made for a write point with {made_for}, the model has "
+                f"{has}: plan again"
             )
         found.setdefault(node, []).append(write)
     return found
 
 
-def _shape_at(node: fx.Node, point: Boundary) -> int | str:
-    value = node.meta["val"]
-    if not isinstance(value, torch.Tensor):
-        return f"a {type(value).__name__}"
-    return int(value.shape[point.channel_axis]) if value.ndim > point.channel_axis else "none"
+def _facts(point: Boundary) -> str:
+    """What an update block is built for; sizes of maps are free."""
+    return (
+        f"{point.channels} channels on axis {point.channel_axis}, samples on axis "
+        f"{point.sample_axis} and {len(point.spatial)} spatial axes"
+    )
 
 
 def _rewrite(

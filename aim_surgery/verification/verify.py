@@ -10,6 +10,7 @@ from torch import nn
 
 from aim_surgery.capture import Inputs
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import Equivalence, check_equivalence
@@ -97,7 +98,8 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
         >>> verify(model, transform(model)).ok
         True
     """
-    if not isinstance(gm, AimGraphModule):
+    plan = gm.plan if isinstance(gm, AimGraphModule) else plan_of(gm)
+    if plan is None:
         raise AimSurgeryError(
             f"verify needs an operated model as its second argument, got {type(gm).__name__}: pass "
             f"what transform, apply or load returned"
@@ -108,9 +110,9 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
             "a model on the meta device has no values to verify: load its weights"
         )
     with switches_kept(), torch.inference_mode(False):
-        samples = samples_for(model, gm.plan, example_inputs)
+        samples = samples_for(model, plan, example_inputs)
         return Verification(
-            equivalence=check_equivalence(model, gm, gm.plan, samples),
-            coverage=check_coverage(model, gm, gm.plan, samples),
-            gradients=check_gradients(gm, gm.plan, samples),
+            equivalence=check_equivalence(model, gm, plan, samples),
+            coverage=check_coverage(model, gm, plan, samples),
+            gradients=check_gradients(gm, plan, samples),
         )
