@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,10 +132,7 @@ class Plan:
             raise PlanError(f"with_planes takes a dict such as {{'head': 3}}, got {planes!r}")
         reads = list(self.reads)
         for pattern, count in planes.items():
-            chosen = [i for i, read in enumerate(reads) if _chosen(read, pattern)]
-            if not chosen:
-                raise PlanError(f"{pattern!r} matches no read of this plan")
-            layers = {reads[i].site.layer for i in chosen}
+            layers = {reads[i].site.layer for i in _chosen(reads, pattern)}
             for i, read in enumerate(reads):
                 if read.site.layer in layers:
                     reads[i] = dataclasses.replace(read, planes=count)
@@ -193,10 +190,7 @@ class Plan:
             raise PlanError(f"with_versions takes a dict such as {{'head': 0}}, got {versions!r}")
         reads = list(self.reads)
         for pattern, version in versions.items():
-            chosen = [i for i, read in enumerate(reads) if _chosen(read, pattern)]
-            if not chosen:
-                raise PlanError(f"{pattern!r} matches no read of this plan")
-            for i in chosen:
+            for i in _chosen(reads, pattern):
                 reads[i] = dataclasses.replace(reads[i], version=version)
         plan = dataclasses.replace(self, reads=tuple(reads)).checked()
         return plan._without_unread_writes().checked()
@@ -270,10 +264,7 @@ class Plan:
         """
         skips, layers = list(self.skips), set()
         for pattern in patterns:
-            chosen = [read for read in self.reads if _chosen(read, pattern)]
-            if not chosen:
-                raise PlanError(f"{pattern!r} matches no read of this plan")
-            layers |= {read.site.layer for read in chosen}
+            layers |= {self.reads[i].site.layer for i in _chosen(self.reads, pattern)}
         for read in self.reads:
             if read.site.layer in layers:
                 skips.append(Skip(read.site.name, read.site.weights, "left out by hand"))
@@ -345,11 +336,18 @@ class Plan:
         return plan_text(self)
 
 
-def _chosen(read: Read, pattern: str) -> bool:
+def _chosen(reads: Sequence[Read], pattern: str) -> list[int]:
+    """Which reads a glob chooses: at least one."""
     if not isinstance(pattern, str):
         raise PlanError(f"expected a glob on site or layer names, got {pattern!r}")
-    names = (read.site.name, read.site.layer)
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    chosen = [
+        index
+        for index, read in enumerate(reads)
+        if any(fnmatch.fnmatchcase(n, pattern) for n in (read.site.name, read.site.layer))
+    ]
+    if not chosen:
+        raise PlanError(f"{pattern!r} matches no read of this plan")
+    return chosen
 
 
 def _tuples(value: Any) -> Any:
