@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types unit clean
+.PHONY: demo test lint types unit zoo clean
 
 demo: $(READY)
 	$(BIN)/aim-surgery demo
@@ -19,6 +19,13 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest
+
+# Every model of torchvision, timm and transformers: hours. What has a row of this source is kept.
+zoo: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
+	$(BIN)/python -m benchmarks.zoo --library torchvision --resume
+	$(BIN)/python -m benchmarks.zoo --library transformers --resume
+	$(BIN)/python -m benchmarks.zoo --library timm --resume
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

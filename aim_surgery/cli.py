@@ -24,6 +24,7 @@ from aim_surgery.checkpoint.open import open_model, open_plan
 from aim_surgery.checkpoint.write import check_target, load, replacing, save
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, PlanError
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.planning import Plan
 from aim_surgery.verification import Verification, verify
 
@@ -79,6 +80,10 @@ WriteAt = Annotated[
 Carry = Annotated[
     Literal["weights", "state"],
     typer.Option(help="What of the memory survives a batch: its weights, or what was written too."),
+]
+Emit = Annotated[
+    Literal["graph", "module"],
+    typer.Option(help="A graph, or the model's own class with hooks: reads only, all methods."),
 ]
 Include = Annotated[
     list[str] | None,
@@ -137,12 +142,14 @@ def plan_command(
     write: Write = "sample",
     write_at: WriteAt = None,
     carry: Carry = "weights",
+    emit: Emit = "graph",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> Plan:
     """Show what an operation would do: which layer reads how much, and what it costs."""
     config = _config(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = _model_args(model_args), _example_input(input)
-    found = operation.plan(open_model(checkpoint, model, arguments), example, config=config)
+    original = open_model(checkpoint, model, arguments)
+    found = operation.plan(original, example, config=config, emit=emit)
     typer.echo(found.to_json(indent=2) if as_json else str(found))
     return found
 
@@ -166,6 +173,7 @@ def transform_command(
     write: Write = "sample",
     write_at: WriteAt = None,
     carry: Carry = "weights",
+    emit: Emit = "graph",
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Do what this plan says.")
     ] = None,
@@ -181,13 +189,14 @@ def transform_command(
     wanted = None if plan is None else open_plan(plan)
     original = open_model(checkpoint, model, arguments)
     if wanted is None:
-        gm = operation.transform(original, example, config=config, copy=False)
+        gm = operation.transform(original, example, config=config, emit=emit, copy=False)
     else:
         gm = operation.apply(original, wanted, example, copy=False)
     save(gm, output, model_spec=model, model_args=arguments)
     typer.echo(f"wrote       {output}")
-    typer.echo(str(gm.plan).partition("\n\n")[2])  # without the table of reads
-    return gm.plan
+    done: Plan = plan_of(gm)
+    typer.echo(str(done).partition("\n\n")[2])  # without the table of reads
+    return done
 
 
 @app.command("verify")
@@ -320,7 +329,9 @@ def _model_args(text: str | None) -> dict[str, Any]:
         raise typer.BadParameter(str(err), param_hint="--model-args") from err
 
 
-_PLANNED = ("memory", "budget", "init", "include", "exclude", "write", "write_at", "carry")
+_PLANNED = (
+    "memory", "budget", "init", "include", "exclude", "write", "write_at", "carry", "emit",
+)  # fmt: skip
 
 
 def _refuse_beside_plan(context: typer.Context, *names: str) -> None:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
@@ -54,7 +56,9 @@ def memory_parameters(gm: nn.Module) -> Iterator[nn.Parameter]:
         >>> optimizer = torch.optim.SGD(memory_parameters(freeze_base(gm)), lr=0.1)
     """
     inner = _operated(gm)
-    widened = {name for read in inner.plan.reads if read.site.widens for name in read.site.weights}
+    widened = {
+        name for read in _plan(inner).reads if read.site.widens for name in read.site.weights
+    }
     return (
         parameter
         for name, parameter in inner.named_parameters()
@@ -97,7 +101,7 @@ def freeze_base(gm: _Model, *, statistics: bool = False) -> _Model:
             statistics branches on its training flag in Python. Nothing is changed.
     """
     inner = _operated(gm)
-    if not isinstance(gm, AimGraphModule) and getattr(gm, "_orig_mod", None) is not inner:
+    if gm is not inner and getattr(gm, "_orig_mod", None) is not inner:
         raise AimSurgeryError(
             f"{type(gm).__name__} holds on to the parameters that this replaces: call freeze_base "
             f"on the operated model first, and wrap it then"
@@ -134,7 +138,7 @@ def read_memory(gm: nn.Module, inputs: Inputs | None = None) -> dict[str, Tensor
         AimSurgeryError: The model was not operated.
     """
     gm = _operated(gm)
-    notes = _notes_by_name(gm.plan)
+    notes = _notes_by_name(_plan(gm))
     found: dict[str, Tensor] = {}
     with _evaluating(gm), torch.no_grad():
         if inputs is None:
@@ -190,9 +194,9 @@ def disable(gm: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def _operated(gm: nn.Module) -> AimGraphModule:
+def _operated(gm: nn.Module) -> nn.Module:
     inner = gm
-    while not isinstance(inner, AimGraphModule):
+    while plan_of(inner) is None:
         wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if not isinstance(wrapped, nn.Module):
             raise AimSurgeryError(
@@ -203,7 +207,11 @@ def _operated(gm: nn.Module) -> AimGraphModule:
     return inner
 
 
-def _modules_with_statistics(gm: AimGraphModule) -> list[str]:
+def _plan(gm: nn.Module) -> Plan:
+    return plan_of(gm)
+
+
+def _modules_with_statistics(gm: nn.Module) -> list[str]:
     """Modules of the base that hold running statistics, by name."""
     found = [
         name
@@ -211,7 +219,8 @@ def _modules_with_statistics(gm: AimGraphModule) -> list[str]:
         if name and name.split(".")[0] != AIM and _holds_statistics(module)
     ]
     flags = {f"{name}.training": name for name in found}
-    for node in (node for graph in gm._distinct_graphs() for node in graph.nodes):
+    graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
+    for node in (node for graph in graphs for node in graph.nodes):
         if str(node.target) in flags and any(user.target is torch._assert for user in node.users):
             raise AimSurgeryError(
                 f"{flags[str(node.target)]}: its Python code goes another way in evaluation, which "
@@ -221,9 +230,13 @@ def _modules_with_statistics(gm: AimGraphModule) -> list[str]:
     return found
 
 
-def _keep_in_evaluation(gm: AimGraphModule, names: list[str]) -> None:
+def _keep_in_evaluation(gm: nn.Module, names: list[str]) -> None:
     for name in names:
         gm.get_submodule(name).training = False
+    if not isinstance(gm, AimGraphModule):  # its class has a `train` of its own
+        for name in names:
+            keep_in_evaluation(gm.get_submodule(name))
+        return
     gm.contrary = {
         True: tuple(dict.fromkeys((*gm.contrary[True], *names))),
         False: tuple(name for name in gm.contrary[False] if name not in names),
@@ -235,7 +248,7 @@ def _holds_statistics(module: nn.Module) -> bool:
     return any(name.startswith("running_") or name == _COUNTED for name in names)
 
 
-def _notes(gm: AimGraphModule) -> list[Memory | WriteBlock]:
+def _notes(gm: nn.Module) -> list[Memory | WriteBlock]:
     return [m for m in gm.get_submodule(AIM).modules() if isinstance(m, Memory | WriteBlock)]
 
 
@@ -251,7 +264,7 @@ def _notes_by_name(plan: Plan) -> dict[str, tuple[str, PlannedMemory]]:
 
 
 @contextmanager
-def _watched(gm: AimGraphModule, found: dict[str, Tensor]) -> Iterator[None]:
+def _watched(gm: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
     """Note what memories and update blocks give, by their paths."""
 
     def noting(path: str) -> Callable[..., None]:
@@ -261,7 +274,7 @@ def _watched(gm: AimGraphModule, found: dict[str, Tensor]) -> Iterator[None]:
 
         return note
 
-    paths = [path for path, _ in _notes_by_name(gm.plan).values()]
+    paths = [path for path, _ in _notes_by_name(_plan(gm)).values()]
     handles = [gm.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
     try:
         yield
@@ -270,25 +283,26 @@ def _watched(gm: AimGraphModule, found: dict[str, Tensor]) -> Iterator[None]:
             handle.remove()
 
 
-def _uncompiled(gm: AimGraphModule) -> AbstractContextManager[Any]:
+def _uncompiled(gm: nn.Module) -> AbstractContextManager[Any]:
     """Modules compiled in place run as they are: compiled code knows no hooks added later."""
     if any(module._compiled_call_impl is not None for module in gm.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
-def _run(gm: AimGraphModule, inputs: ExampleInputs) -> None:
+def _run(gm: nn.Module, inputs: ExampleInputs) -> None:
     """Run the model; what it writes into buffers goes to copies of them."""
     buffers = {name: buffer.clone() for name, buffer in gm.named_buffers()}
     torch.func.functional_call(gm, buffers, inputs.args, dict(inputs.kwargs))
 
 
-def _read_constants(gm: AimGraphModule, found: dict[str, Tensor]) -> None:
+def _read_constants(gm: nn.Module, found: dict[str, Tensor]) -> None:
     versions: dict[tuple[str, int], Tensor] = {}
-    for memory in gm.plan.memories:
+    plan = _plan(gm)
+    for memory in plan.memories:
         path = memory_path(memory.name)
         found[path] = versions[memory.name, 0] = gm.get_submodule(path)()
-    for write in gm.plan.writes:
+    for write in plan.writes:
         source = versions.get((write.memory, write.source))
         if write.per == "batch" and source is not None:
             path = write_path(write)
@@ -302,7 +316,7 @@ def _at_home(memory: Tensor, planned: PlannedMemory) -> Tensor:
 
 
 @contextmanager
-def _evaluating(gm: AimGraphModule) -> Iterator[None]:
+def _evaluating(gm: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to every module's own."""
     modes = [(module, module.training) for module in gm.modules()]
     before = gm.training

@@ -5,7 +5,7 @@ transform = apply ∘ plan
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast, get_args, overload
+from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 from torch import nn
@@ -17,6 +17,8 @@ from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
 from aim_surgery.surgery.rewrite import operate
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def plan(
@@ -102,6 +104,17 @@ def transform(
     emit: Literal["graph"] = "graph",
     copy: bool = True,
 ) -> AimGraphModule: ...
+
+
+@overload
+def transform(
+    model: _Model,
+    example_inputs: Inputs | None = None,
+    *,
+    config: AimConfig | None = None,
+    emit: Literal["module"],
+    copy: bool = True,
+) -> _Model: ...
 
 
 @overload

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -424,3 +426,42 @@ def test_what_only_a_message_shows_is_not_assumed() -> None:
     keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4))
     with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
         keyed(x)
+
+
+class Cache:
+    """Keys of each layer, in an object of its own, with a constructor that wants something."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.kind, self.entries = size, Cache, []
+
+    def note(self, name: str, keys: torch.Tensor) -> None:
+        self.entries.append({"name": name, "keys": keys, "length": keys.shape[1]})
+
+
+class Caching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+        cache = Cache(7)
+        x = torch.relu(self.first(x))
+        cache.note("first", x)
+        x = self.second(x)
+        cache.note("second", x)
+        return x, cache
+
+
+def test_objects_that_hold_tensors_are_made_anew() -> None:
+    model, x = Caching(), torch.randn(2, 5, 4)
+    gm = aim_surgery.transform(model, torch.zeros(2, 3, 4))
+    for twin in (gm, pickle.loads(pickle.dumps(gm)), copy.deepcopy(gm)):
+        (output, cache), (expected, original) = twin(x), model(x)
+        assert type(cache) is Cache
+        assert (cache.size, cache.kind) == (7, Cache)
+        assert_same(output, expected, tolerance=1e-6)
+        assert [entry["length"] for entry in cache.entries] == [5, 5]
+        for mine, theirs in zip(cache.entries, original.entries, strict=True):
+            assert mine["name"] == theirs["name"]
+            assert_same(mine["keys"], theirs["keys"], tolerance=1e-6)
+    assert gm(x)[1] is not gm(x)[1]

@@ -20,7 +20,7 @@ from aim_surgery.errors import PlanError
 from aim_surgery.sites import Boundary, Stages, boundary_nodes, find_calls, find_stages
 from aim_surgery.sites import match_boundaries as match
 from aim_surgery.sites.axes import follow_axis
-from aim_surgery.sites.axis_moves import reshaped_axis
+from aim_surgery.sites.axis_moves import regrouped, reshaped_axis
 from tests.cases import SmallNet, Twice, mlp
 
 
@@ -344,6 +344,10 @@ JOINS: dict[str, tuple[Callable[..., torch.Tensor], torch.Tensor | None, bool]] 
         True),
     "padding mask by position": (
         lambda m, h, x, e: m.attention(h, h, h, e)[0], torch.zeros(3, 5), True),
+    "attention mask of each sample": (
+        lambda m, h, x, e: m.attention(h, h, h, attn_mask=e)[0], torch.zeros(6, 5, 5), True),
+    "added to scores": (
+        lambda m, h, x, e: (h @ h.mT + e).softmax(-1) @ h, torch.zeros(3, 5, 5), True),
     "of the features' own input": (lambda m, h, x, e: h * (x != 0).any(-1, True), None, True),
     "adjacency": (lambda m, h, x, e: e @ h, torch.ones(3, 5, 5), True),
     "no mask": (lambda m, h, x, e: m.attention(h, h, h, key_padding_mask=e)[0], None, False),
@@ -368,16 +372,176 @@ def test_what_acts_as_a_mask(name: str) -> None:
     assert all("acts as a mask" in reason for _, reason in stages.refused)
 
 
+# Which axis the samples are -----------------------------------------------------------------
+
+
+def sample_axes(model: nn.Module, *inputs: torch.Tensor) -> dict[str, int | None]:
+    """Axes by site; but the last projection of attention works on (T·B, C) where torch is asked."""
+    captured = capture(model, inputs)
+    sites = (call.site for call in find_calls(captured, captured.graph))
+    return {s.name: s.sample_axis for s in sites if not s.layer.endswith("out_proj")}
+
+
+def in_order(batch: int, time: int, *, batch_first: bool) -> torch.Tensor:
+    return torch.randn(*((batch, time) if batch_first else (time, batch)), 8)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("batch_first", [True, False])
-def test_sequence_layers_say_whether_time_comes_first(batch_first: bool) -> None:
+def test_attention_says_whether_time_comes_first(batch_first: bool, batch: int) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), layer)
-    shape = (2, 5, 8) if batch_first else (5, 2, 8)
-    stages, captured = stages_of(model, torch.randn(shape))
-    assert stages.chosen[0].sample_axis == (0 if batch_first else 1)
-    assert stages.chosen[0].positions == 5
-    axes = {call.site.sample_axis for call in find_calls(captured, captured.graph)}
-    assert axes == {0 if batch_first else 1}
+    x = in_order(batch, 5, batch_first=batch_first)
+    stages, _ = stages_of(model, x)
+    outside = 0 if batch_first else 1
+    assert (stages.chosen[0].sample_axis, stages.chosen[0].positions) == (outside, 5)
+    assert sample_axes(model, x) == {
+        "0": outside, "2.self_attn.in_proj_weight": 1, "2.linear1": outside, "2.linear2": outside
+    }  # fmt: skip
+
+
+class Crossed(nn.Module):
+    """Attention of one input to another, with no residual that would show the axis again."""
+
+    def __init__(self, *, batch_first: bool, need_weights: bool) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.need_weights = need_weights
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        y = self.enter(y).relu()
+        return self.leave(self.attention(x, y, y, need_weights=self.need_weights)[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("others", [5, 7])
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_to_another_input(
+    batch_first: bool, need_weights: bool, others: int, batch: int
+) -> None:
+    model = Crossed(batch_first=batch_first, need_weights=need_weights)
+    x, y = (in_order(batch, time, batch_first=batch_first) for time in (5, others))
+    axes = sample_axes(model, x, y)
+    outside = 0 if batch_first else 1
+    assert (axes.pop("enter"), axes.pop("leave")) == (outside, outside)
+    assert set(axes.values()) == {1}
+
+
+class Detector(nn.Module):
+    """Maps become time-first tokens, and learned queries look at them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.transformer = nn.Transformer(8, 2, 1, 1, 16)
+        self.queries, self.places = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.ones(16, 8))
+        self.classes = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.stem(x).relu().flatten(2).permute(2, 0, 1) + self.places[:, None]
+        queries = self.queries[:, None].repeat(1, x.shape[0], 1)
+        return self.classes(self.transformer(h, queries).transpose(0, 1))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tokens_of_maps_may_be_time_first(batch: int) -> None:
+    axes = sample_axes(Detector(), torch.randn(batch, 3, 16, 16))
+    assert (axes.pop("stem"), axes.pop("classes")) == (0, 0)
+    own = {name: axis for name, axis in axes.items() if axis is None}
+    assert set(axes.values()) == {1, None}
+    # queries are the same for all samples before they have looked at any
+    assert all(name.startswith("transformer.decoder.layers.0.") for name in own)
+    assert len(own) == 2
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_samples_stay_apart_whatever_comes_first(batch_first: bool) -> None:
+    model = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=batch_first).double().eval()
+    inputs = [in_order(3, time, batch_first=batch_first).double() for time in (7, 5)]
+    assert set(sample_axes(model, *inputs).values()) == ({0, 1} if batch_first else {1})
+    config = AimConfig(memory=48, budget=None, init="fresh")
+    gm = aim_surgery.transform(model, tuple(inputs), config=config).eval()
+    axis = 0 if batch_first else 1
+    together = gm(*inputs).narrow(axis, 1, 1)
+    alone = gm(*(x.narrow(axis, 1, 1) for x in inputs))
+    torch.testing.assert_close(alone, together, atol=1e-12, rtol=0)
+    later = inputs[0].narrow(1 - axis, 1, 6)  # and time is no sample: it may be shorter
+    assert gm(later, inputs[1]).shape == inputs[1].shape
+
+
+class Layers(nn.Module):
+    """Some layers around what a function does with them."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.enter, self.leave = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tokens, self.score = nn.Linear(5, 5), nn.Linear(8, 1)
+        self.conv, self.lstm = nn.Conv1d(8, 8, 3, padding=1), nn.LSTM(8, 4, bidirectional=True)
+        self.table = nn.Parameter(torch.randn(6, 8))
+        self.function = function
+
+    def forward(self, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        return self.leave(self.function(self, self.enter(x).relu(), *others))
+
+
+def scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return (q @ k.mT).softmax(-1)
+
+
+MIXED: dict[str, tuple[Callable[..., torch.Tensor], tuple[tuple[int, ...], ...], int | None]] = {
+    # what is done with (T, B, 8) or (B, T, 8), and which axis the samples are
+    "products": (lambda m, h: (scores(h.mT, h.mT) @ h.mT).mT, ((3, 5, 8),), 0),
+    "products, time first": (
+        lambda m, h: (scores(h.transpose(0, 1), h.transpose(0, 1)) @ h.transpose(0, 1)).transpose(
+            0, 1), ((5, 3, 8),), 1),
+    "einsum": (
+        lambda m, h: torch.einsum("bst,bt...->bs...", torch.einsum("bsc,btc->bst", h, h), h),
+        ((3, 5, 8),), 0),
+    "einsum, time first": (
+        lambda m, h: torch.einsum("bst,tb...->sb...", torch.einsum("sbc,tbc->bst", h, h), h),
+        ((5, 3, 8),), 1),
+    "linear attention": (
+        lambda m, h: torch.einsum("btc,bcd->btd", h, torch.einsum("btc,btd->bcd", h, h)),
+        ((3, 5, 8),), 0),
+    "linear attention, time first": (
+        lambda m, h: torch.einsum("tbc,bcd->tbd", h, torch.einsum("tbc,tbd->bcd", h, h)),
+        ((5, 3, 8),), 1),
+    "cross-covariance": (lambda m, h: h @ scores(h.mT, h.mT), ((3, 5, 8),), 0),
+    "additive": (lambda m, h: h * m.score(h).softmax(1), ((3, 5, 8),), 0),
+    "additive, time first": (lambda m, h: h * F.softmax(m.score(h), dim=0), ((5, 3, 8),), 1),
+    "chosen by torch": (lambda m, h: h * nn.functional.softmax(m.score(h)), ((5, 3, 8),), 1),
+    "mixer": (lambda m, h: m.tokens(h.mT).mT, ((3, 5, 8),), 0),
+    "mixer, time first": (
+        lambda m, h: m.tokens(h.permute(1, 2, 0)).permute(2, 0, 1), ((5, 3, 8),), 1),
+    "conv": (lambda m, h: m.conv(h.mT).mT, ((3, 5, 8),), 0),
+    "conv, time first": (
+        lambda m, h: m.conv(h.permute(1, 2, 0)).permute(2, 0, 1), ((5, 3, 8),), 1),
+    "recurrent": (lambda m, h: m.lstm(h)[0], ((5, 3, 8),), 1),
+    "one by one": (lambda m, h: h * h.std(0), ((3, 5, 8),), 0),  # statistics of the batch
+    "all pairs": (lambda m, h, e: h * (h @ e.T).mean(), ((6, 8), (6, 8)), 0),
+    "a table": (lambda m, h: scores(h, m.table) @ m.table, ((4, 8),), 0),
+    "another input as table": (lambda m, h, e: scores(h, e) @ e, ((4, 8), (6, 8)), 0),
+    "attention without samples": (
+        lambda m, h: F.scaled_dot_product_attention(h, h, h), ((5, 8),), None),
+    "nodes of a graph": (lambda m, h, e: e @ h, ((6, 8), (6, 6)), None),
+    "neither": (
+        lambda m, h: F.scaled_dot_product_attention(*[h.flatten(0, 1)] * 3).view_as(h),
+        ((5, 3, 8),), None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice")
+@pytest.mark.parametrize("name", MIXED)
+def test_what_is_mixed_is_no_samples(name: str) -> None:
+    function, shapes, expected = MIXED[name]
+    model, inputs = Layers(function), tuple(map(torch.randn, shapes))
+    axes = sample_axes(model, *inputs)
+    assert (axes["enter"], axes["leave"]) == (expected, expected)
+    assert bool(stages_of(model, *inputs)[0].chosen) == (expected is not None)
 
 
 def test_shared_modules_are_numbered() -> None:
@@ -652,6 +816,26 @@ def test_the_prefix_rule_tells_the_truth(before: list[int], after: list[int], da
                 assert torch.equal(reshaped, expected)
 
 
+@given(SIZES, SIZES, st.data())
+def test_samples_behind_others_are_found_again(
+    before: list[int], after: list[int], data: Any
+) -> None:
+    axis = data.draw(st.integers(0, len(before) - 1))
+    rest, extra = divmod(math.prod(before), math.prod(after))
+    if extra:
+        return
+    shape, target, samples = tuple(before), (*after, rest), before[axis]
+    found = regrouped(shape, axis, 1, target, samples=samples)
+    if found is None:
+        return
+    place, outer = found
+    entries = target[place] // samples // outer
+    reshaped = runs_over(shape, axis).reshape(target)
+    assert torch.equal(reshaped, runs_over(target, place) // entries % samples)
+    back = regrouped(target, place, outer, shape, samples=samples)
+    assert samples == 1 or back == (axis, 1)
+
+
 def test_the_truth_can_fail() -> None:
     assert reshaped_axis((3, 2, 5), 1, (6, 5), samples=2) is None  # time first: lost
     assert reshaped_axis((2, 3, 5), 0, (6, 5), samples=2) == 0
@@ -727,8 +911,19 @@ MOVES: dict[str, tuple[Callable[[torch.Tensor], Any], int | None]] = {
         2,
     ),
     "time first": (lambda x: x.transpose(0, 1).flatten(0, 1), None),
+    "time first and back": (
+        lambda x: (x.transpose(0, 1).flatten(0, 1) + 1).relu().unflatten(0, (3, 2)), 1),
+    "time first, overwritten": (
+        lambda x: _overwritten(x.transpose(0, 1).flatten(0, 1)).unflatten(0, (3, 2)), None),
+    "time first, added to samples first": (
+        lambda x: (x.transpose(0, 1).flatten(0, 1) + x.flatten(0, 1)).unflatten(0, (3, 2)), None),
     "in place": (lambda x: (x + 1).unsqueeze(0).add_(1), 1),
-}
+}  # fmt: skip
+
+
+def _overwritten(x: torch.Tensor) -> torch.Tensor:
+    x[torch.tensor([0, 5])] = x[torch.tensor([5, 0])]
+    return x
 
 
 class Applied(nn.Module):

@@ -5,6 +5,7 @@ from aim_surgery.capture.capture import Capture, Trace, capture
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.tracer import OpaqueCall
 from aim_surgery.capture.whole import capture_whole
+from aim_surgery.capture.wrappers import unwrap
 
 __all__ = [
     "Argument",
@@ -16,4 +17,5 @@ __all__ = [
     "Trace",
     "capture",
     "capture_whole",
+    "unwrap",
 ]

@@ -7,7 +7,6 @@ heads), both modes are traced, and the emitted module changes graphs with `train
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +26,8 @@ from aim_surgery.capture.inputs import (
 )
 from aim_surgery.capture.tracer import OpaqueCall, ValueTracer
 from aim_surgery.capture.values import FakeValues
+from aim_surgery.capture.where import failing_line
+from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
 from aim_surgery.errors import CaptureError
 
 
@@ -120,14 +121,16 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module has no Python forward: capture the original model")
+    model, notes = unwrap(model)
+    refuse_uninitialised(model)
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)
-        return _capture(model, example_inputs)
+        return _capture(model, on_meta(model, example_inputs), notes)
     tried: list[str] = []
     for candidate in propose_inputs(model):
         try:
-            return _capture(model, candidate)
+            return _capture(model, candidate, notes)
         except CaptureError as err:
             tried.append(f"({candidate.describe()}): {_first_line(err)}")
     what = "; ".join(tried) if tried else "no layer suggests any"
@@ -137,7 +140,7 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
 
 
 @collection_paused()
-def _capture(model: nn.Module, inputs: ExampleInputs) -> Capture:
+def _capture(model: nn.Module, inputs: ExampleInputs, known: tuple[str, ...]) -> Capture:
     arguments = bind_arguments(model, inputs)
     values = FakeValues()
     constants: dict[str, torch.Tensor] = {}
@@ -153,7 +156,7 @@ def _capture(model: nn.Module, inputs: ExampleInputs) -> Capture:
                 raise
             mode = "evaluation" if model.training else "training"
             notes = (*notes, f"{mode} mode could not be captured: {err}")
-    notes = tuple(dict.fromkeys((*notes, *_hook_notes(model, traces))))
+    notes = tuple(dict.fromkeys((*known, *notes, *_hook_notes(model, traces))))
     return Capture(model, inputs, arguments, traces, notes)
 
 
@@ -207,16 +210,12 @@ def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) 
         for argument in arguments
         if not isinstance(argument.value, bool | int | float | str | None)
     )
-    frames = [f for f in traceback.extract_tb(err.__traceback__) if _is_users(f.filename)]
-    line = f" at {frames[-1].filename}:{frames[-1].lineno} `{frames[-1].line}`" if frames else ""
+    line = failing_line(err)
+    at = f" at {line}" if line else ""
     return (
-        f"{type(model).__name__} failed {where}with the example inputs ({inputs}){line}: "
+        f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
         f"{type(err).__name__}: {_first_line(err)}"
     )
-
-
-def _is_users(filename: str) -> bool:
-    return "/torch/" not in filename and "/aim_surgery/" not in filename
 
 
 def _first_line(err: Exception) -> str:

@@ -11,10 +11,13 @@ from torch import nn
 def is_stock(module: nn.Module) -> bool:
     """Whether calling the module runs PyTorch's own code and nothing else.
 
-    True for `nn.Conv2d` and for a subclass that keeps its forward; false for containers, for a
-    subclass with its own forward or `_conv_forward`, and for an instance with a patched forward.
+    True for `nn.Conv2d` and for a subclass that keeps its forward; false for containers, for packed
+    attention (its Python shows its products, see `decompose`), for a subclass with its own forward
+    or `_conv_forward`, and for an instance with a patched forward or a compiled call.
     """
-    return "forward" not in vars(module) and _is_stock_class(type(module))
+    state = vars(module)
+    own = "forward" in state or state.get("_compiled_call_impl") is not None
+    return not own and _is_stock_class(type(module))
 
 
 @functools.cache
@@ -22,6 +25,8 @@ def _is_stock_class(kind: type[nn.Module]) -> bool:
     functions = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]
     homes = [getattr(function, "__module__", "") or "" for function in functions if function]
     traced = ("torch.nn.modules.container", "torch.nn.modules.transformer")
+    if functions[0] is nn.MultiheadAttention.forward:
+        return False
     return all(
         home.startswith(("torch.nn.modules.", "torch.ao.nn.")) and home not in traced
         for home in homes
@@ -30,7 +35,8 @@ def _is_stock_class(kind: type[nn.Module]) -> bool:
 
 def holds_weights(module: nn.Module) -> bool:
     """Whether a module, or one in it, has a matrix or kernel that could read the memory."""
-    return any(parameter.ndim >= 2 for parameter in module.parameters())
+    tensors = (t for part in module.modules() for t in part._parameters.values() if t is not None)
+    return any(tensor.ndim >= 2 for tensor in tensors)
 
 
 def tensor_names(model: nn.Module) -> dict[int, str]:

@@ -6,7 +6,8 @@ What escapes `torch.fx`, and what is done about it:
 * tensor factories: `torch.arange(n)` has no tensor argument that could record it, and a traced
   `torch.rand` would become a constant: recorded;
 * attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
-  for the input's size does no harm);
+  for the input's size does no harm); hooks that it registers: taken off;
+* `next(self.parameters()).dtype`, a constant to fx: asked of a proxy, so that it stays free;
 * `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
@@ -35,7 +36,9 @@ from torch import nn
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import CheckpointFunction
 
+from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.proxy import ValueProxy
+from aim_surgery.capture.wrappers import compiled_code_as_python
 from aim_surgery.errors import CaptureError
 
 if TYPE_CHECKING:
@@ -63,10 +66,14 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 torch.autocast("cuda", enabled=False),
                 _symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
+                packed_calls_open(tracer),
+                compiled_code_as_python(),
                 _regions_stay_python(tracer),
                 _messages_assume_nothing(tracer),
                 _restored_attributes(tracer),
                 _restored_collections(tracer),
+                _restored_hooks(tracer.model),
+                _parameters_by_proxy(tracer),
                 _instances_by_value(tracer.model),
                 _unmoved_random_state(tracer),
                 warnings.catch_warnings(),
@@ -128,7 +135,7 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
 @contextlib.contextmanager
 def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
     """Messages of assertions are written before anything is asked: they branch on nothing."""
-    check = torch._assert
+    check, check_with = torch._assert, torch._check_with
 
     def check_recorded(condition: Any, message: str) -> Any:
         if tracer.evaluating or tracer.elsewhere:
@@ -138,11 +145,15 @@ def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
             return tracer.create_proxy("call_function", check, (condition, message), {})
         return check(condition, message)
 
-    torch._assert = check_recorded
+    def check_answered(error: Any, condition: Any, message: Any) -> None:
+        # torch's own insists on a bool, and asks for it
+        check_with(error, bool(condition) if type(condition) is ValueProxy else condition, message)
+
+    torch._assert, torch._check_with = check_recorded, check_answered
     try:
         yield
     finally:
-        torch._assert = check
+        torch._assert, torch._check_with = check, check_with
 
 
 @contextlib.contextmanager
@@ -240,7 +251,7 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
     original = nn.Module.__setattr__
-    changed: dict[tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]] = {}
+    changed = tracer.attributes_before
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
         path = tracer.path_of(module)
@@ -269,13 +280,7 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
-        for module, name, home, old in changed.values():
-            homes = (module.__dict__, module._parameters, module._buffers, module._modules)
-            for other in homes:
-                if other is not home:
-                    other.pop(name, None)
-            if home is not None:
-                home[name] = old
+        tracer.restore_attributes(tracer.model)
 
 
 def _rebound(name: str) -> str:
@@ -304,6 +309,41 @@ def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+@contextlib.contextmanager
+def _restored_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks that a forward registers on its modules (to collect hidden states) are taken off."""
+    tables = [
+        (table, dict(table))
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if "_hooks" in name and isinstance(table, dict)
+    ]
+    try:
+        yield
+    finally:
+        for table, before in tables:
+            if len(table) != len(before):
+                table.clear()
+                table.update(before)
+
+
+@contextlib.contextmanager
+def _parameters_by_proxy(tracer: ValueTracer) -> Iterator[None]:
+    """What a forward asks of its parameters by going through them is asked of proxies."""
+    original = nn.Module.named_parameters
+
+    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        for name, parameter in original(module, *args, **kwargs):
+            recorded = not tracer.evaluating and not tracer.elsewhere
+            yield name, tracer.getattr(name, parameter, None) if recorded else parameter
+
+    nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.named_parameters = original  # type: ignore[method-assign]
 
 
 def _same_items(value: Any, before: Any) -> bool:

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,16 +24,20 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, describe
+from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
+from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
 from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
-from aim_surgery.capture.values import FakeValues
+from aim_surgery.capture.values import FakeValues, node_value
+from aim_surgery.capture.where import calling_line
 from aim_surgery.errors import CaptureError
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
 _AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
+_CLOSED = object()
 _RECORDABLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
 
 
@@ -48,6 +51,16 @@ class OpaqueCall:
 
 class _StayPython(Exception):  # noqa: N818 - control flow, not an error
     """Raised inside a traced module that must stay one Python call."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """A moment of a trace, to come back to."""
+
+    last: fx.Node | None
+    grad_mode: tuple[fx.Node | None, bool]
+    mode_dependent: bool
+    opaque: int
 
 
 class _Entry(nn.Module):
@@ -76,6 +89,10 @@ class ValueTracer(fx.Tracer):
         self.opaque: list[OpaqueCall] = []
         self.changed: set[str] = set()  # attributes that the forward set
         self.remarks: list[str] = []
+        # what the forward changed: module, name, where it was, what it was
+        self.attributes_before: dict[
+            tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]
+        ] = {}
         self.constants = constants
         modules = dict(model.named_modules())
         self._evaluator = Evaluator(values, modules)
@@ -85,6 +102,7 @@ class ValueTracer(fx.Tracer):
         self._shown: dict[fx.Node, str] = {}  # values that were asked for as text
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
         self._stack: list[nn.Module] = []
+        self._opening: list[Any] = []  # functions that are being traced through
         self._grad_mode: fx.Node | None = None
         self._grad_enabled = True
         self._thread = threading.get_ident()
@@ -172,7 +190,8 @@ class ValueTracer(fx.Tracer):
 
     def stay_python(self, reason: str) -> Exception:
         """What to raise where a graph can't hold what the innermost module does."""
-        return _StayPython(reason)
+        line = calling_line()
+        return _StayPython(f"{reason} at {line}" if line else reason)
 
     # Nodes and their values -----------------------------------------------------------------
 
@@ -190,13 +209,18 @@ class ValueTracer(fx.Tracer):
         if kind == "call_method" and target == "__getitem__":
             kind, target = "call_function", operator.getitem
         self._record_grad_mode()
+        if kind == "call_function" and not self.evaluating:
+            call = None if target in self._opening else opened(target, args, kwargs)
+            result = _CLOSED if call is None else self._open(target, call)
+            if result is not _CLOSED:
+                return result
         node = self.graph.create_node(
             kind, target, self.create_arg(args), self.create_arg(kwargs), name
         )
         try:
             value = self._evaluator.evaluate(node)
         except DATA_DEPENDENT as err:
-            raise _StayPython(f"{describe(node)} depends on tensor data ({err})") from err
+            raise self.stay_python(f"{describe(node)} depends on tensor data ({err})") from err
         node.meta["val"] = value
         return self._proxy(node, value)
 
@@ -267,23 +291,13 @@ class ValueTracer(fx.Tracer):
             return self._tensor_node(a)
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
-        if isinstance(a, dict) and kind is not immutable_dict:
-            return self._mapping_node(a)
+        if (isinstance(a, dict) and kind is not immutable_dict) or holds_proxies(a):
+            make, args, kwargs = recipe(a, self.create_arg)
+            node = self.create_node("call_function", make, args, kwargs)
+            with self._evaluator.running():
+                node.meta["val"] = make(*node_value(node.args), **node_value(node.kwargs))
+            return node
         return super().create_arg(a)
-
-    def _mapping_node(self, mapping: dict[Any, Any]) -> fx.Node:
-        """A node that makes a dict of the model's own kind (OrderedDict, ModelOutput)."""
-        kind = type(mapping)
-        if is_dataclass(mapping):
-            items = {str(key): self.create_arg(value) for key, value in mapping.items()}
-            return self.create_node("call_function", kind, (), items)
-        if kind is not OrderedDict:
-            raise CaptureError(
-                f"a graph can't make a {kind.__name__}: return a dict, or move that into a "
-                f"submodule of its own"
-            )
-        pairs = [(key, self.create_arg(value)) for key, value in mapping.items()]
-        return self.create_node("call_function", kind, (pairs,), {})
 
     def can_record(self, values: Any) -> bool:
         """Whether a nested argument consists of proxies and literals only."""
@@ -340,6 +354,18 @@ class ValueTracer(fx.Tracer):
 
     # Modules --------------------------------------------------------------------------------
 
+    def restore_attributes(self, root: nn.Module) -> None:
+        """Put back the attributes of a module, and of those in it, that its forward has changed."""
+        inside = {id(module) for module in root.modules()}
+        for key in [key for key in self.attributes_before if key[0] in inside]:
+            module, name, home, old = self.attributes_before.pop(key)
+            homes = (module.__dict__, module._parameters, module._buffers, module._modules)
+            for other in homes:
+                if other is not home:
+                    other.pop(name, None)
+            if home is not None:
+                home[name] = old
+
     def path_of(self, module: nn.Module) -> str | None:
         """The module's qualified name in the model ("" for the model), None if it has none."""
         return self._paths.get(module)
@@ -375,14 +401,15 @@ class ValueTracer(fx.Tracer):
         """Record a leaf, or trace through; a module that no graph can hold stays a call."""
         if self.evaluating or self.elsewhere:
             return forward(*args, **kwargs)
-        last = next(iter(reversed(self.graph.nodes)), None)
-        grad_state = self._grad_mode, self._grad_enabled
+        state = self._state()
         self._stack.append(m)
         try:
             if self.is_leaf_module(m, ""):
                 result = self.create_proxy("call_module", self._paths[m], args, kwargs)
             else:
                 result = forward(*args, **kwargs)
+                note = padding_note(m, args, kwargs)
+                self.remarks += [note] if note else []
             return self._returned(m, result)
         except _StayPython as stop:
             if not self._paths.get(m):
@@ -391,8 +418,8 @@ class ValueTracer(fx.Tracer):
                     f"{where} can't be captured as a graph: {stop}. Move that code into a "
                     f"submodule of its own, which then stays one Python call."
                 ) from stop
-            self._roll_back(last)
-            self._grad_mode, self._grad_enabled = grad_state
+            self._roll_back(state)
+            self.restore_attributes(m)
             return self._returned(m, self._call_opaque(m, args, kwargs, str(stop)))
         except CaptureError:
             raise
@@ -416,14 +443,34 @@ class ValueTracer(fx.Tracer):
             self.opaque.append(OpaqueCall(path, reason))
         return self.create_proxy("call_module", path, args, kwargs)
 
-    def _roll_back(self, last: fx.Node | None) -> None:
-        """Erase the nodes after `last`, and what was remembered of them."""
+    def _open(self, function: Any, call: Callable[[], Any]) -> Any:
+        """Trace through a function; `_CLOSED` where that can't be done."""
+        state = self._state()
+        self._opening.append(function)
+        try:
+            return call()
+        except Exception:  # whatever stops it here, it was one call before
+            self._roll_back(state)
+            return _CLOSED
+        finally:
+            self._opening.pop()
+
+    def _state(self) -> _State:
+        last = next(iter(reversed(self.graph.nodes)), None)
+        grad_mode = self._grad_mode, self._grad_enabled
+        return _State(last, grad_mode, self.mode_dependent, len(self.opaque))
+
+    def _roll_back(self, state: _State) -> None:
+        """Erase the nodes that came after a state, and what was remembered of them."""
         erased = set()
         for node in reversed(self.graph.nodes):
-            if node is last:
+            if node is state.last:
                 break
             erased.add(node)
             self.graph.erase_node(node)
         self._proxies = {k: v for k, v in self._proxies.items() if v.node not in erased}
         self.assumptions = {k: v for k, v in self.assumptions.items() if k[0] not in erased}
         self._flags -= erased
+        self._grad_mode, self._grad_enabled = state.grad_mode
+        self.mode_dependent = state.mode_dependent
+        del self.opaque[state.opaque :]

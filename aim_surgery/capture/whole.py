@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.capture import Capture
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments, propose_inputs
+from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
 from aim_surgery.errors import CaptureError
 
 
@@ -34,10 +35,15 @@ def capture_whole(
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module has no Python forward: take the original model")
+    model, notes = unwrap(model)
+    refuse_uninitialised(model)
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)
-        return Capture(model, example_inputs, bind_arguments(model, example_inputs), ())
+        example_inputs = on_meta(model, example_inputs)
+        return Capture(model, example_inputs, bind_arguments(model, example_inputs), (), notes)
     tried: list[str] = []
     for candidate in propose_inputs(model):
         try:
@@ -46,7 +52,7 @@ def capture_whole(
         except Exception as err:
             tried.append(f"({candidate.describe()}): {type(err).__name__}: {err}".splitlines()[0])
             continue
-        return Capture(model, candidate, arguments, ())
+        return Capture(model, candidate, arguments, (), notes)
     what = "; ".join(tried) if tried else "no layer suggests any"
     raise CaptureError(
         f"no example input found for {type(model).__name__}: pass example_inputs. Tried {what}"

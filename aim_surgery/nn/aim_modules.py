@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from aim_surgery.nn.graph_module import AimGraphModule
+
 
 class AimModules(nn.Module):
     """Memories, memory weights that live beside their layers (`reads`), update blocks (`writes`).
@@ -16,8 +18,24 @@ class AimModules(nn.Module):
 
     plan: Any = None
 
+    def forward(self, *args: Any) -> Any:
+        """Give back what comes in: an `nn.Sequential` that keeps its class calls all it holds."""
+        return args[0] if len(args) == 1 else args
 
-def plan_of(module: nn.Module) -> Any:
-    """The plan of a model that was operated and keeps its own class; None for any other."""
-    added = module._modules.get("aim")
+
+def plan_of(module: Any) -> Any:
+    """The plan of an operated model; None for anything else."""
+    if isinstance(module, AimGraphModule):
+        return module.plan
+    added = module._modules.get("aim") if isinstance(module, nn.Module) else None
     return added.plan if isinstance(added, AimModules) else None
+
+
+def put_plan(module: nn.Module, plan: Any) -> None:
+    """Note down in an operated model what was done to it."""
+    if isinstance(module, AimGraphModule):
+        module.plan = plan
+        return
+    added = module._modules["aim"]
+    assert isinstance(added, AimModules)
+    added.plan = plan

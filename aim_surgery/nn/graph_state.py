@@ -15,7 +15,9 @@ import torch
 from torch import fx
 from torch.fx.node import _get_qualified_name, map_aggregate
 
-GraphState = list[tuple[str, str, str, Any, Any, Any]]
+from aim_surgery.nn.rebuilt import Rebuilt
+
+GraphState = list[tuple[str, str, str | Rebuilt, Any, Any, Any]]
 
 NOTE = "aim"  # the key in `node.meta` of what surgery notes down for later passes: plain data
 
@@ -77,13 +79,17 @@ def _to_ref(argument: Any) -> Any:
     return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
 
 
-def _name_of(function: Callable[..., Any]) -> str:
+def _name_of(function: Callable[..., Any]) -> str | Rebuilt:
+    if isinstance(function, Rebuilt):
+        return function  # pickles by itself
     if getattr(builtins, getattr(function, "__name__", ""), None) is function:
         return f"builtins.{function.__name__}"
     return _get_qualified_name(function)
 
 
-def _function(name: str) -> Callable[..., Any]:
+def _function(name: str | Rebuilt) -> Callable[..., Any]:
+    if isinstance(name, Rebuilt):
+        return name
     if name.startswith("torch."):  # also for `torch.ops`, which is no importable module
         return _resolve(torch, name.split(".")[1:])
     parts = name.split(".")

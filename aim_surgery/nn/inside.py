@@ -5,22 +5,75 @@
 
 For layers inside a submodule that stays a Python call, and for a whole model that keeps its class.
 The memory read here is the one that is the same for all samples, before any write: a Python call
-may take samples apart and put them together as it likes.
+may take samples apart and put them together as it likes. Who calls the layer sees nothing of it:
+`in_features` and `in_channels` stay what the layer is called with, other than its weight's width.
+
+Without gradients, calls in one forward share what they see of the memory. With gradients each looks
+anew: layers under gradient checkpointing are called once more when that forward is long over.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from aim_surgery.nn.memory import Memory
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+class SharedViews:
+    """What was seen of memories in the forward that is running, in each thread its own.
+
+    It begins and ends with the calls of the modules that it is attached to. Copies and pickles
+    begin with nothing.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._running = threading.local()
+
+    def attach(self, module: nn.Module) -> None:
+        """Let calls of a module be forwards."""
+        self._handles += [
+            module.register_forward_pre_hook(self._begin, prepend=True),
+            module.register_forward_hook(self._end, always_call=True),
+        ]
+
+    def now(self) -> dict[Hashable, Tensor] | None:
+        """What is shared at this moment; None where each call is to look anew."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return getattr(self._running, "seen", None)
+
+    def _begin(self, _module: nn.Module, _args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        depth = getattr(self._running, "depth", 0)
+        if not depth:
+            self._running.seen = {}
+        self._running.depth = depth + 1
+
+    def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._running.depth = max(getattr(self._running, "depth", 0) - 1, 0)
+        if not self._running.depth:
+            self._running.seen = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_handles": self._handles}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._handles = state["_handles"]
+        self._running = threading.local()
 
 
 class View:
@@ -30,14 +83,34 @@ class View:
         memory: The memory; the same module that lives under `aim`.
         planes: k.
         spatial: Spatial size that was planned with, () for features.
+        shared: What calls in one forward share; None where there is nothing to share.
     """
 
-    def __init__(self, memory: Memory, planes: int, spatial: tuple[int, ...]) -> None:
-        self.memory, self.planes, self.spatial = memory, planes, spatial
+    def __init__(
+        self,
+        memory: Memory,
+        planes: int,
+        spatial: tuple[int, ...],
+        shared: SharedViews | None = None,
+    ) -> None:
+        self.memory, self.planes, self.spatial, self.shared = memory, planes, spatial, shared
 
     def for_input(self, x: Tensor) -> Tensor:
         """The view for an input: (k, *S) or (k,), of its size, dtype and device."""
-        memory = self.memory().to(x)  # (1, M)
+        seen = self.shared.now() if self.shared is not None else None
+        if seen is None:
+            return self._seen_from(self.memory().to(x), x)
+        autocast = torch.is_autocast_enabled(x.device.type)
+        value = (id(self.memory), x.dtype, x.device, autocast)
+        key = (*value, self.planes, self.spatial, x.shape[x.ndim - len(self.spatial) :])
+        if key not in seen:
+            if value not in seen:
+                seen[value] = self.memory().to(x)
+            seen[key] = self._seen_from(seen[value], x)
+        return seen[key]
+
+    def _seen_from(self, memory: Tensor, x: Tensor) -> Tensor:
+        """The view, from the memory's value (1, M)."""
         dims, floats = len(self.spatial), memory.shape[1]
         if not dims:
             if self.planes < floats:
@@ -52,7 +125,29 @@ class View:
         return _POOLS[dims](planes, x.shape[-dims:])
 
 
-class JoinMemory:
+class _Hook:
+    """A hook that can be taken off again, also after a copy or a pickle.
+
+    With its handle in the pickle, hooks that are registered after loading get other numbers.
+
+    Attributes:
+        handle: Takes it off its layer.
+    """
+
+    handle: RemovableHandle | None = None
+
+    def attach(self, layer: nn.Module) -> None:
+        """Put it on its layer, behind the hooks that are there."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take it off its layer."""
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
+
+
+class JoinMemory(_Hook):
     """A forward pre-hook: the layer is called with cat[x, m] instead of x.
 
     Args:
@@ -63,6 +158,10 @@ class JoinMemory:
 
     def __init__(self, view: View, groups: int = 1, name: str = "input") -> None:
         self.view, self.groups, self.name = view, groups, name
+
+    def attach(self, layer: nn.Module) -> None:
+        """Put it on its layer, whose weight is wide."""
+        self.handle = layer.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -82,8 +181,11 @@ class JoinMemory:
         return joined.flatten(axis - 1, axis) if self.groups > 1 else joined
 
 
-class AddMemory:
+class AddMemory(_Hook):
     """A forward hook: conv(m, W_m) is added to what the layer gives.
+
+    Where a layer's own forward gives another size than its geometry says (it pads by itself), the
+    memory's part is resized to it, as views are.
 
     Args:
         view: What the layer sees.
@@ -94,9 +196,54 @@ class AddMemory:
     def __init__(self, view: View, beside: nn.Module, name: str = "input") -> None:
         self.view, self.beside, self.name = view, beside, name
 
+    def attach(self, layer: nn.Module) -> None:
+        """Put it on its layer, whose weight is its own."""
+        self.handle = layer.register_forward_hook(self, with_kwargs=True)
+
     def __call__(
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
         """Add the memory's part; it has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
-        return output + self.beside(self.view.for_input(x)).to(output.dtype)
+        view, dims = self.view.for_input(x), len(self.view.spatial)
+        if not dims:
+            return output + self.beside(view).to(output.dtype)
+        size = list(output.shape[-dims:])
+        if isinstance(self.beside, _TRANSPOSED) and _can_give(self.beside, view, size):
+            part = self.beside(view, output_size=size)
+        else:
+            part = self.beside(view)
+        part = part if list(part.shape[-dims:]) == size else _POOLS[dims](part, size)
+        return output + part.to(output.dtype)
+
+
+def keep_in_evaluation(module: nn.Module) -> None:
+    """Let a module work in evaluation mode whatever `train` says: it is put there at each call."""
+    if not any(isinstance(hook, _Evaluating) for hook in module._forward_pre_hooks.values()):
+        hook = _Evaluating()
+        hook.attach(module)
+
+
+class _Evaluating(_Hook):
+    """A forward pre-hook that puts its module in evaluation mode."""
+
+    def attach(self, layer: nn.Module) -> None:
+        self.handle = layer.register_forward_pre_hook(self, prepend=True)
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        layer.training = False
+
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _can_give(layer: nn.modules.conv._ConvTransposeNd, view: Tensor, size: list[int]) -> bool:
+    """Whether a size is among those that a transposed convolution may have as its output's."""
+    geometry = (layer.stride, layer.padding, layer.dilation, layer.kernel_size)
+    for s, wanted, stride, padding, dilation, kernel in zip(
+        view.shape[1:], size, *geometry, strict=True
+    ):
+        least = (s - 1) * stride - 2 * int(padding) + dilation * (kernel - 1) + 1
+        if not least <= wanted < least + stride:
+            return False
+    return True

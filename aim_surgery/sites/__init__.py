@@ -6,7 +6,8 @@ is no site is listed with the reason. A boundary is a place between sites where 
 
 from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
-from aim_surgery.sites.find import find_inside_sites, find_sites
+from aim_surgery.sites.find import find_sites, python_calls
+from aim_surgery.sites.inside import fault_inside
 from aim_surgery.sites.match import match_boundaries
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.stages import Stages, find_stages
@@ -19,9 +20,10 @@ __all__ = [
     "Skip",
     "Stages",
     "boundary_nodes",
+    "fault_inside",
     "find_calls",
-    "find_inside_sites",
     "find_sites",
     "find_stages",
     "match_boundaries",
+    "python_calls",
 ]

@@ -124,7 +124,43 @@ def reshaped_axis(before: Shape, axis: int, after: Shape, *, samples: int = 0) -
     passed = 1
     for place, size in enumerate(after):
         if passed == prefix and (size % samples == 0 if samples else size == before[axis]):
-            return place
+            # (T, 1, h, d) -> (T, h·d): the axis of a single sample is gone, these are channels
+            gone = samples == 1 < prefix and before[axis] < size == math.prod(before[axis:])
+            return None if gone else place
+        passed *= size
+    return None
+
+
+def regrouped(
+    before: Shape, axis: int, outer: int, after: Shape, *, samples: int
+) -> tuple[int, int] | None:
+    """Where a reshape puts samples, in front of an axis or behind others in it.
+
+        (T, B, r) -> (T·B, r)   the axis runs over T entries of each sample, not in a row
+        (T·B, r) -> (T, B, r)   and that is undone
+
+    Args:
+        before: Shape that is reshaped.
+        axis: The axis that runs over samples.
+        outer: Times that it runs over them: T.
+        after: Shape that comes out.
+        samples: The number of samples.
+
+    Returns:
+        The axis that runs over samples, and how often.
+    """
+    if outer > 1:
+        before = (*before[:axis], outer, before[axis] // outer, *before[axis + 1 :])
+        axis += 1
+    place = reshaped_axis(before, axis, after, samples=samples)
+    if place is not None:
+        return place, 1
+    prefix = math.prod(before[:axis])
+    passed = 1
+    for place, size in enumerate(after):
+        times, rest = divmod(prefix, max(passed, 1))
+        if not rest and times and size % (times * samples) == 0:
+            return place, times
         passed *= size
     return None
 

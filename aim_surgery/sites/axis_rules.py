@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from functools import cache
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -144,17 +145,35 @@ def _multiplied(first_index: int) -> Rule:
 
 def _contracted(move: Move) -> int | None:
     """`einsum` with its output written out."""
-    equation = move.argument(0)
-    if not isinstance(equation, str) or "->" not in equation:
+    operands, letters = spelled_operands(move.node)
+    if letters is None:
         return None
-    left, right = equation.replace(" ", "").replace("...", ".").split("->")
-    operands = move.node.args[1:]
-    if len(operands) == 1 and isinstance(operands[0], tuple | list):
-        operands = tuple(operands[0])
-    place = next(i for i, operand in enumerate(operands) if operand is move.source)
-    letter = _spelled(left.split(",")[place], len(move.before))[move.axis]
-    letters = _spelled(right, len(move.after))
+    letter = next(own[move.axis] for source, own in operands if source is move.source)
     return letters.index(letter) if letter in letters else None
+
+
+def spelled_operands(node: fx.Node) -> tuple[list[tuple[Any, list[str]]], list[str] | None]:
+    """What `einsum` works on, with the letter of each axis, and the letters of its result.
+
+    Args:
+        node: A call of it.
+
+    Returns:
+        No operands where the equation is no text, and no letters of the result where they are not
+        written out.
+    """
+    equation, *operands = node.args
+    if len(operands) == 1 and isinstance(operands[0], tuple | list):
+        operands = list(operands[0])
+    if not isinstance(equation, str):
+        return [], None
+    left, arrow, right = equation.replace(" ", "").replace("...", ".").partition("->")
+    spelled = []
+    for operand, term in zip(operands, left.split(","), strict=True):
+        shape = shape_of(node_value(operand)) or ()
+        spelled.append((operand, _spelled(term, len(shape))))
+    after = shape_of(node.meta["val"])
+    return spelled, _spelled(right, len(after or ())) if arrow else None
 
 
 def _spelled(term: str, rank: int) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch.fx.node import map_arg
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
@@ -45,6 +46,7 @@ class Call:
     input_index: int  # position of the activation among the node's arguments
     input_name: str  # its keyword
     weight_first: bool = False  # a product W @ x, whose features are rows
+    weight: fx.Node | None = None  # its weight, where the layer is no module of the graph
 
     @property
     def source(self) -> fx.Node:
@@ -78,6 +80,7 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     looked_at = _weights_looked_at(capture)
     seen: Counter[str] = Counter()
     geometries: dict[str, list[tuple[Any, ...]]] = {}
+    formulas: dict[fx.Node | str, int] = {}
     found = [
         call
         for node in graph.nodes
@@ -93,11 +96,13 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
             site.out_channels,
             site.groups,
             site.kernel_size,
+            _formula(call.weight, formulas),
         )
         known = geometries.setdefault(site.layer, [])
         if geometry not in known:
             known.append(geometry)
-        # one weight in two shapes (an autoencoder that decodes with W^T) is two layers
+        # two shapes or slices of one weight (an autoencoder that decodes with W^T, the query and
+        # the key part of packed attention) are two layers
         number = known.index(geometry) + 1
         layer = site.layer if number == 1 else f"{site.layer}_{number}"
         name = f"{layer}@{seen[layer]}" if seen[layer] else layer
@@ -242,7 +247,7 @@ def _function_call(
     layer = names[0].removesuffix(".weight")
     first = found.weight_first
     site = _site(layer, kind, features, groups, kernel, source, node, names, why, rows=first)
-    return Call(site, node, found.index, found.name, first)
+    return Call(site, node, found.index, found.name, first, weight)
 
 
 @dataclass(frozen=True)
@@ -291,12 +296,29 @@ def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx
         return why
     path = str(weight.target).rpartition(".")[0]
     calls = (n for n in node.graph.nodes if n.op == "call_module" and n.target == path)
-    if len(weight.users) > 1 or next(calls, None) is not None:
+    if len(_uses(weight)) > 1 or next(calls, None) is not None:
         return "its weight has other uses"
     module = capture.modules[path]
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "its weight is an embedding"
     return ""
+
+
+def _formula(node: fx.Node | None, numbers: dict[fx.Node | str, int]) -> int | None:
+    """The number of what a weight is computed by: equal formulas have one; None: a parameter."""
+    if node is None or node.op == "get_attr":
+        return None
+    pending = [node]
+    while pending:
+        last = pending[-1]
+        missing = [source for source in last.all_input_nodes if source not in numbers]
+        pending += missing
+        if not missing:
+            arguments = map_arg((last.args, last.kwargs), lambda n: ("number", numbers[n]))
+            formula = f"{last.op} {last.target} {arguments}"
+            numbers[last] = numbers.setdefault(formula, len(numbers))
+            pending.pop()
+    return numbers[node]
 
 
 # Both ---------------------------------------------------------------------------------------
@@ -340,6 +362,15 @@ def _site(
 
 
 def _weights_looked_at(capture: Capture) -> frozenset[str]:
-    """Parameters that some graph fetches by name: not through a call of their own layer alone."""
+    """Parameters that some graph uses by name: not through a call of their own layer alone."""
     nodes = (node for trace in capture.traces for node in trace.graph.nodes)
-    return frozenset(str(node.target) for node in nodes if node.op == "get_attr")
+    return frozenset(str(node.target) for node in nodes if node.op == "get_attr" and _uses(node))
+
+
+def _uses(weight: fx.Node) -> list[fx.Node]:
+    """The users of a weight that a wider one would not do for: its dtype it has all the same."""
+    return [
+        user
+        for user in weight.users
+        if user.target is not getattr or user.args[1] not in ("dtype", "device")
+    ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import find_calls
 from aim_surgery.sites.inside import find_inside
 from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import find_unread
+
+_BOTH = "it is also called inside a Python call"
 
 
 def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
@@ -18,19 +22,19 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     Returns:
         The sites in execution order (those of the other mode's graph, if there is one, behind, and
         those inside Python calls last), and the weights that take part in products but are read by
-        no site.
+        no site. A layer that is called in a graph and inside a Python call reads in the graph.
     """
     sites: dict[str, Site] = {}
     unread: dict[str, Skip] = {}
-    opaque = {call.path for trace in capture.traces for call in trace.opaque}
+    paths = python_calls(capture)
+    inside, rest, both = _inside(capture, paths)
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
         for call in calls:
-            sites.setdefault(call.site.name, call.site)
+            sites.setdefault(call.site.name, _left_alone(call.site, both))
         for item in find_unread(capture, trace.graph, frozenset(call.node for call in calls)):
-            if item.name not in opaque:
+            if item.name not in paths:
                 unread.setdefault(item.name, item)
-    inside, rest = find_inside_sites(capture)
     for site in inside:
         sites.setdefault(site.name, site)
     for item in rest:
@@ -40,19 +44,32 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     return tuple(sites.values()), tuple(left)
 
 
-def find_inside_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
-    """Find the sites inside Python calls, or in the whole model where there is no graph of it.
+def python_calls(capture: Capture) -> dict[str, str]:
+    """Paths of submodules that stay Python calls, "" for the whole model, with the reasons.
 
     Args:
         capture: The captured model.
 
     Returns:
-        As `find_sites`.
+        Reasons by path.
     """
+    if capture.whole:
+        return {"": ""}
+    return {call.path: call.reason for trace in capture.traces for call in trace.opaque}
+
+
+def _inside(
+    capture: Capture, paths: dict[str, str]
+) -> tuple[tuple[Site, ...], tuple[Skip, ...], frozenset[str]]:
     if "inside" not in capture.findings:
-        paths = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
         calls = (call for trace in capture.traces for call in find_calls(capture, trace.graph))
         taken = frozenset(weight for call in calls for weight in call.site.weights)
-        paths = {"": ""} if capture.whole else paths
         capture.findings["inside"] = find_inside(capture, paths, taken)
     return capture.findings["inside"]
+
+
+def _left_alone(site: Site, both: frozenset[str]) -> Site:
+    """A Python call gives its layers no memory: a layer that it calls can't be wider for it."""
+    if not site.widens or both.isdisjoint(site.weights):
+        return site
+    return replace(site, widens=False, why_beside=_BOTH)

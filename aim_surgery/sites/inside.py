@@ -2,8 +2,9 @@
 
 A submodule that stays a Python call (a detection head), or a whole model that keeps its class, is
 run once on a copy, on the example inputs or noise of their shapes, and each call of a layer in it
-is noted. Such a site reads through a hook on its layer; what is no layer with one weight of its own
-has no place for a hook, and is listed.
+is noted. Such a site reads through a hook on its layer. A layer whose weight others use besides
+(packed attention takes that of its projection) is left as it is; what has no place for a hook is
+listed.
 """
 
 from __future__ import annotations
@@ -11,18 +12,25 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import LAYER_TYPES
 from aim_surgery.sites.site import Kind, Site, Skip
+from aim_surgery.sites.unread import NOT_PRODUCTS
 
 _EXAMPLE = "given"
+# What may be asked of a weight without using its values or its size.
+_HARMLESS = frozenset(
+    ("dtype", "device", "requires_grad", "is_cuda", "is_meta", "is_leaf", "layout", "grad",
+     "is_quantized", "is_sparse", "is_cpu", "is_mps", "itemsize", "grad_fn", "names")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,11 +39,27 @@ class _Seen:
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    path: str  # the Python call that it was in
+
+
+@dataclass
+class _Runs:
+    """What runs of the model showed.
+
+    Attributes:
+        seen: Layers that were called inside a Python call.
+        elsewhere: Functions that took a layer's weight while the layer was not being called.
+        failures: Why a mode did not run, in one line.
+    """
+
+    seen: dict[str, _Seen] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
 
 
 def find_inside(
     capture: Capture, paths: Mapping[str, str], taken: frozenset[str]
-) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
+) -> tuple[tuple[Site, ...], tuple[Skip, ...], frozenset[str]]:
     """Find the layers that are called inside Python calls.
 
     Args:
@@ -44,81 +68,154 @@ def find_inside(
         taken: Weights that sites of a graph read already.
 
     Returns:
-        One site for each layer that was called, in the order of the calls, and the weights in there
-        that can't be read, with reasons.
+        One site for each layer that was called, in the order of the calls; the weights in there
+        that can't be read, with reasons; and those of `taken` that are called in there, too.
     """
     if not paths:
-        return (), ()
-    layers = {
-        name: layer
-        for name, layer in capture.modules.items()
-        if any(_is_in(name, path) for path in paths) and _may_read(layer)
-    }
-    seen, failures = _run(capture, layers)
+        return (), (), frozenset()
+    layers = {name: layer for name, layer in capture.modules.items() if _may_read(layer)}
+    runs = _run(capture, layers, paths)
+    within = [
+        name for name in layers if name not in runs.seen and _path_of(name, paths) is not None
+    ]
     sites: list[Site] = []
     skips: list[Skip] = []
     read: set[str] = set(taken)
-    for name in (*seen, *(name for name in layers if name not in seen)):
+    both: set[str] = set()
+    for name in (*runs.seen, *within):
         layer = layers[name]
-        weights = _names(capture, layer)
+        weights = weights_of(capture, name)
+        if name in runs.seen:
+            both |= taken.intersection(weights)
         if not weights or not read.isdisjoint(weights):
             continue
-        path = next(path for path in paths if _is_in(name, path))
-        if name not in seen:
-            why = f": {failures[0]}" if failures else ""
-            skips.append(Skip(name, weights, f"not called when {path or 'the model'} was run{why}"))
+        seen = runs.seen.get(name)
+        reason = _why_not(name, layer, seen, runs) or _why_not_linear(layer, seen)
+        if reason or seen is None:
+            skips.append(Skip(name, weights, reason))
             continue
         read.update(weights)
-        sites.append(_site(capture, name, layer, weights, path, seen[name]))
+        why = _why_beside(capture, layer)
+        if not why and name in runs.elsewhere:
+            why = f"{runs.elsewhere[name]} uses its weight, too"
+        sites.append(_site(name, layer, weights, seen, why))
     skips += _others(capture, paths, read | {w for skip in skips for w in skip.weights})
-    return tuple(sites), tuple(skips)
+    return tuple(sites), tuple(skips), frozenset(both)
 
 
-def _is_in(name: str, path: str) -> bool:
-    return name == path or not path or name.startswith(f"{path}.")
+def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
+    """Hold a planned site against the model, without running it: "" if it fits.
+
+    Args:
+        capture: The captured model.
+        site: A site inside a Python call, from a plan.
+        paths: As for `find_inside`.
+
+    Returns:
+        What is wrong, as a clause.
+    """
+    layer = capture.modules.get(site.layer)
+    if layer is None or not _may_read(layer):
+        return "the model has no such layer"
+    if _path_of(site.layer, paths) is None and _path_of(site.inside, paths) is None:
+        return "it is in no Python call"
+    weights = weights_of(capture, site.layer)
+    if weights != site.weights:
+        return f"its weights are {weights!r}, the plan was made for {site.weights!r}"
+    geometry = _geometry(layer)
+    if geometry is None:
+        shape, planned = _matrix(layer), {site.in_channels, site.out_channels}
+        if shape is not None and set(shape) != planned:
+            return f"its weight is of {tuple(shape)}, the plan was made for {planned}"
+    else:
+        planned = (site.kind, site.in_channels, site.out_channels, site.groups, site.kernel_size)
+        if geometry != planned:
+            return f"it is {geometry!r}, the plan was made for {planned!r}"
+    why = _why_beside(capture, layer) if site.widens else ""
+    return f"the plan was made where it could be widened: {why}" if why else ""
+
+
+def _path_of(name: str, paths: Mapping[str, str]) -> str | None:
+    return next((p for p in paths if name == p or not p or name.startswith(f"{p}.")), None)
 
 
 def _may_read(layer: nn.Module) -> bool:
     """A layer of torch's, or one that multiplies by its own matrix (GPT-2's `Conv1D`)."""
     if isinstance(layer, LAYER_TYPES):
         return True
-    weight = layer._parameters.get("weight")
-    embeds = isinstance(layer, nn.Embedding | nn.EmbeddingBag)
     alone = not any(True for _ in layer.children())
-    return alone and weight is not None and weight.ndim == 2 and not embeds
+    return alone and _matrix(layer) is not None and not isinstance(layer, NOT_PRODUCTS)
 
 
-def _names(capture: Capture, layer: nn.Module) -> tuple[str, ...]:
+def _matrix(layer: nn.Module) -> torch.Size | None:
     weight = layer._parameters.get("weight")
-    if weight is None or not weight.is_floating_point():
-        return ()
-    return tuple(capture.owners[id(weight)])
+    return None if weight is None or weight.ndim != 2 else weight.shape
 
 
-def _site(
-    capture: Capture,
-    name: str,
-    layer: nn.Module,
-    weights: tuple[str, ...],
-    path: str,
-    seen: _Seen,
-) -> Site:
-    kind: Kind = "linear"
-    groups, kernel = 1, ()
-    channels = (seen.inputs[-1], seen.outputs[-1])
+def weights_of(capture: Capture, name: str) -> tuple[str, ...]:
+    """Parameters that a layer's weight is, or is made of (weight norm, pruning), by all names.
+
+    Args:
+        capture: The captured model.
+        name: Qualified name of the layer.
+
+    Returns:
+        Qualified names; none where the weight holds integers.
+    """
+    layer = capture.modules[name]
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return tuple(capture.owners[id(weight)]) if weight.is_floating_point() else ()
+    prefixes = (f"{name}.parametrizations.weight.", f"{name}.weight_")
+    return tuple(
+        parameter
+        for parameter, _ in layer.named_parameters(prefix=name)
+        if parameter.startswith(prefixes) and parameter in capture.floating_parameters
+    )
+
+
+def _why_not(name: str, layer: nn.Module, seen: _Seen | None, runs: _Runs) -> str:
+    """Why a layer is no site."""
+    if seen is not None:
+        return ""
+    if name in runs.elsewhere:
+        return f"{runs.elsewhere[name]} uses its weight without calling the layer"
+    why = f": {runs.failures[0]}" if runs.failures else ""
+    return f"this {type(layer).__name__} was not called when the model was run{why}"
+
+
+def _why_not_linear(layer: nn.Module, seen: _Seen | None) -> str:
+    if seen is None or isinstance(layer, LAYER_TYPES):
+        return ""
+    shape = _matrix(layer)
+    ends = (seen.inputs[-1], seen.outputs[-1])
+    if shape is not None and (*shape,) in (ends, ends[::-1]):
+        return ""
+    return f"{type(layer).__name__} has a forward of its own, which is no linear map by its weight"
+
+
+def _geometry(layer: nn.Module) -> tuple[Kind, int, int, int, tuple[int, ...]] | None:
+    """Kind, channels, groups and kernel of a layer of torch's; None for others."""
     if isinstance(layer, nn.modules.conv._ConvNd):
-        kind = "conv_transpose" if layer.transposed else "conv"
-        groups, kernel = layer.groups, tuple(layer.kernel_size)
+        kind: Kind = "conv_transpose" if layer.transposed else "conv"
         channels = (layer.in_channels, layer.out_channels)
+        return (kind, *channels, layer.groups, tuple(layer.kernel_size))
+    if isinstance(layer, nn.Linear):
+        return ("linear", layer.in_features, layer.out_features, 1, ())
+    return None
+
+
+def _site(name: str, layer: nn.Module, weights: tuple[str, ...], seen: _Seen, why: str) -> Site:
+    ends = (seen.inputs[-1], seen.outputs[-1])
+    kind, inputs, outputs, groups, kernel = _geometry(layer) or ("linear", *ends, 1, ())
     dims = len(kernel)
     size = seen.outputs[-dims:] if dims else ()
-    why = _why_beside(capture, layer)
     return Site(
         name=name,
         layer=name,
         kind=kind,
-        in_channels=channels[0],
-        out_channels=channels[1],
+        in_channels=inputs,
+        out_channels=outputs,
         groups=groups,
         kernel_size=kernel,
         spatial=seen.inputs[-dims:] if dims else (),
@@ -128,16 +225,17 @@ def _site(
         why_beside=why,
         sample_axis=None,
         output_size=size,
-        inside=path or ".",
+        inside=seen.path or ".",
     )
 
 
 def _why_beside(capture: Capture, layer: nn.Module) -> str:
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    if not isinstance(layer, LAYER_TYPES):
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed"
+    if not isinstance(layer, LAYER_TYPES) or type(layer).forward is not _stock_forward(layer):
         return "its forward is its own"
-    if type(layer).forward is not _stock_forward(layer):
+    if "forward" in vars(layer):
         return "its forward is its own"
     if len(capture.owners[id(weight)]) > 1:
         return "its weight is shared"
@@ -156,56 +254,146 @@ def _stock_forward(layer: nn.Module) -> Any:
 # Running ------------------------------------------------------------------------------------
 
 
-def _run(
-    capture: Capture, layers: Mapping[str, nn.Module]
-) -> tuple[dict[str, _Seen], tuple[str, ...]]:
+def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, str]) -> _Runs:
     """Run a copy of the model in both modes and note what the layers are called with."""
-    names = {id(layer): name for name, layer in layers.items()}
-    seen: dict[str, _Seen] = {}
-    failures = []
+    runs = _Runs()
+    try:
+        twin = copy.deepcopy(capture.model, derived_tensors(capture.model))
+        modules = dict(twin.named_modules(remove_duplicate=False))
+    except Exception as err:
+        runs.failures.append(f"{type(capture.model).__name__} can't be copied: {_line(err)}")
+        return runs
+    if not {*modules.values()}.isdisjoint(capture.modules.values()):
+        runs.failures.append(f"{type(capture.model).__name__} gives itself for a copy")
+        return runs
+    watch = _Watch(runs, {n: modules[n] for n in layers}, {p: modules[p] for p in paths})
     for training in (capture.model.training, not capture.model.training):
-        twin = copy.deepcopy(capture.model).train(training)
-        for original, layer in zip(capture.model.modules(), twin.modules(), strict=True):
-            if id(original) in names:
-                layer.register_forward_hook(_noting(seen, names[id(original)]), with_kwargs=True)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin.train(training)
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
                 args, kwargs = _examples(capture)
                 twin(*args, **kwargs)
         except Exception as err:
-            failures.append(f"{type(err).__name__}: {str(err).strip().splitlines()[0:1]}")
-    return seen, tuple(failures)
+            mode = "training" if training else "evaluation"
+            runs.failures.append(f"in {mode} it fails with {_line(err)}")
+        watch.forget()
+    return runs
 
 
-def _noting(seen: dict[str, _Seen], name: str) -> Any:
-    def note(_layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        x = args[0] if args else kwargs.get("input")
-        tensors = isinstance(x, torch.Tensor) and isinstance(output, torch.Tensor)
-        if tensors and x.ndim and x.is_floating_point() and name not in seen:
-            seen[name] = _Seen(tuple(x.shape), tuple(output.shape))
+def derived_tensors(model: nn.Module) -> dict[int, Any]:
+    """Plain attributes that `deepcopy` refuses, since they have a history (pruned weights).
 
-    return note
+    Args:
+        model: Left unchanged.
+
+    Returns:
+        Copies without history by identity, to begin the memo of `deepcopy` with.
+    """
+    values = (value for module in model.modules() for value in vars(module).values())
+    tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the calls of layers within paths, and uses of their weights outside of such calls."""
+
+    def __init__(
+        self, runs: _Runs, layers: Mapping[str, nn.Module], paths: Mapping[str, nn.Module]
+    ) -> None:
+        super().__init__()
+        self._runs = runs
+        self._stack: list[str] = []  # paths that are being called
+        self._active: list[str] = []  # layers that are
+        self._weights: dict[int, str] = {}
+        once = {id(layer): (name, layer) for name, layer in reversed(list(layers.items()))}
+        for path, module in paths.items():
+            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda *_: _drop(self._stack))
+        for name, layer in once.values():
+            weight = layer._parameters.get("weight")
+            if weight is not None:
+                self._weights[id(weight)] = name
+            layer.register_forward_pre_hook(lambda *_, name=name: self._active.append(name))
+            layer.register_forward_hook(self._noting(name), with_kwargs=True)
+
+    def forget(self) -> None:
+        """Begin anew: a run that failed left calls open."""
+        self._stack.clear()
+        self._active.clear()
+
+    def _noting(self, name: str) -> Any:
+        def note(_layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            _drop(self._active)
+            x = args[0] if args else kwargs.get("input")
+            if name in self._runs.seen or not self._stack or not _is_feature(x):
+                return
+            if _is_feature(output):
+                path = self._stack[-1]
+                self._runs.seen[name] = _Seen(tuple(x.shape), tuple(output.shape), path)
+
+        return note
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for value in tree_leaves((args, kwargs or {})):
+            name = self._weights.get(id(value))
+            if name is not None and name not in self._active and not _is_harmless(func):
+                self._runs.elsewhere.setdefault(name, getattr(func, "__name__", str(func)))
+        return func(*args, **(kwargs or {}))
+
+
+def _drop(stack: list[str]) -> None:
+    if stack:
+        stack.pop()
+
+
+def _is_feature(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.is_floating_point()
+
+
+def _is_harmless(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(getattr(func, "__self__", None), "__name__", "") in _HARMLESS
+    return name in ("is_floating_point", "is_complex", "dim", "__hash__", "__repr__")
+
+
+def _line(err: Exception) -> str:
+    """An error in one line."""
+    lines = str(err).strip().splitlines()
+    return f"{type(err).__name__}: {lines[0].strip()}" if lines else type(err).__name__
 
 
 def _examples(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The user's own values, copied; noise where only shapes are known."""
     inputs = capture.inputs
-    make = torch.clone if inputs.source == _EXAMPLE else _noise_like
-    args, kwargs = tree_map_only(torch.Tensor, make, (inputs.args, dict(inputs.kwargs)))
+    given = inputs.source == _EXAMPLE
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return copy.deepcopy(value)
+        value = value.detach()
+        if given and not _is_shape_only(value):
+            return value.clone()
+        return torch.rand_like(value) if value.is_floating_point() else torch.zeros_like(value)
+
+    args, kwargs = tree_map(own, (inputs.args, dict(inputs.kwargs)))
     return args, kwargs
 
 
-def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_floating_point:
-        return torch.rand_like(tensor)
-    return torch.zeros_like(tensor)
+def _is_shape_only(tensor: torch.Tensor) -> bool:
+    """Whether floats are all the same: then their shape counts, as for `verify`."""
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return False
+    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> Iterator[Skip]:
     """Matrices in a Python call that belong to no layer with a place for a hook."""
     for name, module in capture.modules.items():
-        path = next((path for path in paths if _is_in(name, path)), None)
-        if path is None or isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        path = _path_of(name, paths)
+        if path is None or isinstance(module, NOT_PRODUCTS):
             continue
         weights = tuple(
             f"{name}.{key}".removeprefix(".")

@@ -77,7 +77,10 @@ def _is_signal(features: Features, node: fx.Node, source: fx.Node, name: str) ->
         return False
     if any(source is argument and "mask" in key for key, argument in node.kwargs.items()):
         return False
-    if name in _ELEMENTWISE:
+    added = name in ("baddbmm", "addmm") and source is argument_of(node, 0, "input")
+    if added or name in _ELEMENTWISE:
+        if any(_is_softmax(user) for user in node.users):  # attention's scores
+            return False
         return isinstance(result, torch.Tensor) and result.shape == value.shape
     others = (n.meta.get("val") for n in node.all_input_nodes if n in features.flow.edges)
     return any(
@@ -85,6 +88,10 @@ def _is_signal(features: Features, node: fx.Node, source: fx.Node, name: str) ->
         and (other.ndim, other.shape[-1]) == (value.ndim, value.shape[-1])
         for other in others
     )
+
+
+def _is_softmax(node: fx.Node) -> bool:
+    return node.op != "call_module" and called_name(node) == "softmax"
 
 
 class _Origins:

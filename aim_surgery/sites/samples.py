@@ -1,8 +1,9 @@
 """Which nodes depend on the input, and which axis of them runs over the samples of a batch.
 
 The first axis of the first input tensor is taken for the samples, as everywhere in PyTorch; where
-the first layer works on a single sample (an image without a batch) there is no such axis, and where
-the model's own sequence layers say that time comes first, it is the second.
+the first layer works on a single sample (an image without a batch) there is no such axis. What a
+model mixes with one another is no samples: where it attends over the entries of the first axis
+(time comes first), the samples are the second, and none where that is mixed as well.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from aim_surgery.capture import Capture
-from aim_surgery.sites.axes import follow_axis
-from aim_surgery.sites.graph import argument_of
+from aim_surgery.sites.axes import follow_samples
+from aim_surgery.sites.axis_mixing import Mixing, find_mixing
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Samples:
 
     Attributes:
         count: Samples of the example; 0 where the model works on a single one, without an axis.
-        axes: Axis over the samples, by node.
+        axes: Axis over the samples, by node; empty where all axes that may be are mixed.
         dependent: Nodes that hold tensors and depend on input tensors, through tensors only: what
             is made from their sizes alone (a mask, a table of positions) is not among them.
     """
@@ -75,15 +76,39 @@ def find_samples(
     shapes = {node: shape for node, shape in shapes.items() if shape}
     if not shapes or (first is not None and first[0].meta["val"].ndim == first[1]):
         return Samples(0, {}, dependent)
-    leading = next(iter(shapes.values()))
-    count = leading[0]
+    count = next(iter(shapes.values()))[0]
     starts = {node: 0 for node, shape in shapes.items() if shape[0] == count}
-    axes = follow_axis(capture, graph, starts, samples=count)
-    if len(leading) > 2 and _time_comes_first(capture, axes):
-        count = leading[1]
-        starts = {node: 1 for node, s in shapes.items() if len(s) > 2 and s[1] == count}
-        starts |= {node: 0 for node, s in shapes.items() if node not in starts and s[0] == count}
-        axes = follow_axis(capture, graph, starts, samples=count)
+    axes, behind = follow_samples(capture, graph, starts, count)
+    mixing = find_mixing(capture, graph, axes | behind, count, dependent)
+    if mixing:
+        second = _second_axis(capture, graph, shapes, dependent)
+        if second is not None:
+            return second
+        axes = {} if mixing is Mixing.AMONG else axes
+    return Samples(count, axes, dependent)
+
+
+def _second_axis(
+    capture: Capture,
+    graph: fx.Graph,
+    shapes: Mapping[fx.Node, Sequence[int]],
+    dependent: AbstractSet[fx.Node],
+) -> Samples | None:
+    """The samples, if they may be the second axis of the inputs: time comes first."""
+    leading = next(iter(shapes.values()))
+    alike = [shape for shape in shapes.values() if len(shape) == len(leading)]
+    if len(leading) < 2 or len({shape[1] for shape in alike}) > 1:
+        return None
+    count = leading[1]
+    starts = {}
+    for node, shape in shapes.items():
+        if len(shape) != len(leading) and shape[0] == count:  # a padding mask (B, T)
+            starts[node] = 0
+        elif len(shape) > 1 and shape[1] == count:
+            starts[node] = 1
+    axes, behind = follow_samples(capture, graph, starts, count)
+    if find_mixing(capture, graph, axes | behind, count, dependent):
+        return None
     return Samples(count, axes, dependent)
 
 
@@ -116,18 +141,3 @@ def input_tensors(graph: fx.Graph) -> Iterator[fx.Node]:
                 yield node
             else:
                 collections.add(node)
-
-
-def _time_comes_first(capture: Capture, axes: Mapping[fx.Node, int]) -> bool:
-    """Whether a sequence layer takes what was taken for samples as time."""
-    for node, axis in axes.items():
-        for user in node.users if axis == 0 else ():
-            layer = capture.modules[str(user.target)] if user.op == "call_module" else None
-            if (
-                isinstance(layer, nn.MultiheadAttention | nn.RNNBase)
-                and not layer.batch_first
-                and argument_of(user, 0, "query", "input") is node
-                and node.meta["val"].ndim == 3
-            ):
-                return True
-    return False

@@ -38,7 +38,7 @@ _PRODUCTS = (
     torch.linalg.vecdot,
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
-_NOT_PRODUCTS = (
+NOT_PRODUCTS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.Embedding, nn.EmbeddingBag, nn.PReLU,
 )  # fmt: skip
@@ -83,7 +83,7 @@ def _why_packed(layer: nn.Module) -> str:
 def _matrices(layer: nn.Module, path: str) -> tuple[str, ...]:
     names = []
     for prefix, module in layer.named_modules(prefix=path):
-        if not isinstance(module, _NOT_PRODUCTS):
+        if not isinstance(module, NOT_PRODUCTS):
             names += [f"{prefix}.{n}" for n, p in module._parameters.items() if _is_matrix(p)]
     return tuple(names)
 

@@ -13,11 +13,11 @@ from torch import nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.errors import UnsupportedLayerError
-from aim_surgery.nn.inside import AddMemory, JoinMemory, View
+from aim_surgery.nn.inside import AddMemory, JoinMemory, SharedViews, View
 from aim_surgery.nn.memory import Memory
-from aim_surgery.planning import Plan
+from aim_surgery.planning import Plan, Read
+from aim_surgery.sites.inside import derived_tensors
 from aim_surgery.surgery.modules import add_aim, beside_path, memory_path, widened_weights
-from aim_surgery.surgery.widen import widen_layer
 
 
 def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Module:
@@ -32,7 +32,7 @@ def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Mod
         A copy of the model with a memory under `aim`; its plan is `aim.plan`.
     """
     model = capture.model
-    memo: dict[int, Any] = dict(widened_weights(model, plan))
+    memo: dict[int, Any] = {**derived_tensors(model), **widened_weights(model, plan)}
     if not copy_tensors:
         for tensor in (*model.parameters(), *model.buffers()):
             memo.setdefault(id(tensor), tensor)
@@ -40,11 +40,10 @@ def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Mod
         root = copy.deepcopy(model, memo)
     except Exception as err:
         raise UnsupportedLayerError(
-            f"{type(model).__name__} can't be copied: {type(err).__name__}: {err}"
+            f"{type(model).__name__} can't be copied, and the original is not to be changed: "
+            f"{type(err).__name__}: {err}"
         ) from err
-    for read in plan.reads:
-        if read.site.widens:
-            widen_layer(root.get_submodule(read.site.layer), read.planes)
+    _check_copied(model, root, plan)
     add_aim(root, model, plan, {}).plan = plan
     attach_reads(root, plan)
     return root
@@ -57,17 +56,52 @@ def attach_reads(root: nn.Module, plan: Plan) -> None:
         root: The operated tree, with wide weights and `aim` in it; changed in place.
         plan: What to do.
     """
-    for read in plan.reads:
+    shared = SharedViews()
+    inside = [read for read in plan.reads if read.site.inside]
+    for path in dict.fromkeys(read.site.inside for read in inside):
+        shared.attach(root if path == "." else root.get_submodule(path))
+    for read in inside:
         site = read.site
-        if not site.inside:
-            continue
-        layer = root.get_submodule(site.layer)
         memory = root.get_submodule(memory_path(read.memory))
         assert isinstance(memory, Memory)
-        view = View(memory, read.planes, site.spatial)
+        view = View(memory, read.planes, site.spatial, shared)
         if site.widens:
             hook = JoinMemory(view, site.groups)
-            layer.register_forward_pre_hook(hook, with_kwargs=True, prepend=False)
         else:
-            beside = root.get_submodule(beside_path(read))
-            layer.register_forward_hook(AddMemory(view, beside), with_kwargs=True)
+            hook = AddMemory(view, root.get_submodule(beside_path(read)))
+        hook.attach(root.get_submodule(site.layer))
+
+
+def add_instead(root: nn.Module, read: Read) -> None:
+    """Let a layer that is no longer wide read by adding, where it read by joining.
+
+    Args:
+        root: The operated tree, with W_m beside; its layer gets the other hook.
+        read: The read of a site inside a Python call.
+    """
+    layer = root.get_submodule(read.site.layer)
+    for hook in [*layer._forward_pre_hooks.values()]:
+        if isinstance(hook, JoinMemory):
+            hook.detach()
+            AddMemory(hook.view, root.get_submodule(beside_path(read))).attach(layer)
+
+
+def _check_copied(model: nn.Module, root: nn.Module, plan: Plan) -> None:
+    """A class may copy itself as it likes; what comes of it has to be a model of its own."""
+    shared = {id(module) for module in model.modules()}
+    for read in plan.reads:
+        try:
+            layer = root.get_submodule(read.site.layer)
+        except AttributeError:
+            layer = None
+        own = layer is not None and id(layer) not in shared
+        if own and read.site.widens:
+            layer_path, _, name = read.site.weights[0].rpartition(".")
+            old, new = (m.get_submodule(layer_path)._parameters[name] for m in (model, root))
+            own = old is not None and new is not None and old.shape != new.shape
+        if not own:
+            raise UnsupportedLayerError(
+                f"{type(model).__name__} defines its own way of being copied (__deepcopy__, "
+                f"__reduce__), and a copy of {read.site.layer} did not come of it as its weights "
+                f"are: let it copy what it holds, or use emit='graph'"
+            )

@@ -46,7 +46,8 @@ def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: b
     """
     root = build_tree(capture, widened_weights(capture.model, plan), copy_tensors=copy_tensors)
     for name, read in _widened(plan).items():
-        widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
+        if not read.site.inside:  # there, callers may ask how wide the layer's input is
+            widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
     add_aim(root, capture.model, plan, calls)
     return root
 
@@ -208,7 +209,7 @@ def _beside_inside(model: nn.Module, read: Read, plan: Plan) -> nn.Module:
     """W_m of a layer inside a Python call, in a layer that can be called by a hook."""
     layer = model.get_submodule(read.site.layer)
     if read.site.kind == "linear":
-        layer = nn.Linear(0, read.site.out_channels, bias=False, device="meta")
+        layer = nn.Linear(read.planes, read.site.out_channels, bias=False, device="meta")
     return beside_module(layer, read, _beside_weight(model, read, plan))
 
 

@@ -22,9 +22,10 @@ from aim_surgery.sites import (
     Boundary,
     Call,
     boundary_nodes,
+    fault_inside,
     find_calls,
-    find_inside_sites,
     find_stages,
+    python_calls,
 )
 from aim_surgery.surgery.emit import GraphWriter
 from aim_surgery.surgery.inside import attach_reads, operate_whole
@@ -80,10 +81,13 @@ def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
     if (plan.emit == "module") != capture.whole:
         raise PlanError(f"the plan was made with emit={plan.emit!r}: give apply that plan alone")
     every = [call.site for found in calls.values() for call in found]
-    if capture.whole or any(read.site.inside for read in plan.reads):
-        every += find_inside_sites(capture)[0]
     sites = {site.name: site for site in reversed(every)}  # the first, as `find_sites`
     for read in plan.reads:
+        if read.site.inside:
+            fault = fault_inside(capture, read.site, python_calls(capture))
+            if fault:
+                raise PlanError(f"{read.site.name}: {fault}: plan again")
+            continue
         site = sites.get(read.site.name)
         if site is None:
             raise PlanError(f"the plan reads at {read.site.name!r}, which this model has not")

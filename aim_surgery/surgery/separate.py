@@ -4,7 +4,8 @@
 
 The same function of the same numbers, in the form that surgery writes where a layer's weight is
 left alone. W_x goes back to the layer under its old name, W_m to `aim.reads.<layer>.weight`: old
-and new can be trained, or not, each by itself.
+and new can be trained, or not, each by itself. A layer that reads through a hook (inside a Python
+call, or in a model that keeps its class) gets the hook that adds for the hook that joins.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ from typing import NamedTuple
 from torch import fx, nn
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.aim_modules import plan_of, put_plan
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import input_of, set_input, write_beside
+from aim_surgery.surgery.inside import add_instead
 from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
 from aim_surgery.surgery.notes import SiteNote, note_site, noted_sites
 from aim_surgery.surgery.widen import split_weight, widen_layer
 
 
-def separate(gm: AimGraphModule, why: str) -> None:
+def separate(gm: nn.Module, why: str) -> None:
     """Give each widened layer its own weight back, and its memory weights a place beside it.
 
     Parameters are new ones, without gradients; they ask for gradients where the widened weight did.
@@ -42,13 +45,15 @@ def separate(gm: AimGraphModule, why: str) -> None:
         AimSurgeryError: Its graph or its weights are no longer what surgery made; nothing is
             changed.
     """
-    widened = {read.site.name: read for read in gm.plan.reads if read.site.widens}
-    if not widened:
+    plan: Plan = plan_of(gm)
+    every = {read.site.name: read for read in plan.reads if read.site.widens}
+    if not every:
         return
-    graphs = gm._distinct_graphs()
+    widened = {name: read for name, read in every.items() if not read.site.inside}
+    graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
     found = [_pieces(graph, widened) for graph in graphs]
     _check_all_found(widened, found)
-    layers = {read.site.layer: read for read in widened.values()}
+    layers = {read.site.layer: read for read in every.values()}
     for read in layers.values():
         _check_weight(gm, read)
     called = {
@@ -58,13 +63,19 @@ def separate(gm: AimGraphModule, why: str) -> None:
         if note.site in widened and node.op == "call_module"
     }
     beside = {
-        layer: _split_layer(gm, read, called=layer in called) for layer, read in layers.items()
+        layer: _split_layer(gm, read, called=layer in called or bool(read.site.inside))
+        for layer, read in layers.items()
     }
-    gm.get_submodule(AIM)._modules["reads"] = _reads_tree(gm, beside).train(gm.training)
+    gm.get_submodule(AIM)._modules["reads"] = _reads_tree(gm, plan, beside).train(gm.training)
     for graph, pieces in zip(graphs, found, strict=True):
         _separate_sites(graph, pieces, widened)
-    gm.plan = _separated(gm.plan, why)
-    gm.recompile()
+    separated = _separated(plan, why)
+    put_plan(gm, separated)
+    for read in separated.reads:
+        if read.site.inside:
+            add_instead(gm, read)
+    if isinstance(gm, AimGraphModule):
+        gm.recompile()
 
 
 # The graph ----------------------------------------------------------------------------------
@@ -142,7 +153,7 @@ def _erase_unused(graph: fx.Graph, node: fx.Node, keep: set[fx.Node]) -> None:
 # The modules --------------------------------------------------------------------------------
 
 
-def _check_weight(gm: AimGraphModule, read: Read) -> None:
+def _check_weight(gm: nn.Module, read: Read) -> None:
     site = read.site
     path, _, name = site.weights[0].rpartition(".")
     wide = gm.get_submodule(path)._parameters.get(name)
@@ -157,7 +168,7 @@ def _check_weight(gm: AimGraphModule, read: Read) -> None:
         )
 
 
-def _split_layer(gm: AimGraphModule, read: Read, *, called: bool) -> nn.Module:
+def _split_layer(gm: nn.Module, read: Read, *, called: bool) -> nn.Module:
     """Put W_x back into a layer; W_m in a module of its own."""
     site = read.site
     path, _, name = site.weights[0].rpartition(".")
@@ -166,15 +177,16 @@ def _split_layer(gm: AimGraphModule, read: Read, *, called: bool) -> nn.Module:
     assert wide is not None
     own, beside = split_weight(wide, read.planes, kind=site.kind, groups=site.groups)
     layer._parameters[name] = nn.Parameter(own, requires_grad=wide.requires_grad)
-    widen_layer(layer, -read.planes)
+    if not site.inside:
+        widen_layer(layer, -read.planes)
     weight = nn.Parameter(beside, requires_grad=wide.requires_grad)
     return beside_module(layer if called else None, read, weight)
 
 
-def _reads_tree(gm: AimGraphModule, beside: Mapping[str, nn.Module]) -> nn.Module:
+def _reads_tree(gm: nn.Module, plan: Plan, beside: Mapping[str, nn.Module]) -> nn.Module:
     """All that reads beside, old and new, in the order in which surgery would have placed it."""
     modules: dict[str, nn.Module] = {}
-    for read in gm.plan.reads:
+    for read in plan.reads:
         layer = read.site.layer
         if layer not in modules:
             made = beside.get(layer)

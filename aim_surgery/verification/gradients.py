@@ -7,6 +7,7 @@ every new tensor has to get a gradient in one of them, finite in both.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -73,14 +74,16 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     """
     refusals = []
     small = samples.take(min(samples.batch, _BATCH))
+    # where the first axis of some input is not the batch (a mask), a small batch does not fit
+    batches = (small, samples) if small is not samples else (samples,)
     with random_state_kept(), torch.enable_grad():
         for dtype in (torch.float64, None):
             twin = copy_of(gm, dtype)
-            for training in (True, False):
+            for training, batch in itertools.product((True, False), batches):
                 steps = _Steps(twin, plan)
                 try:
                     twin.train(training)
-                    steps.run(small if dtype is None else small.to(dtype))
+                    steps.run(batch if dtype is None else batch.to(dtype))
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
                     refusals.append(f"{type(err).__name__}: {err}".splitlines()[0])

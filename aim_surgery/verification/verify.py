@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from aim_surgery.capture import Inputs
+from aim_surgery.capture import Inputs, unwrap
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import Equivalence, check_equivalence
 from aim_surgery.verification.gradients import Gradients, check_gradients
@@ -69,6 +69,17 @@ class Verification:
         yield from (f"{'note':<13}{note}" for note in self.notes)
 
 
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Without torch's fast path for attention, which gives zeros at padded positions."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None) -> Verification:
     """Check an operated model against the original.
 
@@ -98,18 +109,19 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
         >>> verify(model, transform(model)).ok
         True
     """
-    plan = gm.plan if isinstance(gm, AimGraphModule) else plan_of(gm)
+    plan = plan_of(gm)
     if plan is None:
         raise AimSurgeryError(
             f"verify needs an operated model as its second argument, got {type(gm).__name__}: pass "
             f"what transform, apply or load returned"
         )
+    model, _ = unwrap(model)
     tensors = (t for module in (model, gm) for t in (*module.parameters(), *module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise AimSurgeryError(
             "a model on the meta device has no values to verify: load its weights"
         )
-    with switches_kept(), torch.inference_mode(False):
+    with switches_kept(), _plain_attention(), torch.inference_mode(False):
         samples = samples_for(model, plan, example_inputs)
         return Verification(
             equivalence=check_equivalence(model, gm, plan, samples),

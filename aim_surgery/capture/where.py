@@ -1,0 +1,59 @@
+"""Where in a model's own source something happened: shown besides what went wrong."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+_LIBRARIES = tuple(
+    f"{Path(str(home))}/"
+    for home in (
+        Path(torch.__file__).parent,
+        Path(__file__).parents[1],
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
+    )
+)
+_PACKAGES = tuple(f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib"))
+
+
+def calling_line() -> str:
+    """The innermost line of the model's own code that is running, "" where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "" if frame is None else _show(frame.f_code.co_filename, frame.f_lineno)
+
+
+def failing_line(err: BaseException) -> str:
+    """The innermost line of the model's own code that an error went through."""
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if is_own(f.filename)]
+    return _show(frames[-1].filename, frames[-1].lineno or 0) if frames else ""
+
+
+def is_own(filename: str) -> bool:
+    """Whether a file is neither torch's, nor Python's, nor ours."""
+    if filename.startswith("<frozen"):
+        return False
+    if filename.startswith(_PACKAGES):  # they lie in the folder of Python's own
+        return not filename.startswith(_LIBRARIES[:2])
+    return not filename.startswith(_LIBRARIES)
+
+
+def _show(filename: str, number: int) -> str:
+    line = linecache.getline(filename, number).strip()
+    return f"{min(_names(filename), key=len)}:{number}" + (f" `{line}`" if line else "")
+
+
+def _names(filename: str) -> Iterator[str]:
+    """A file's names from where Python imports: a package's file is named by its package."""
+    yield filename
+    for home in (*sys.path, str(Path.cwd())):
+        if home and filename.startswith(f"{home}/"):
+            yield filename.removeprefix(f"{home}/")

@@ -1,0 +1,237 @@
+"""What is checked of an operated model, in full or light, and on which inputs.
+
+Full is `verify`. Its some sixty float64 forwards need about 36 bytes a parameter, six times the
+activations and 45 times the time of a training step of one image, so it runs on a smaller image
+where both models take one. Where even that is too much, the light checks take its place: the
+outputs of both in float32, the audit of weights on the meta device, where it costs nothing, and one
+backward of the operated model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import aim_surgery
+from aim_surgery.capture import Inputs
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.verification import Verification
+from aim_surgery.verification.comparison import TOLERANCES
+from aim_surgery.verification.coverage import Coverage, check_coverage
+from aim_surgery.verification.samples import Samples, named_leaves, samples_for
+from aim_surgery.verification.twins import call
+from benchmarks.zoo.rows import FULL, LIGHT, Row
+
+_LEAST_PIXELS = (96, 128, 160)  # of images: maps of 3x3 positions where five strides halve them
+_LEAST_OF_VIDEO = (64, 96)
+_NOTES = 6
+_FAULTS = 4
+
+
+def describe(samples: Samples) -> str:
+    """The shapes in words, the start of a long list of them."""
+    words = samples.describe()
+    return words if len(words) <= 160 else f"{words[:157]}..."
+
+
+def smaller_inputs(
+    model: nn.Module, gm: AimGraphModule, samples: Samples
+) -> tuple[torch.Tensor] | None:
+    """The smallest image (clip) that both models take, in evaluation mode.
+
+    Args:
+        model: The original.
+        gm: The operated one.
+        samples: What it was captured with.
+
+    Returns:
+        Zeros, which `verify` takes for a shape; None where the inputs are no single image, or none
+        smaller than half as large is accepted.
+    """
+    if len(samples.args) != 1 or samples.kwargs or not isinstance(samples.args[0], torch.Tensor):
+        return None
+    image = samples.args[0]
+    if image.ndim not in (4, 5) or not image.is_floating_point():
+        return None
+    for least in _LEAST_PIXELS if image.ndim == 4 else _LEAST_OF_VIDEO:
+        if 3 * least > 2 * min(image.shape[-2:]):
+            return None
+        smaller = torch.zeros(*image.shape[:-2], least, least, dtype=image.dtype)
+        try:
+            with torch.no_grad():
+                model(smaller)
+                gm(smaller)
+        except Exception:
+            continue
+        return (smaller,)
+    return None
+
+
+def check_full(model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, row: Row) -> None:
+    """Run `verify` and note what it says.
+
+    Args:
+        model: The original.
+        gm: The operated one.
+        inputs: Example inputs; None for those that were found.
+        row: Filled in.
+    """
+    result = aim_surgery.verify(model, gm, inputs)
+    row.checks, row.verified = FULL, result.ok
+    row.difference = _finite(result.largest_difference)
+    largest = (item.difference for item in result.equivalence.comparisons)
+    row.difference64 = _finite(max(largest, default=0.0))
+    row.backward = result.gradients.mode if result.gradients.ok else ""
+    row.notes += [_first_line(note) for note in result.notes[:_NOTES]]
+    row.errors += _faults(result)
+    note_coverage(result.coverage, model, row)
+
+
+def check_light(
+    model: nn.Module, gm: AimGraphModule, samples: Samples, audited: nn.Module, row: Row
+) -> None:
+    """Compare outputs in the model's own dtype, and take one backward of the operated model.
+
+    Args:
+        model: The original; loses its weights, so that there is room for the backward.
+        gm: The operated one.
+        samples: What to run both on.
+        audited: The original, on the meta device if it can be built there.
+        row: Filled in.
+    """
+    row.checks = LIGHT
+    audit(audited, gm, row)
+    with torch.no_grad():
+        expected, got = (named_leaves(call(module, samples)) for module in (model, gm))
+    row.difference = _finite(_difference(expected, got))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit = TOLERANCES.get(dtype, TOLERANCES[torch.float32])[0]
+    if row.difference is None or row.difference > limit:
+        row.errors.append(f"light: outputs differ by {row.difference} (limit {limit})")
+    del expected, got
+    model.to("meta")
+    with gradients_let_go(gm) as finite:
+        loss = loss_of(call(gm, samples))
+        if loss is not None:
+            loss.backward()
+    new = [name for name, _ in gm.named_parameters() if name.startswith("aim.")]
+    faults = [name for name in new if not finite.get(name)]
+    row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
+    row.backward = "" if faults else "evaluation"
+    row.verified = not row.errors
+
+
+def audit(model: nn.Module, gm: AimGraphModule, row: Row) -> None:
+    """Let the audit see the original, on any device, and note what it found.
+
+    Args:
+        model: The original; on the meta device, where branches on data stop it.
+        gm: The operated one.
+        row: Filled in.
+    """
+    samples = samples_for(model, gm.plan, None)
+    coverage = check_coverage(model, gm, gm.plan, samples)
+    row.errors += [_fault_of_coverage(fault) for fault in coverage.unaccounted[:_FAULTS]]
+    row.notes += [_first_line(note) for note in coverage.notes]
+    note_coverage(coverage, model, row)
+
+
+def note_coverage(coverage: Coverage, model: nn.Module, row: Row) -> None:
+    """Count weights and their elements."""
+    sizes = {name: p.numel() for name, p in model.named_parameters(remove_duplicate=False)}
+
+    def counted(names: Iterable[str]) -> list[int]:
+        chosen = list(names)
+        return [len(chosen), sum(sizes[name] for name in chosen)]
+
+    left_out = [name for name, _ in coverage.skipped]
+    accounted = [*coverage.covered, *left_out]
+    row.reached = counted(coverage.covered)
+    row.accounted = counted(accounted)
+    row.audited = counted([*accounted, *(name for name, _ in coverage.unaccounted)])
+    for _, reason in coverage.skipped:
+        row.left_out[reason] = row.left_out.get(reason, 0) + 1
+
+
+def loss_of(outputs: object) -> torch.Tensor | None:
+    """The sum of all outputs that have a gradient; None where none has."""
+    terms = [
+        (torch.view_as_real(value) if value.is_complex() else value).sum()
+        for value in named_leaves(outputs).values()
+        if isinstance(value, torch.Tensor) and value.requires_grad
+    ]
+    return torch.stack([term.double() for term in terms]).sum() if terms else None
+
+
+@contextlib.contextmanager
+def gradients_let_go(model: nn.Module) -> Iterator[dict[str, bool]]:
+    """Let go of each gradient as soon as it is there; what is given tells which were finite."""
+    finite: dict[str, bool] = {}
+
+    def hook(name: str) -> Callable[[torch.Tensor], None]:
+        def note(parameter: torch.Tensor) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            if name.startswith("aim."):
+                finite[name] = gradient is not None and bool(gradient.isfinite().all())
+
+        return note
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(hook(name))
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    ]
+    try:
+        yield finite
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _faults(result: Verification) -> list[str]:
+    named: Mapping[str, Callable[[], Iterable[str]]] = {
+        "equivalence": lambda: map(str, result.equivalence.offenders),
+        "coverage": lambda: map(_fault_of_coverage, result.coverage.unaccounted),
+        "gradients": lambda: (": ".join(fault) for fault in result.gradients.unreached),
+    }
+    found = []
+    for check, faults in named.items():
+        if not getattr(result, check).ok:
+            lines = [_first_line(fault) for fault in faults()] or ["failed, and does not say where"]
+            found += [f"{check}: {line.removeprefix(f'{check}: ')}" for line in lines[:_FAULTS]]
+    return found
+
+
+def _fault_of_coverage(fault: tuple[str, str]) -> str:
+    return f"coverage: {fault[0]} {fault[1]}"
+
+
+def _difference(expected: Mapping[str, Any], got: Mapping[str, Any]) -> float:
+    if expected.keys() != got.keys():
+        return math.inf
+    pairs = ((expected[name], got[name]) for name in expected)
+    return max((_relative(a, b) for a, b in pairs if isinstance(a, torch.Tensor)), default=0.0)
+
+
+def _relative(expected: torch.Tensor, got: torch.Tensor) -> float:
+    if not isinstance(got, torch.Tensor) or expected.shape != got.shape:
+        return math.inf
+    if not expected.numel():
+        return 0.0
+    expected, got = expected.double(), got.double()
+    return float((expected - got).abs().max()) / (float(expected.abs().max()) or 1.0)
+
+
+def _finite(number: float) -> float | None:
+    """JSON has no infinity."""
+    return number if math.isfinite(number) else None
+
+
+def _first_line(text: str) -> str:
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return line if len(line) <= 600 else f"{line[:597]}..."

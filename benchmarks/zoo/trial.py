@@ -1,0 +1,228 @@
+"""One model from its name to its row; runs in the model's own process."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import aim_surgery
+from aim_surgery.capture import Inputs, capture
+from aim_surgery.capture.leaves import is_stock
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.verification.samples import Samples, samples_for
+from aim_surgery.verification.twins import call
+from benchmarks.zoo import checks
+from benchmarks.zoo.libraries import build
+from benchmarks.zoo.processes import GIB, resident
+from benchmarks.zoo.rows import DEFERRED, DONE, PARTLY, TRACED, Row
+
+# Measured: bytes a parameter that each kind of check needs, all copies and gradients together, and
+# what `verify` holds of activations, in those of one float32 image.
+FULL_BYTES, LIGHT_BYTES = 36, 9.5
+FULL_ACTIVATIONS = 6
+BASE_GIB = 1.0  # libraries and activations
+FULL_STEPS = 45  # what `verify` takes, in forward-and-backward passes of one float32 image
+LIGHT_STEPS = 4  # what the light checks take of two images
+_QUICK = 2.0  # seconds of a step that is timed more than once
+_SHARE_OF_TIME = 0.8
+_LONGEST = 1500
+
+Send = Callable[[dict[str, Any]], None]
+
+
+def run(send: Send, plain: dict[str, Any], seconds: float, memory: float, alone: bool) -> None:
+    """Build, transform, check; what is known is sent at each stage.
+
+    Args:
+        send: Takes the row as plain data.
+        plain: The row to fill in: library and model.
+        seconds: Limit of all of it; whoever started the process keeps it.
+        memory: Likewise, in GiB.
+        alone: Whether no other model runs beside; if one does, a model that needs more memory is
+            put off.
+    """
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    trial = _Trial(send, Row.of(plain), seconds, memory, alone)
+    try:
+        trial.run()
+    except Exception as err:
+        trial.fail(reason_of(err))
+
+
+class _Trial:
+    def __init__(self, send: Send, row: Row, seconds: float, memory: float, alone: bool) -> None:
+        self._send, self._row = send, row
+        self._start, self._seconds = time.perf_counter(), seconds
+        self._memory, self._alone = memory, alone
+
+    def run(self) -> None:
+        row = self._row
+        self._enter("building")
+        on_meta = self._on_meta()
+        on_cpu = row.device == "cpu"
+        if on_cpu and self._needs(FULL_BYTES) > self._memory and not self._alone:
+            self._enter(DEFERRED)
+            return
+        if on_cpu and self._needs(LIGHT_BYTES) > self._memory:
+            row.notes.append(f"too big: weights and checks need {self._needs(LIGHT_BYTES):.0f} GiB")
+            row.device = "meta"
+        model, inputs = build(row.library, row.model, row.device)
+        row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._enter("transforming")
+        start = time.process_time()
+        gm = aim_surgery.transform(model, inputs)
+        row.transform_seconds = time.process_time() - start
+        self._enter("describing")
+        describe_operated(model, gm, inputs, row)
+        if row.device == "meta":
+            self._enter("verifying")
+            checks.audit(model, gm, row)
+        else:
+            self._verify(model, gm, inputs, on_meta or model)
+        if row.stage != DEFERRED:
+            self._enter(DONE)
+
+    def fail(self, reason: str) -> None:
+        """Note an error, at the stage where it came up."""
+        text = f"{self._row.stage}: {reason}"
+        self._row.errors.append(text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...")
+        self._row.verified = False
+        self._tell()
+
+    def _verify(
+        self, model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, on_meta: nn.Module
+    ) -> None:
+        row = self._row
+        self._enter("timing")
+        samples = samples_for(model, gm.plan, inputs)
+        row.inputs = checks.describe(samples)
+        before = resident(os.getpid())
+        row.step_seconds = step = seconds_of_step(model, samples)
+        activations = max(_peak() - before, 0) / GIB
+        self._enter("verifying")
+        smaller = checks.smaller_inputs(model, gm, samples)
+        if smaller is not None:
+            share = smaller[0].numel() / samples.args[0].numel()
+            inputs, samples = smaller, samples_for(model, gm.plan, smaller)
+            step, activations = step * share, activations * share
+        row.checked_on = checks.describe(samples)
+        memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
+        if memory > self._memory and not self._alone:
+            self._enter(DEFERRED)
+            return
+        if memory <= self._memory and FULL_STEPS * step <= self._time_left():
+            checks.check_full(model, gm, inputs, row)
+        else:
+            needs = f"{memory:.0f} GiB and {FULL_STEPS * step:.0f} s"
+            row.notes.append(f"light checks, as the full ones would take about {needs}")
+            if LIGHT_STEPS * step > self._time_left():
+                samples = samples.take(1)
+                row.checked_on = checks.describe(samples)
+            self._enter("verifying")
+            checks.check_light(model, gm, samples, on_meta, row)
+
+    def _on_meta(self) -> nn.Module | None:
+        """The model without weights, which tells its size; None where it can't be built so."""
+        try:
+            model, _ = build(self._row.library, self._row.model, "meta")
+        except Exception:
+            return None
+        self._row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        return model
+
+    def _needs(self, bytes_each: float) -> float:
+        return self._row.parameters * bytes_each / GIB + BASE_GIB
+
+    def _time_left(self) -> float:
+        left = self._seconds - (time.perf_counter() - self._start)
+        return _SHARE_OF_TIME * left
+
+    def _enter(self, stage: str) -> None:
+        self._row.stage = stage
+        self._tell()
+
+    def _tell(self) -> None:
+        self._row.total_seconds = time.perf_counter() - self._start
+        self._row.peak_gib = _peak() / GIB
+        self._send(self._row.plain())
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reason_of(err: Exception) -> str:
+    """An error in one line; one that nobody raised on purpose, with the line of code."""
+    lines = str(err).strip().splitlines() or [""]
+    reason = f"{type(err).__name__}: {lines[0]}"
+    if isinstance(err, AimSurgeryError):
+        return reason
+    frames = [f for f in traceback.extract_tb(err.__traceback__) if "/torch/" not in f.filename]
+    last = frames[-1]
+    return f"{type(err).__name__} at {last.filename}:{last.lineno} `{last.line}`: {reason}"
+
+
+def describe_operated(
+    model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, row: Row
+) -> None:
+    """Note how a model was captured and what reads.
+
+    Args:
+        model: The original; captured once more where it is partly opaque, for the reasons.
+        gm: The operated model.
+        inputs: Example inputs; None for those that were found.
+        row: Filled in.
+    """
+    row.found = gm.plan.inputs.source
+    row.nodes = len(gm.graph.nodes)
+    row.reads, row.skips = len(gm.plan.reads), len(gm.plan.skips)
+    paths = list(dict.fromkeys(opaque_calls(gm)))
+    row.captured = PARTLY if paths else TRACED
+    if paths:
+        traces = capture(model, inputs).traces
+        reasons = {call.path: call.reason for trace in traces for call in trace.opaque}
+        row.opaque = [[path, reasons.get(path, "")] for path in paths]
+
+
+def opaque_calls(gm: AimGraphModule) -> Iterator[str]:
+    """Paths of modules that the graph calls and that are neither torch's own nor ours."""
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            ours = type(module).__module__.startswith("aim_surgery.")
+            if not ours and not is_stock(module):
+                yield str(node.target)
+
+
+def seconds_of_step(model: nn.Module, samples: Samples) -> float:
+    """Time a forward and backward of one sample, in evaluation mode.
+
+    Args:
+        model: The original; left without gradients.
+        samples: Of which the first is taken.
+
+    Returns:
+        Seconds of one core: of a slow model its first step, of others the least of three more.
+    """
+    one = samples.take(1) if samples.batch else samples
+    first = _step(model, one)
+    return first if first > _QUICK else min(_step(model, one) for _ in range(3))
+
+
+def _step(model: nn.Module, samples: Samples) -> float:
+    with checks.gradients_let_go(model):
+        start = time.process_time()
+        loss = checks.loss_of(call(model, samples))
+        if loss is not None:
+            loss.backward()
+        return time.process_time() - start

@@ -1,0 +1,206 @@
+"""The zoo's command on tiny models, the limits of its processes, and what its summary says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import aim_surgery
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.verification.samples import samples_for
+from benchmarks.zoo import checks, libraries, summary
+from benchmarks.zoo.__main__ import choose, main, parser
+from benchmarks.zoo.processes import run_limited, start_server
+from benchmarks.zoo.rows import DONE, Row, append, compact, read_rows, rows_file
+from benchmarks.zoo.trial import describe_operated
+
+needs_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="needs timm")
+
+
+@needs_timm
+def test_two_models_give_two_rows_and_a_summary(tmp_path: Path) -> None:
+    arguments = ["--library", "timm", "--only", "test_resnet", "--output", str(tmp_path)]
+    main([*arguments, "--jobs", "1"])
+    main(["--library", "timm", "--only", "test_efficientnet_ln", "--output", str(tmp_path)])
+    rows = read_rows(tmp_path, "timm")
+    assert sorted(rows) == ["test_efficientnet_ln", "test_resnet"]
+    for row in rows.values():
+        assert (row.stage, row.errors, row.captured, row.checks) == (DONE, [], "traced", "full")
+        assert row.ok
+        assert row.reached == row.accounted == row.audited != [0, 0]
+        assert row.backward == "training"
+        assert row.checked_on == "float32[2, 3, 96, 96]"
+        assert row.ratio is not None
+    written = json.loads((tmp_path / "timm.json").read_text())
+    assert written["failures"] == {}
+    assert "2 of 2 (100.00%)" in (tmp_path / "timm.md").read_text()
+
+    source = rows["test_resnet"].source
+    again = parser().parse_args([*arguments, "--resume"])
+    assert choose(["test_resnet", "other"], again, source) == []
+    assert choose(["test_resnet", "other"], again, "another source") == ["test_resnet"]
+
+
+def test_shards_deal_out_all_models_and_failures_can_run_again(tmp_path: Path) -> None:
+    names = [f"model_{index}" for index in range(10)]
+    common = ["--library", "timm", "--output", str(tmp_path)]
+    hands = [
+        choose(names, parser().parse_args([*common, "--shard", f"{i}/3"]), "") for i in (1, 2, 3)
+    ]
+    assert sorted(name for hand in hands for name in hand) == sorted(names)
+    path = rows_file(tmp_path, "timm", (2, 3))
+    append(path, Row("timm", "model_1", finished=1, errors=["building: no"]))
+    append(path, Row("timm", "model_4", finished=1, verified=True))
+    assert choose(names, parser().parse_args([*common, "--failed"]), "") == ["model_1"]
+
+
+def test_the_newest_row_of_a_model_counts(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, "timm", None)
+    for finished, model in ((1, "b"), (2, "a"), (3, "b")):
+        append(path, Row("timm", model, finished=finished))
+    with path.open("a") as file:
+        file.write('{"library": "ti')  # cut short
+    compact(path)
+    assert [json.loads(line)["finished"] for line in path.read_text().splitlines()] == [2, 3]
+    append(rows_file(tmp_path, "timm", (1, 2)), Row("timm", "a", finished=9))
+    assert {row.model: row.finished for row in read_rows(tmp_path, "timm").values()} == {
+        "a": 9,
+        "b": 3,
+    }
+
+
+def _sends_and_sleeps(send: Callable[[Any], None]) -> None:
+    send("begun")
+    time.sleep(60)
+
+
+def _takes_memory(send: Callable[[Any], None]) -> None:
+    send("begun")
+    held = []
+    while True:
+        held.append(torch.ones(2**24))
+        time.sleep(0.02)
+
+
+def _raises(send: Callable[[Any], None]) -> None:
+    raise RuntimeError
+
+
+@pytest.mark.parametrize(
+    ("function", "seconds", "memory", "reason"),
+    [
+        (_sends_and_sleeps, 0.5, 8, "the time limit of 0.5 s"),
+        (_takes_memory, 60, 1, "the memory limit of 1 GiB"),
+        (_raises, 60, 8, "ended with exit code 1"),
+    ],
+)
+def test_a_process_that_is_ended_says_why(
+    function: Callable[..., object], seconds: float, memory: float, reason: str
+) -> None:
+    start_server()
+    ended = run_limited(function, seconds=seconds, memory=memory)
+    assert ended.reason == reason
+    assert ended.last == (None if function is _raises else "begun")
+
+
+def _operated() -> tuple[nn.Module, AimGraphModule]:
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
+    return model, aim_surgery.transform(model)
+
+
+def test_light_checks_pass_and_are_seen_to_fail() -> None:
+    model, gm = _operated()
+    row = Row("timm", "two convolutions")
+    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row)
+    assert (row.errors, row.verified, row.backward) == ([], True, "evaluation")
+    assert row.reached[0] == 2
+
+    model, gm = _operated()
+    with torch.no_grad():
+        gm.get_parameter("0.bias").add_(1)
+    row = Row("timm", "broken")
+    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row)
+    assert not row.verified
+    assert row.errors[0].startswith("light: outputs differ by")
+
+
+class _BranchesOnData(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) if x.sum() > 0 else x
+
+
+def test_opaque_submodules_are_named_with_their_reason() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), _BranchesOnData(), nn.Linear(64, 64)).eval()
+    row = Row("timm", "opaque")
+    describe_operated(model, aim_surgery.transform(model), None, row)
+    assert row.captured == "partly opaque"
+    ((path, reason),) = row.opaque
+    assert path == "1"
+    assert reason
+
+
+@pytest.mark.parametrize(
+    ("error", "key"),
+    [
+        (
+            "transforming: CaptureError: ViT failed in 'a.b' with the example inputs (x: [2, 3]) "
+            "at /home/x/site-packages/timm/vit.py:12 `x.item()`: RuntimeError: no",
+            "transforming: RuntimeError: no at timm/vit.py:12 `x.item()`",
+        ),
+        (
+            "equivalence: outputs differ by 1.0e-03 (limit 1e-12), training, batch 2, float64: a",
+            "equivalence: outputs differ, training",
+        ),
+        (
+            "coverage: blocks.0.qkv.weight is used by bmm, and the plan does not mention it",
+            "coverage: ….weight is used by bmm, and the plan does not mention it",
+        ),
+        (
+            "transforming: CaptureError: T5 failed in 'stack' with the example inputs (ids: [2, 8])"
+            ": NotImplementedError: argument of type: <class 'a.b.Cache'>",
+            "transforming: CaptureError: NotImplementedError: argument of type: <class '….Cache'>",
+        ),
+        ("verifying: the time limit of 900 s", "verifying: the time limit of N s"),
+    ],
+)
+def test_errors_that_come_down_to_the_same_are_one_group(error: str, key: str) -> None:
+    assert summary.group_key(error) == key
+
+
+def test_totals_hold_shares_against_the_limits() -> None:
+    good = Row("timm", "good", captured="traced", checks="full", verified=True)
+    good.audited = good.reached = good.accounted = [10, 100]
+    good.transform_seconds, good.step_seconds = 3.0, 1.0
+    bad = Row("timm", "bad", errors=["building: no"])
+    found = {
+        total.name: total
+        for total in summary.totals([good, bad], libraries.LIBRARIES["timm"], ["good", "bad"])
+    }
+    assert found["models tried"].ok
+    assert found["transformed and verified"].ok is False
+    assert found["audited weights reached"].ok
+    assert found["time of transform ÷ forward and backward, median"].ok is False
+    assert list(summary.failures([good, bad])) == ["building: no"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_the_table_of_transformers_covers_all_kinds() -> None:
+    models = pytest.importorskip("benchmarks.zoo.transformers_models")
+    assert len(models.MODELS) >= 25
+    model, inputs = libraries.build("transformers", "vit")
+    assert isinstance(inputs, dict)
+    assert model(**inputs).logits.shape[0] == inputs["pixel_values"].shape[0]
+    kinds = {entry.kind for entry in models.MODELS.values()}
+    assert {"text", "vision", "audio", "multimodal", "encoder-decoder"} <= kinds
