@@ -8,6 +8,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def reason_of(err: Exception) -> str:
         return reason
     frames = [f for f in traceback.extract_tb(err.__traceback__) if "/torch/" not in f.filename]
     last = frames[-1]
-    return f"{type(err).__name__} at {last.filename}:{last.lineno} `{last.line}`: {reason}"
+    file = last.filename.removeprefix(f"{Path.cwd()}/").rpartition("site-packages/")[2]
+    return f"{type(err).__name__} at {file}:{last.lineno} `{last.line}`: {reason}"
 
 
 def describe_operated(
