@@ -24,6 +24,7 @@ X, OTHER = torch.randn(5, 3, 8, dtype=F64), torch.randn(6, 3, 8, dtype=F64)
 PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 5])
 CAUSAL = torch.ones(5, 5, dtype=torch.bool).triu(1)
 PER_HEAD = torch.randn(6, 5, 5, dtype=F64)
+BOOL_PER_HEAD = (PER_HEAD > 0.5) & ~torch.eye(5, dtype=torch.bool)  # each query sees a key
 
 
 class Attention(nn.Module):
@@ -100,7 +101,7 @@ SLICES = [
 @pytest.mark.parametrize("call", [to_itself, without_weights, by_head])
 @pytest.mark.parametrize(
     "masks",
-    [(), (CAUSAL,), (PER_HEAD,), (PER_HEAD > 0.5,), (PADDING,), (PADDING, CAUSAL)],
+    [(), (CAUSAL,), (PER_HEAD,), (BOOL_PER_HEAD,), (PADDING,), (PADDING, CAUSAL)],
     ids=["none", "causal", "float per head", "bool per head", "padding", "both"],
 )
 def test_every_mask(call: Any, masks: tuple[torch.Tensor, ...]) -> None:

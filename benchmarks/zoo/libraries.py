@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 import aim_surgery
 from aim_surgery.capture import Inputs
@@ -50,6 +51,11 @@ def build(library: str, name: str, device: str = "cpu") -> tuple[nn.Module, Inpu
     with torch.device(device):
         model, inputs = LIBRARIES[library].build(name)
     return model.eval(), inputs
+
+
+def move_to_meta(model: nn.Module, inputs: Inputs | None) -> tuple[nn.Module, Inputs | None]:
+    """Let a model's weights go, where it could not be built without."""
+    return model.to("meta"), tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)
 
 
 def _torchvision_names() -> tuple[str, ...]:

@@ -163,7 +163,7 @@ def group_key(error: str) -> str:
         message = re.sub(r"\w+ failed( in '[^']*')? with the example inputs \(.*?\): ", "", message)
         message = re.sub(r"\[[\d, ]*\]|\([\d, ]*\)", "[…]", message)
         message = re.sub(r"(?<![\w.])\w+(\.\w+)*\.(?=[a-zA-Z_])", "….", message)
-        message = re.sub(r"(?<!class )'[^']*'", "'…'", message)
+        message = re.sub(r"(?<!class )(?<!\w)'[^']*'", "'…'", message)
         message = re.sub(r"(?<![A-Za-z\d])\d[\d.,]*(e[+-]?\d+)?", "N", message)
     text = f"{stage}: {prefix}{message}"
     return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
