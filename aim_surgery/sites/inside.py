@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import LAYER_TYPES
+from aim_surgery.sites.closed import is_closed
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.unread import NOT_PRODUCTS
 
@@ -74,7 +75,9 @@ def find_inside(
     if not paths:
         return (), (), frozenset()
     layers = {name: layer for name, layer in capture.modules.items() if _may_read(layer)}
-    runs = _run(capture, layers, paths)
+    modules, own = capture.modules, frozenset(layers.values())
+    closed = all(is_closed(modules[path], own) for path in paths)
+    runs = _Runs() if closed else _run(capture, layers, paths)
     within = [
         name for name in layers if name not in runs.seen and _path_of(name, paths) is not None
     ]
