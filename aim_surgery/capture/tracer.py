@@ -291,6 +291,8 @@ class ValueTracer(fx.Tracer):
             return self._tensor_node(a)
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
+        if isinstance(a, tuple | list | set | slice):
+            return super().create_arg(a)
         if (isinstance(a, dict) and kind is not immutable_dict) or holds_proxies(a):
             make, args, kwargs = recipe(a, self.create_arg)
             node = self.create_node("call_function", make, args, kwargs)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_map_only
 
 _empty_strided = (
@@ -132,10 +131,18 @@ def node_value(argument: Any) -> Any:
         argument: What stands in `node.args` or `node.kwargs`.
 
     Returns:
-        The same structure with each node replaced by its value.
+        The same structure with each node replaced by its value; lists and dicts are new ones, that
+        functions may change, as those in a graph's code are.
     """
-    return map_aggregate(argument, _value_of)
-
-
-def _value_of(argument: Any) -> Any:
-    return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
+    if isinstance(argument, torch.fx.Node):
+        return argument.meta["val"]
+    if isinstance(argument, tuple):
+        values = map(node_value, argument)
+        return type(argument)(*values) if hasattr(argument, "_fields") else tuple(values)
+    if isinstance(argument, list):
+        return [node_value(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: node_value(item) for key, item in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*map(node_value, (argument.start, argument.stop, argument.step)))
+    return argument
