@@ -378,6 +378,23 @@ def test_writes_are_not_seen_and_the_plan_says_so() -> None:
     versions = {read.site.name: read.version for read in gm.plan.reads}
     assert versions == {"first": 0, "second": 1, "rnn.weight_ih_l0": 0, "head": 1}
     assert any("recurrent layers: rnn.weight_ih_l0" in note for note in gm.plan.notes)
+    with pytest.raises(PlanError, match="let it read version 0"):
+        gm.plan.with_versions({"rnn.*": 1})
+
+
+def test_a_bare_layer_keeps_its_class() -> None:
+    layer = nn.LSTM(INPUT, HIDDEN, num_layers=2).double()
+    gm = transform(layer, SEQUENCE, config=SMALL, emit="module")
+    assert type(gm) is nn.LSTM
+    result = aim_surgery.verify(layer, gm, SEQUENCE)
+    assert result.ok, str(result)
+    filled(gm)
+    assert not torch.allclose(gm(SEQUENCE)[0], layer(SEQUENCE)[0])
+    assert_same(copy.deepcopy(gm)(SEQUENCE), gm(SEQUENCE))
+    with pytest.raises(PlanError, match=r"a call of lstm"):
+        aim_surgery.plan(layer, SEQUENCE, config=SMALL)
+    with pytest.raises(PlanError, match="whole model"):  # its weight's name has no path
+        transform(nn.Linear(4, 4), torch.zeros(2, 4), config=SMALL, emit="module")
 
 
 # Ways to use them -------------------------------------------------------------------------------
@@ -588,11 +605,13 @@ def test_derivatives() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("name", ["layer", "cell"])
 def test_compiled_it_computes_the_same(name: str) -> None:
+    """`torch.compile` takes in cells; at layers, it breaks its graph as it always does."""
     torch.manual_seed(0)
     model = around(nn.LSTM) if name == "layer" else Steps(nn.GRUCell(INPUT, HIDDEN), 1).double()
     for emit in ("graph", "module"):
         gm = filled(transform(model, SEQUENCE, config=SMALL, emit=emit))
         expected = gm(SEQUENCE)
-        compiled = torch.compile(gm, backend="eager")
+        whole = name == "cell" and emit == "graph"
+        compiled = torch.compile(gm, backend="eager", fullgraph=whole)
         torch.testing.assert_close(compiled(SEQUENCE), expected, rtol=1e-12, atol=0)
         torch._dynamo.reset()

@@ -98,7 +98,9 @@ class GateMemory:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the layer with the memory's part in its biases."""
-        layer = vars(self._running).pop("layer", self._layer)
+        layer = self._layer
+        if not torch.compiler.is_compiling():
+            layer = vars(self._running).pop("layer", layer)
         kind: Any = type_before_parametrizations(layer)
         twin = kind.__new__(kind)
         vars(twin).update(vars(layer))

@@ -111,7 +111,7 @@ def find_inside(
         seen = runs.seen.get(name)
         reason = _why_not(name, layer, seen, runs) or _why_not_linear(layer, seen)
         if reason or seen is None:
-            skips.append(Skip(name, weights, reason))
+            skips.append(Skip(name or type(layer).__name__, weights, reason))
             continue
         read.update(weights)
         why = _why_beside(capture, layer)
@@ -199,7 +199,7 @@ def weights_of(capture: Capture, name: str) -> tuple[str, ...]:
 def _why_not(name: str, layer: nn.Module, seen: _Seen | None, runs: _Runs) -> str:
     """Why a layer is no site."""
     if seen is not None:
-        return ""
+        return "" if name else "it is the whole model: put it into a module, or use emit='graph'"
     if name in runs.elsewhere:
         return f"{runs.elsewhere[name]} uses its weight without calling the layer"
     why = f": {runs.failures[0]}" if runs.failures else ""
@@ -343,15 +343,15 @@ class _Watch(TorchFunctionMode):
         self._counted: dict[str, int] = {}  # the run in which a layer's calls are counted
         self._weights: dict[int, str] = {}
         once = {id(layer): (name, layer) for name, layer in reversed(list(layers.items()))}
-        for path, module in paths.items():
-            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
-            module.register_forward_hook(lambda *_: _drop(self._stack))
         for name, layer in once.values():
             weight = layer._parameters.get("weight")
             if weight is not None:
                 self._weights[id(weight)] = name
             layer.register_forward_pre_hook(lambda *_, name=name: self._active.append(name))
             layer.register_forward_hook(self._noting(name), with_kwargs=True)
+        for path, module in paths.items():  # behind, as a whole model may be one layer
+            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda *_: _drop(self._stack))
 
     def forget(self) -> None:
         """Begin anew: a run that failed left calls open."""

@@ -66,14 +66,14 @@ def attach_reads(root: nn.Module, plan: Plan) -> None:
     """
     shared = SharedViews()
     inside = [read for read in plan.reads if read.site.inside]
-    for path in dict.fromkeys(read.site.inside for read in inside):
+    for path in dict.fromkeys(read.site.inside for read in inside if not _in_graph(read)):
         shared.attach(root if path == "." else root.get_submodule(path))
     gates: dict[str, GateMemory] = {}
     for read in inside:
         site = read.site
         memory = root.get_submodule(memory_path(read.memory))
         assert isinstance(memory, Memory)
-        view = View(memory, read.planes, site.spatial, shared)
+        view = View(memory, read.planes, site.spatial, None if _in_graph(read) else shared)
         layer = called_layer(root, read)
         if site.widens:
             JoinMemory(view, site.groups).attach(layer)
@@ -90,6 +90,15 @@ def attach_reads(root: nn.Module, plan: Plan) -> None:
             gates[path] = GateMemory({name: (view, beside)})
     for path, gate in gates.items():
         gate.attach(root.get_submodule(path))
+
+
+def _in_graph(read: Read) -> bool:
+    """Whether it is a graph that calls the layer: a recurrent one is in no other call than its own.
+
+    Views are not shared then: what ends the sharing is a hook that no compiler takes in.
+    """
+    layer, _, name = read.site.layer.rpartition(".")
+    return name.startswith("weight_ih") and layer == read.site.inside
 
 
 def add_instead(root: nn.Module, read: Read) -> None:
