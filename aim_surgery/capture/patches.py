@@ -268,6 +268,12 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
         old = _MISSING if home is None else home[name]
         changed.setdefault((id(module), name), (module, name, home, old))
+        if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
+            # its own `__setattr__` has put the value into this list already
+            state, key = vars(module), "_flat_weights"
+            weights = [*state[key]]
+            weights[module._flat_weights_names.index(name)] = None if home is None else old
+            changed.setdefault((id(module), key), (module, key, state, weights))
         if name != "training" and not tracer.evaluating:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:

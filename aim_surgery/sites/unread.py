@@ -1,7 +1,7 @@
 """Weights that are multiplied with activations at no site, with the reason.
 
-Attention packed into one kernel, recurrent layers, einsum, weights made from the input, layers in a
-Python call: no weight goes unmentioned.
+Attention packed into one kernel, recurrent weights, einsum, weights made from the input, layers in
+a Python call: no weight goes unmentioned.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from aim_surgery.capture import Capture
+from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip
 
 _PRODUCTS = (
@@ -36,6 +38,14 @@ _PRODUCTS = (
     torch.linalg.matmul,
     torch.linalg.multi_dot,
     torch.linalg.vecdot,
+    torch.lstm,
+    torch.gru,
+    torch.rnn_tanh,
+    torch.rnn_relu,
+    torch.lstm_cell,
+    torch.gru_cell,
+    torch.rnn_tanh_cell,
+    torch.rnn_relu_cell,
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
 NOT_PRODUCTS = (
@@ -63,6 +73,9 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
         if node.op == "call_module":
             path = str(node.target)
             layer = capture.modules[path]
+            if is_recurrent(layer):
+                yield from recurrent_skips(capture, path)
+                continue
             names = _matrices(layer, path)
             if names:
                 yield Skip(path, names, reasons.get(path) or _why_packed(layer))

@@ -72,7 +72,7 @@ def separate(gm: nn.Module, why: str) -> None:
     separated = _separated(plan, why)
     put_plan(gm, separated)
     for read in separated.reads:
-        if read.site.inside:
+        if read.site.inside and read.site.name in every:
             add_instead(gm, read)
     if isinstance(gm, AimGraphModule):
         gm.recompile()

@@ -28,10 +28,11 @@ def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Returns:
         The copy.
     """
+    values = [value for child in module.modules() for value in vars(child).values()]
+    values += [v for value in values if type(value) is list for v in value]
     derived = {
         id(value): value.detach().clone()  # `copy.deepcopy` refuses tensors with a history
-        for child in module.modules()
-        for value in vars(child).values()
+        for value in values
         if isinstance(value, torch.Tensor) and not value.is_leaf
     }
     twin = copy.deepcopy(module, derived)
