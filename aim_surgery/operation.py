@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture, capture_whole
-from aim_surgery.config import AimConfig, Emit
+from aim_surgery.config import AimConfig, Emit, Form
 from aim_surgery.errors import CaptureError, PlanError
+from aim_surgery.lower import lower
 from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
@@ -60,6 +61,7 @@ def apply(
     plan: Plan,
     example_inputs: Inputs | None = None,
     *,
+    form: Form = "concat",
     copy: bool = True,
 ) -> Any:
     """Carry out a plan.
@@ -69,6 +71,7 @@ def apply(
         plan: From `plan`, edited or read from JSON.
         example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
             and other objects).
+        form: How sites are written: see `lower`.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
@@ -92,7 +95,8 @@ def apply(
                 "example_inputs"
             )
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        return operate(_captured(model, inputs, plan.emit), plan, copy=copy)
+        gm = operate(_captured(model, inputs, plan.emit), plan, copy=copy)
+    return gm if form == "concat" else lower(gm, form)
 
 
 @overload
@@ -102,6 +106,7 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Literal["graph"] = "graph",
+    form: Form = "concat",
     copy: bool = True,
 ) -> AimGraphModule: ...
 
@@ -113,6 +118,7 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Literal["module"],
+    form: Form = "concat",
     copy: bool = True,
 ) -> _Model: ...
 
@@ -124,6 +130,7 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Emit,
+    form: Form = "concat",
     copy: bool = True,
 ) -> nn.Module: ...
 
@@ -134,6 +141,7 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Emit = "graph",
+    form: Form = "concat",
     copy: bool = True,
 ) -> nn.Module:
     """Give a model a memory that every convolution and linear call reads.
@@ -150,6 +158,8 @@ def transform(
         emit: "graph" gives a `GraphModule`: reads, writes, compilation, export. "module" gives a
             model of the same class with all its methods (`generate`, `forward_features`): nothing
             is traced, layers read the memory through hooks, and nothing is written.
+        form: "concat" joins the memory to each layer's input, "split" computes its part apart and
+            adds it: the same function with less work. `lower` changes it later.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
@@ -173,7 +183,8 @@ def transform(
     config = _checked_config(config)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         captured = _captured(model, example_inputs, _checked_emit(emit))
-        return operate(captured, make_plan(captured, config), copy=copy)
+        gm = operate(captured, make_plan(captured, config), copy=copy)
+    return gm if form == "concat" else lower(gm, form)
 
 
 def _checked_config(config: AimConfig | None) -> AimConfig:

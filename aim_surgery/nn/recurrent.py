@@ -11,17 +11,13 @@ that threads and replicas may call at once.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
-from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils.hooks import RemovableHandle
 
 from aim_surgery.nn.inside import View
+from aim_surgery.nn.stand_in import StandIn, called_with
 
 _INPUT, _HIDDEN, _PROJECTED = "weight_ih", "weight_hh", "weight_hr"
 _FORWARDS = tuple(
@@ -63,49 +59,21 @@ def _weight_names(layer: nn.Module) -> tuple[str, ...]:
     return (_INPUT, _HIDDEN)
 
 
-class GateMemory:
+class GateMemory(StandIn):
     """The forward of a recurrent layer whose input weights read a memory.
-
-    It stands in the place of the layer's own; which layer it is called for (a replica that
-    `DataParallel` made holds the same object), a forward pre-hook tells.
 
     Args:
         reads: By name of an input weight, what it sees of a memory, and the layer that multiplies
             that by W_m, (k,) -> (gates,).
     """
 
-    _layer: nn.Module
-
     def __init__(self, reads: dict[str, tuple[View, nn.Linear]]) -> None:
+        super().__init__()
         self.reads = reads
-        self._handle: RemovableHandle | None = None
-        self._running = threading.local()
 
-    def attach(self, layer: nn.Module) -> None:
-        """Let a layer's calls come here."""
-        self._layer = layer
-        vars(layer)["forward"] = self
-        self._handle = layer.register_forward_pre_hook(self._note)
-
-    def _note(self, layer: nn.Module, _args: Any) -> None:
-        if vars(layer).get("forward") is not self:
-            raise RuntimeError(
-                f"this {type(layer).__name__} was put in the place of a recurrent layer that reads "
-                f"the memory, and would not read it: exchange layers before the operation"
-            )
-        if not torch.compiler.is_compiling():
-            self._running.layer = layer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Call the layer with the memory's part in its biases."""
-        layer = self._layer
-        if not torch.compiler.is_compiling():
-            layer = vars(self._running).pop("layer", layer)
-        kind: Any = type_before_parametrizations(layer)
-        twin = kind.__new__(kind)
-        vars(twin).update(vars(layer))
-        vars(twin).update(self._tensors(layer))
-        return kind.forward(twin, *args, **kwargs)
+        return called_with(layer, self._tensors(layer), *args, **kwargs)
 
     def _tensors(self, layer: nn.Module) -> dict[str, Any]:
         """What the layer's forward takes its weights and biases from."""
@@ -131,13 +99,6 @@ class GateMemory:
         if read is not None:
             bias = bias + _product(*read).to(bias)
         return bias, other
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_running"}
-
-    def __setstate__(self, state: Mapping[str, Any]) -> None:
-        vars(self).update(state)
-        self._running = threading.local()
 
 
 def _product(view: View, beside: nn.Linear) -> Tensor:

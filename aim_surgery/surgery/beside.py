@@ -45,7 +45,7 @@ def write_beside(
     if read.site.kind == "linear":
         product = graph.call_function(F.linear, (view, weight))
         return graph.call_method("unsqueeze", (product, -1)) if note.rows else product
-    return _convolve_alone(_copied(graph, node), view, weight)
+    return convolve_alone(graph, node, view, weight)
 
 
 def input_of(node: fx.Node, note: SiteNote) -> fx.Node | None:
@@ -83,8 +83,19 @@ def _without_batch(graph: fx.Graph, twin: fx.Node, dims: int) -> None:
     twin.kwargs = {**twin.kwargs, "output_size": size}
 
 
-def _convolve_alone(twin: fx.Node, view: fx.Node, weight: fx.Node) -> fx.Node:
-    """Make a copied functional convolution one of (m, W_m): no bias, one group."""
+def convolve_alone(graph: fx.Graph, node: fx.Node, view: fx.Node, weight: fx.Node) -> fx.Node:
+    """Write conv(m, W_m) as a functional convolution is written: no bias, one group.
+
+    Args:
+        graph: The emitted graph; changed in place.
+        node: The site's node; its options are copied.
+        view: The node m.
+        weight: The node W_m.
+
+    Returns:
+        The new node.
+    """
+    twin = _copied(graph, node)
     args, kwargs = list(twin.args), dict(twin.kwargs)
     replacements = {0: ("input", view), 1: ("weight", weight), 2: ("bias", None), 6: ("groups", 1)}
     for index, (name, value) in replacements.items():
