@@ -28,6 +28,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 from torch.utils._pytree import tree_leaves
 
+from aim_surgery.capture.aten import in_torch
 from aim_surgery.capture.proxy import ValueProxy
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ _ASKS_FOR_PROXIES = ("has_torch_function", "has_torch_function_unary")
 
 
 def opened(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tracer: ValueTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Any] | None:
     """The call of a function that shows what it does; None where a call should stay one.
 
     Args:
+        tracer: What records it.
         function: What is called.
         args: Its arguments, proxies among them.
         kwargs: Its keyword arguments.
@@ -50,7 +52,7 @@ def opened(
         A call without arguments that records the function's own operations.
     """
     if not isinstance(function, types.FunctionType):
-        return None
+        return in_torch(tracer, function, args, kwargs)
     if function is F.multi_head_attention_forward:
         return _open_attention(function, args, kwargs)
     if function.__module__.partition(".")[0] == "torch" or not _gets_weights((args, kwargs)):

@@ -13,21 +13,23 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
+from aim_surgery.capture.exported import as_module, program_notes
 from aim_surgery.capture.inputs import ExampleInputs
 from aim_surgery.errors import CaptureError
 
 
-def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+def unwrap(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ...]]:
     """Take a model out of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
 
     Returns:
-        The inner model, and a note for each wrapper that was taken off.
+        The inner model, and notes: each wrapper that was taken off, how a program was exported.
     """
     notes: list[str] = []
     while True:
@@ -39,7 +41,8 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
             model = model.module
             notes.append(f"{kind} was taken off: wrap the operated model instead")
         else:
-            return model, tuple(notes)
+            model = as_module(model)
+            return model, (*notes, *program_notes(model))
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from aim_surgery.capture import Inputs, unwrap
 from aim_surgery.errors import AimSurgeryError
@@ -80,7 +81,9 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None) -> Verification:
+def verify(
+    model: nn.Module | ExportedProgram, gm: nn.Module, example_inputs: Inputs | None = None
+) -> Verification:
     """Check an operated model against the original.
 
     Runs on copies, in float64 where the model allows it, in the modes that `train()` and `eval()`
@@ -89,7 +92,7 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
     function than the original, and the equivalence check says so.
 
     Args:
-        model: The original; left unchanged.
+        model: The original, a module or an exported program; left unchanged.
         gm: What `transform` or `apply` made of it; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
             Without any, noise of the shapes that the plan was made with, and zeros for integers.
