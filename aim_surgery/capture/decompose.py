@@ -69,15 +69,34 @@ def _open_attention(
     batched = len(query.aim_value.shape if type(query) is ValueProxy else query.shape) == 3
 
     def linear(x: Any, w: Any, b: Any = None) -> Any:
-        """Torch's own works on (T·B, C) at the end, where no axis runs over the samples."""
         if not batched:
             return F.linear(x, w, b)
-        return F.linear(x.unflatten(0, (-1, query.shape[1])), w, b).flatten(0, 1)
+        graph, source = x.tracer.graph, x.node.args[0]
+        graph.erase_node(x.node)  # to (T·B, C), which nothing else needs
+        source = ValueProxy(source, x.tracer, source.meta["val"])
+        tokens = source.reshape(query.shape[0], query.shape[1], x.aim_value.shape[-1])
+        return _Rows(F.linear(tokens, w, b))
 
     twin = _twin(function, _in_projection_packed=_in_projection, linear=linear)
     if given["dropout_p"] == 0:
         given["training"] = False  # else it would be asked for nothing, and both modes traced
     return lambda: twin(**given)
+
+
+class _Rows:
+    """A result (T, B, C) for code that takes it for (T·B, C), and views it as (T, B, C) at the end.
+
+    No axis runs over the samples of (T·B, C), and a view of a view fixes T and B for `torch.export`.
+    """
+
+    def __init__(self, tokens: Any) -> None:
+        self._tokens = tokens
+
+    def size(self, _: int) -> Any:
+        return self._tokens.size(-1)
+
+    def view(self, *_: Any) -> Any:
+        return self._tokens
 
 
 def _in_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:

@@ -28,7 +28,8 @@ from aim_surgery.errors import CaptureError
 
 _ATEN = torch.ops.aten
 _LINEAR = _ATEN.linear.default
-_PRODUCTS = (_ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default)
+_BMM, _EXPAND = _ATEN.bmm.default, _ATEN.expand.default
+_PRODUCTS = (_ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default, _BMM)
 _VIEWS = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
 _SWAPS = (
     _ATEN.t.default, _ATEN.numpy_T.default, _ATEN.permute.default, _ATEN.transpose.int,
@@ -170,7 +171,7 @@ def _replace(graph: fx.Graph, node: fx.Node, operands: tuple[Any, ...]) -> None:
     pending = [node]
     while pending:
         unused = pending.pop()
-        if not unused.users and unused.target in (*_PRODUCTS, *_VIEWS, *_SWAPS, _LINEAR):
+        if not unused.users and unused.target in (*_PRODUCTS, *_VIEWS, *_SWAPS, _EXPAND, _LINEAR):
             pending += unused.all_input_nodes
             graph.erase_node(unused)
 
@@ -179,6 +180,8 @@ def _linear_of_product(node: fx.Node) -> tuple[Any, ...] | None:
     if node.target not in _PRODUCTS or node.kwargs:
         return None
     *bias, x, transposed = node.args
+    if node.target is _BMM:
+        transposed = _repeated(transposed)
     weight = _transposed_parameter(transposed)
     if weight is None or (bias and _rank(bias[0]) != 1):
         return None
@@ -195,10 +198,23 @@ def _linear_of_view(graph: fx.Graph, node: fx.Node) -> tuple[Any, ...] | None:
     value = cast(fx.Node, weight).meta.get("val")
     if _rank(weight) != 2 or last != value.shape[0]:
         return None
+    while isinstance(x, fx.Node) and x.target in _VIEWS:
+        x = x.args[0]
     with graph.inserting_before(node):
         x = graph.call_function(_ATEN.reshape.default, (x, [*lead, value.shape[1]]))
     x.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
     return (x, weight, *bias)
+
+
+def _repeated(node: Any) -> Any:
+    """What `bmm` has as its second operand where all its matrices are one."""
+    view = node if isinstance(node, fx.Node) and node.target in _VIEWS else None
+    expand = view.args[0] if view is not None else node
+    if not isinstance(expand, fx.Node) or expand.target is not _EXPAND or _rank(node) != 3:
+        return None
+    matrix = cast(fx.Node, expand.args[0])
+    same = _rank(matrix) == 2 and node.meta["val"].shape[1:] == matrix.meta["val"].shape
+    return matrix if same else None
 
 
 def _transposed_parameter(node: Any) -> fx.Node | None:
