@@ -2,7 +2,7 @@
 
 from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
-from aim_surgery.capture.exported import as_module
+from aim_surgery.capture.exported import as_module, inputs_of_program
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.tracer import OpaqueCall
 from aim_surgery.capture.whole import capture_whole
@@ -15,9 +15,10 @@ __all__ = [
     "ExampleInputs",
     "Inputs",
     "OpaqueCall",
-    "as_module",
     "Trace",
+    "as_module",
     "capture",
     "capture_whole",
+    "inputs_of_program",
     "unwrap",
 ]

@@ -19,16 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import fx
-from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
-from torch._ops import HigherOrderOperator, OpOverload
-from torch.utils._pytree import tree_leaves
-
+from torch._higher_order_ops.wrap import wrap_with_set_grad_enabled
+from torch._ops import OpOverload
 
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
-_HOMES = (torch._C._fft, torch._C._special, torch._C._linalg, torch._C._nn, torch)
+_HOMES = (*(getattr(torch._C, name) for name in ("_fft", "_special", "_linalg", "_nn")), torch)
 _FUNCTIONS: dict[str, Any] = {
     name: function
     for home in _HOMES
@@ -57,13 +54,9 @@ def in_torch(
     Returns:
         A call without arguments that records the same; None where this is no operator, or none
         that has other words. It may fail: then the operator stays.
-
-    Raises:
-        Exception: The operator runs a part of a program in a way that a graph of calls can't hold:
-            the tracer's `stay_python`.
     """
-    if isinstance(function, HigherOrderOperator):
-        return _region(tracer, function, args, kwargs)
+    if function is wrap_with_set_grad_enabled:
+        return lambda: _with_gradients(*args, **kwargs)
     if not isinstance(function, OpOverload) or function.namespace != "aten":
         return None
     name = function._schema.name.removeprefix("aten::")
@@ -99,21 +92,6 @@ def _tensors(op: OpOverload) -> bool:
     return any("Tensor" in str(argument.type) for argument in op._schema.arguments)
 
 
-def _region(
-    tracer: ValueTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Callable[[], Any] | None:
-    """A part of a program that runs in another mode, as that part in that mode."""
-    leaves = tree_leaves((args, kwargs))
-    if not any(isinstance(leaf, fx.GraphModule) for leaf in leaves):
-        return None
-    if function is wrap_with_set_grad_enabled:
-        return lambda: _with_gradients(*args, **kwargs)
-    what = f"calls torch.ops.higher_order.{function.name()} on a program of its own"
-    if function is wrap_with_autocast:
-        what = f"{what} (exported_program.run_decompositions() writes such casts out)"
-    raise tracer.stay_python(what)
-
-
 def _with_gradients(enabled: bool, part: Callable[..., Any], *args: Any) -> Any:
     with torch.set_grad_enabled(enabled):
         return part(*args)
@@ -147,15 +125,18 @@ def _batch_norm(
     return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
 
 
-def _batch_norm_in_evaluation(x: Any, *rest: Any) -> Any:
-    *statistics, momentum, eps = rest
-    return _batch_norm(x, *statistics, False, momentum, eps), None, None
+def _batch_norm_in_evaluation(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: float, eps: float
+) -> Any:
+    return _batch_norm(x, weight, bias, mean, var, False, momentum, eps), None, None
 
 
-def _batch_norm_functional(x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Any:
+def _batch_norm_functional(
+    x: Any, weight: Any, bias: Any, mean: Any, var: Any, *options: Any
+) -> Any:
     """The new statistics are returned; torch's own has no backward once they are written back."""
     mean, var = mean.clone(), var.clone()
-    return _batch_norm(x, weight, bias, mean, var, *rest), None, None, mean, var
+    return _batch_norm(x, weight, bias, mean, var, *options), None, None, mean, var
 
 
 def _embedding(

@@ -86,7 +86,8 @@ def _open_attention(
 class _Rows:
     """A result (T, B, C) for code that takes it for (T·B, C), and views it as (T, B, C) at the end.
 
-    No axis runs over the samples of (T·B, C), and a view of a view fixes T and B for `torch.export`.
+    No axis runs over the samples of (T·B, C), and `torch.export` takes B for fixed where a view is
+    viewed again.
     """
 
     def __init__(self, tokens: Any) -> None:

@@ -1,39 +1,28 @@
 """Exported programs (`torch.export`, `.pt2`) and graphs of aten operators, as modules to capture.
 
 A program is a graph of operators over the tensors of the model that it was made from. As a module
-it has that model's state dict, and a forward that is the graph; tracing it gives PyTorch's own words
-back (`aten.py`). Before that, two things that an export has taken apart are put together again:
-
-    addmm(b, x, permute(W, [1, 0]))      ->  linear(x, W, b)
-    view(linear(x, W, b), [*lead, out])  ->  linear(reshape(x, [*lead, in]), W, b)
-
-so that W is a layer's weight and its input has an axis over samples, and a mark where the call of a
-module has returned, so that a write can follow `layer1.0`.
+it has that model's state dict, and a forward that is the graph. What an export has taken apart is
+put together in it (`rejoin.py`); tracing it then gives PyTorch's own words back (`aten.py`).
 """
 
 from __future__ import annotations
 
-import copy
+import re
 from typing import Any, cast
 
 import torch
 from torch import fx, nn
-from torch._ops import OpOverload
+from torch._higher_order_ops.wrap import wrap_with_autocast, wrap_with_set_grad_enabled
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_unflatten
 
 from aim_surgery.capture.inputs import ExampleInputs
-from aim_surgery.capture.proxy import ValueProxy
+from aim_surgery.capture.rejoin import join_products, mark_returns
+from aim_surgery.capture.where import is_own
 from aim_surgery.errors import CaptureError
 
 _ATEN = torch.ops.aten
-_LINEAR = _ATEN.linear.default
-_BMM, _EXPAND = _ATEN.bmm.default, _ATEN.expand.default
-_PRODUCTS = (_ATEN.addmm.default, _ATEN.mm.default, _ATEN.matmul.default, _BMM)
-_VIEWS = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
-_SWAPS = (
-    _ATEN.t.default, _ATEN.numpy_T.default, _ATEN.permute.default, _ATEN.transpose.int,
-)  # fmt: skip
 _MODES = {  # where the switch between training and evaluation stands
     _ATEN.batch_norm: 5, _ATEN.dropout: 2, _ATEN.native_dropout: 2, _ATEN.instance_norm: 5,
     _ATEN._native_batch_norm_legit_functional: 5, _ATEN._native_batch_norm_legit: 5,
@@ -96,18 +85,63 @@ def program_notes(model: nn.Module) -> tuple[str, ...]:
 
 def _module(program: fx.GraphModule) -> fx.GraphModule:
     """A twin of a graph of operators: all its tensors, without its hooks, with words to trace."""
-    graph = copy.deepcopy(program.graph)
-    _join_products(graph)
-    _mark_returns(graph)
+    _refuse_branches(program.graph)
+    graph = _copied(program.graph)
+    join_products(graph)
+    mark_returns(graph)
     twin = fx.GraphModule(nn.Module(), fx.Graph(), type(program).__name__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        vars(twin)[name] = dict(vars(program)[name])
-    vars(twin)["_non_persistent_buffers_set"] = set(program._non_persistent_buffers_set)
-    known = {*vars(twin), "train", "eval"}
-    vars(twin).update({name: value for name, value in vars(program).items() if name not in known})
+    _adopt(twin, program)
     twin.graph = graph
     twin.train(bool(_mode(graph)))
     return twin
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    """A copy that takes and gives what the graph does, `codegen` says how; no deep copy of that."""
+    twin = fx.Graph()
+    output = twin.graph_copy(graph, {}, return_output_node=True)
+    result, last = cast(tuple[Any, fx.Node], output)
+    twin.output(result).meta = dict(last.meta)
+    twin.set_codegen(graph._codegen)
+    return twin
+
+
+def _adopt(twin: nn.Module, module: nn.Module) -> nn.Module:
+    """Give a twin the tensors of a module, plain ones as buffers that are not saved."""
+    vars(twin)["_parameters"] = dict(module._parameters)
+    vars(twin)["_buffers"] = dict(module._buffers)
+    vars(twin)["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
+    vars(twin)["_modules"] = {
+        name: _adopt(nn.Module(), child) if type(child) is nn.Module else child
+        for name, child in module._modules.items()
+    }
+    for name, value in vars(module).items():
+        if isinstance(value, torch.Tensor):
+            twin.register_buffer(name, value, persistent=False)
+        elif name not in vars(twin) and name not in ("train", "eval"):
+            vars(twin)[name] = value
+    return twin
+
+
+def _refuse_branches(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        part = node.target
+        if not isinstance(part, HigherOrderOperator) or part is wrap_with_set_grad_enabled:
+            continue
+        remedy = "Transform the model itself: what branches on data stays a Python call there"
+        if part is wrap_with_autocast:
+            remedy = "program.run_decompositions() writes its casts out: transform that"
+        raise CaptureError(
+            f"{node.name}{_line(node)} is a call of torch.ops.higher_order.{part.name()}: a "
+            f"program in this exported program, which a graph of calls can't hold. {remedy}"
+        )
+
+
+def _line(node: fx.Node) -> str:
+    """Where in the model's source a node comes from."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [f"{f}:{n}" for f, n in re.findall(r'File "([^"<]+)", line (\d+)', trace) if is_own(f)]
+    return f" ({lines[-1]})" if lines else ""
 
 
 def _operators(module: fx.GraphModule) -> bool:
@@ -127,12 +161,12 @@ def _mode(graph: fx.Graph) -> bool | None:
     return max(found, default=None)
 
 
-def _example_inputs(program: ExportedProgram) -> ExampleInputs:
+def _example_inputs(program: ExportedProgram) -> ExampleInputs | None:
     spec = program.call_spec.in_spec
     if program.example_inputs is not None:
         args, kwargs = program.example_inputs
     elif spec is None:
-        raise CaptureError("this exported program does not tell its inputs: pass example_inputs")
+        return None
     else:
         names = set(program.graph_signature.user_inputs)
         nodes = [node for node in program.graph.nodes if node.name in names]
@@ -145,128 +179,3 @@ def _like(value: Any) -> Any:
         return value
     shape = [size if isinstance(size, int) else size.node.hint for size in value.shape]
     return torch.zeros(shape, dtype=value.dtype, device=value.device)
-
-
-# Linear layers ----------------------------------------------------------------------------------
-
-
-def _join_products(graph: fx.Graph) -> None:
-    """Linear layers in one call, where they are a product with a transposed parameter."""
-    for node in list(graph.nodes):
-        product = _linear_of_product(node)
-        if product is not None:
-            _replace(graph, node, product)
-    for node in list(graph.nodes):
-        lifted = _linear_of_view(graph, node)
-        if lifted is not None:
-            _replace(graph, node, lifted)
-
-
-def _replace(graph: fx.Graph, node: fx.Node, operands: tuple[Any, ...]) -> None:
-    """Put a linear call in the place of a node; what nothing else needs goes with it."""
-    with graph.inserting_before(node):
-        linear = graph.call_function(_ATEN.linear.default, operands)
-    linear.meta = dict(node.meta)
-    node.replace_all_uses_with(linear)
-    pending = [node]
-    while pending:
-        unused = pending.pop()
-        if not unused.users and unused.target in (*_PRODUCTS, *_VIEWS, *_SWAPS, _EXPAND, _LINEAR):
-            pending += unused.all_input_nodes
-            graph.erase_node(unused)
-
-
-def _linear_of_product(node: fx.Node) -> tuple[Any, ...] | None:
-    if node.target not in _PRODUCTS or node.kwargs:
-        return None
-    *bias, x, transposed = node.args
-    if node.target is _BMM:
-        transposed = _repeated(transposed)
-    weight = _transposed_parameter(transposed)
-    if weight is None or (bias and _rank(bias[0]) != 1):
-        return None
-    return (x, weight, *bias)
-
-
-def _linear_of_view(graph: fx.Graph, node: fx.Node) -> tuple[Any, ...] | None:
-    """What `view(linear(x, W, b), [*lead, out])` is as a linear call, whose input has that lead."""
-    linear = node.args[0] if node.target in _VIEWS else None
-    if not isinstance(linear, fx.Node) or linear.target is not _LINEAR or len(linear.users) > 1:
-        return None
-    x, weight, *bias = linear.args
-    *lead, last = cast(list[Any], node.args[1])
-    value = cast(fx.Node, weight).meta.get("val")
-    if _rank(weight) != 2 or last != value.shape[0]:
-        return None
-    while isinstance(x, fx.Node) and x.target in _VIEWS:
-        x = x.args[0]
-    with graph.inserting_before(node):
-        x = graph.call_function(_ATEN.reshape.default, (x, [*lead, value.shape[1]]))
-    x.meta = {"nn_module_stack": node.meta.get("nn_module_stack")}
-    return (x, weight, *bias)
-
-
-def _repeated(node: Any) -> Any:
-    """What `bmm` has as its second operand where all its matrices are one."""
-    view = node if isinstance(node, fx.Node) and node.target in _VIEWS else None
-    expand = view.args[0] if view is not None else node
-    if not isinstance(expand, fx.Node) or expand.target is not _EXPAND or _rank(node) != 3:
-        return None
-    matrix = cast(fx.Node, expand.args[0])
-    same = _rank(matrix) == 2 and node.meta["val"].shape[1:] == matrix.meta["val"].shape
-    return matrix if same else None
-
-
-def _transposed_parameter(node: Any) -> fx.Node | None:
-    if not isinstance(node, fx.Node) or node.target not in _SWAPS or _rank(node) != 2:
-        return None
-    weight, *axes = node.args
-    swapped = axes in ([], [[1, 0]], [0, 1], [1, 0], [-1, -2], [-2, -1])
-    return weight if swapped and isinstance(weight, fx.Node) and weight.op == "get_attr" else None
-
-
-def _rank(node: Any) -> int | None:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.ndim if isinstance(value, torch.Tensor) else None
-
-
-# Modules that returned something ----------------------------------------------------------------
-
-
-def _mark_returns(graph: fx.Graph) -> None:
-    """Note in the graph what is the result of which module's call, where it is one tensor."""
-    results: dict[str, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for call in _calls(node) if _rank(node) is not None else ():
-            users = [user for user in node.users if not _updates_buffer(user)]
-            if any(call not in _calls(user) for user in users):
-                results.setdefault(call, []).append(node)
-    returned: dict[fx.Node, list[str]] = {}
-    for call, nodes in results.items():
-        if len(nodes) == 1:
-            returned.setdefault(nodes[0], []).append(_calls(nodes[0])[call])
-    for node, paths in returned.items():
-        users = list(node.users)
-        with graph.inserting_after(node):
-            mark = graph.call_function(_returned_by, (node, tuple(reversed(paths))))
-        for user in users:
-            user.replace_input_with(node, mark)
-
-
-def _updates_buffer(node: fx.Node) -> bool:
-    if node.target is not _ATEN.copy_.default or not isinstance(node.args[0], fx.Node):
-        return False
-    return node.args[0].op == "get_attr"
-
-
-def _calls(node: fx.Node) -> dict[str, str]:
-    """The calls of modules that a node is part of, outermost first, with their paths."""
-    stack = node.meta.get("nn_module_stack") or {}
-    return {call: entry[0] for call, entry in stack.items() if entry[0]}
-
-
-def _returned_by(result: Any, paths: tuple[str, ...]) -> Any:
-    """What the calls of these modules returned, innermost first; noted on the node, if traced."""
-    if type(result) is ValueProxy:
-        result.node.meta.setdefault("returned_by", []).extend(paths)
-    return result

@@ -32,17 +32,18 @@ def unwrap(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ..
         The inner model, and notes: each wrapper that was taken off, how a program was exported.
     """
     notes: list[str] = []
+    inner: nn.Module = as_module(model)
     while True:
-        kind = type(model).__name__
-        if _is_compiled(model):
-            model = model._orig_mod  # type: ignore[assignment]
+        kind = type(inner).__name__
+        if _is_compiled(inner):
+            inner = inner._orig_mod  # type: ignore[assignment]
             notes.append("torch.compile was taken off: compile the operated model instead")
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
             notes.append(f"{kind} was taken off: wrap the operated model instead")
         else:
-            model = as_module(model)
-            return model, (*notes, *program_notes(model))
+            inner = as_module(inner)
+            return inner, (*notes, *program_notes(inner))
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -89,8 +89,9 @@ def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = Non
     Args:
         path: A file that `save` wrote.
         model: The original model or exported program (left unchanged; its weights don't matter),
-            or a model spec. Without it, the spec in the file is used if it names a torchvision or timm model; a factory in
-            a module or file is code, which runs only where the caller names it.
+            or a model spec. Without it, the spec in the file is used if it names a torchvision or
+            timm model; a factory in a module or file is code, which runs only where the caller
+            names it.
 
     Returns:
         The operated model, in the mode of the original and on its device. Built from a spec, it has
