@@ -282,21 +282,30 @@ def test_programs_in_programs_are_refused_with_what_to_do() -> None:
         aim_surgery.transform(program, emit="module")
 
 
+class Recurrent(nn.Module):
+    def __init__(self, bidirectional: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.lstm = nn.LSTM(4, 5, batch_first=True, bidirectional=bidirectional)
+        self.fc = nn.Linear(10 if bidirectional else 5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.lstm(torch.relu(self.stem(x)))[0])
+
+
 def test_weights_of_recurrent_operators_are_named() -> None:
-    class Recurrent(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.fc = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.fc(self.lstm(x)[0])
-
     program = exported(Recurrent(), torch.randn(2, 6, 4))
     gm = aim_surgery.transform(program)
-    assert [read.site.name for read in gm.plan.reads] == ["fc"]
+    assert [read.site.name for read in gm.plan.reads] == ["stem", "fc"]
     (skip,) = [skip for skip in gm.plan.skips if "lstm" in skip.reason]
     assert set(skip.weights) == {"lstm.weight_ih_l0", "lstm.weight_hh_l0"}
     assert aim_surgery.verify(program, gm).ok
+
+
+def test_recurrent_operators_of_one_direction_are_causal() -> None:
+    x = torch.randn(2, 6, 4)
+    assert aim_surgery.plan(exported(Recurrent(), x)).writes == ()
+    assert aim_surgery.plan(exported(Recurrent(bidirectional=True), x)).writes
 
 
 class Words(nn.Module):
