@@ -9,8 +9,16 @@ from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from aim_surgery.capture import Capture, ExampleInputs, Inputs, capture, capture_whole
+from aim_surgery.capture import (
+    Capture,
+    ExampleInputs,
+    Inputs,
+    as_module,
+    capture,
+    capture_whole,
+)
 from aim_surgery.config import AimConfig, Emit, Form
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.lower import lower
@@ -23,7 +31,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
@@ -32,7 +40,7 @@ def plan(
     """Decide what an operation would do, without doing it.
 
     Args:
-        model: Any module; left unchanged. It may live on the meta device.
+        model: Any module or exported program; left unchanged. It may live on the meta device.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
@@ -57,7 +65,7 @@ def plan(
 
 
 def apply(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     plan: Plan,
     example_inputs: Inputs | None = None,
     *,
@@ -87,6 +95,7 @@ def apply(
         raise PlanError(f"expected a Plan, got {type(plan).__name__}: {source} gives one")
     plan.checked()
     inputs: Inputs | ExampleInputs | None = example_inputs
+    model = as_module(model)
     if inputs is None and isinstance(model, nn.Module):  # what is no model, capture refuses
         inputs = inputs_of_plan(plan.inputs, model)
         if inputs is None:
@@ -101,7 +110,7 @@ def apply(
 
 @overload
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
@@ -125,7 +134,7 @@ def transform(
 
 @overload
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
@@ -136,7 +145,7 @@ def transform(
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
@@ -150,7 +159,7 @@ def transform(
     linear one (out, in) as (out, in + k).
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
@@ -202,7 +211,9 @@ def _checked_emit(emit: object) -> Emit:
     return cast(Emit, emit)
 
 
-def _captured(model: nn.Module, inputs: Inputs | ExampleInputs | None, emit: Emit) -> Capture:
+def _captured(
+    model: nn.Module | ExportedProgram, inputs: Inputs | ExampleInputs | None, emit: Emit
+) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
             if isinstance(module, AimGraphModule | AimModules):

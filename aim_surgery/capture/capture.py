@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
+from aim_surgery.capture.exported import inputs_of_program
 from aim_surgery.capture.inputs import (
     Argument,
     ExampleInputs,
@@ -102,11 +104,13 @@ class Capture:
         return self.traces[0].graph
 
 
-def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = None) -> Capture:
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
+) -> Capture:
     """Capture a model as an fx graph whose nodes carry example values.
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
             Without any, they are taken from what the model declares, or found by trial.
 
@@ -117,12 +121,14 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
         CaptureError: The inputs don't fit, none could be found, or the model holds something that
             a graph can't. The message names the module and what to do.
     """
+    model, notes = unwrap(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module has no Python forward: capture the original model")
-    model, notes = unwrap(model)
     refuse_uninitialised(model)
+    if example_inputs is None:
+        example_inputs = inputs_of_program(model)
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)

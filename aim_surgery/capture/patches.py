@@ -36,6 +36,7 @@ from torch import nn
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import CheckpointFunction
 
+from aim_surgery.capture.aten import recorded_operators
 from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -66,6 +67,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 torch.autocast("cuda", enabled=False),
                 _symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
+                recorded_operators(tracer),
                 packed_calls_open(tracer),
                 compiled_code_as_python(),
                 _regions_stay_python(tracer),

@@ -210,7 +210,7 @@ class ValueTracer(fx.Tracer):
             kind, target = "call_function", operator.getitem
         self._record_grad_mode()
         if kind == "call_function" and not self.evaluating:
-            call = None if target in self._opening else opened(target, args, kwargs)
+            call = None if target in self._opening else opened(self, target, args, kwargs)
             result = _CLOSED if call is None else self._open(target, call)
             if result is not _CLOSED:
                 return result

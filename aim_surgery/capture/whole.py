@@ -9,6 +9,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.capture import Capture
@@ -18,7 +19,7 @@ from aim_surgery.errors import CaptureError
 
 
 def capture_whole(
-    model: nn.Module, example_inputs: Inputs | ExampleInputs | None = None
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
 ) -> Capture:
     """Take a model as one Python call.
 
@@ -33,6 +34,8 @@ def capture_whole(
     Raises:
         CaptureError: The inputs don't fit the model's forward, or none could be found.
     """
+    if isinstance(model, ExportedProgram):
+        raise CaptureError('an exported program has no methods to keep: use emit="graph"')
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):

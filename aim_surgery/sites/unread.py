@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from aim_surgery.capture import Capture
 from aim_surgery.nn.recurrent import is_recurrent
@@ -38,14 +39,8 @@ _PRODUCTS = (
     torch.linalg.matmul,
     torch.linalg.multi_dot,
     torch.linalg.vecdot,
-    torch.lstm,
-    torch.gru,
-    torch.rnn_tanh,
-    torch.rnn_relu,
-    torch.lstm_cell,
-    torch.gru_cell,
-    torch.rnn_tanh_cell,
-    torch.rnn_relu_cell,
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
 NOT_PRODUCTS = (
@@ -109,6 +104,8 @@ def _takes_weights(node: fx.Node) -> bool:
     """Functions that stay one call and get weights as arguments (packed attention)."""
     if node.op != "call_function":
         return False
+    if isinstance(node.target, OpOverload):  # of torch, those that are no products
+        return node.target.namespace not in ("aten", "prims")
     home = getattr(node.target, "__module__", "") or ""
     own = bool(home) and home.partition(".")[0] not in ("torch", "_operator", "builtins", "math")
     return own or node.target in (F.multi_head_attention_forward, F.bilinear)

@@ -20,7 +20,13 @@ from aim_surgery.surgery.notes import SiteNote
 
 
 def write_beside(
-    graph: fx.Graph, node: fx.Node, read: Read, note: SiteNote, view: fx.Node
+    graph: fx.Graph,
+    node: fx.Node,
+    read: Read,
+    note: SiteNote,
+    view: fx.Node,
+    *,
+    computed: bool = False,
 ) -> fx.Node:
     """Write conv(m, W_m) at the graph's point of insertion.
 
@@ -30,6 +36,7 @@ def write_beside(
         read: The site's read.
         note: What is noted at the node.
         view: The node m.
+        computed: Whether W_x is computed, maybe in another dtype than its parameter's.
 
     Returns:
         The node to be added to the site's.
@@ -42,6 +49,8 @@ def write_beside(
         _without_batch(graph, twin, len(read.site.spatial))
         return twin
     weight = graph.get_attr(f"{path}.weight")
+    if computed:
+        weight = graph.call_method("to", (weight, view))
     if read.site.kind == "linear":
         product = graph.call_function(F.linear, (view, weight))
         return graph.call_method("unsqueeze", (product, -1)) if note.rows else product

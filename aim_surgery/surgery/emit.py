@@ -117,7 +117,8 @@ class GraphWriter:
             result = total = self.copy(node, copied)
             set_input(result, note, joined)
         else:
-            beside = write_beside(self.graph, result, read, note, view)
+            computed = call.weight is not None and call.weight.op != "get_attr"
+            beside = write_beside(self.graph, result, read, note, view, computed=computed)
             total = self._call(operator.add, result, beside)
             note = note._replace(beside=beside.name)
         note_site(result, note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -35,7 +36,9 @@ def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for value in values
         if isinstance(value, torch.Tensor) and not value.is_leaf
     }
-    twin = copy.deepcopy(module, derived)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec")  # of torch, about its own programs
+        twin = copy.deepcopy(module, derived)
     twin.zero_grad(set_to_none=True)
     if dtype is not None:
         convert(twin, dtype)
