@@ -3,7 +3,7 @@
 from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
-from aim_surgery.capture.tracer import OpaqueCall
+from aim_surgery.capture.opaque import OpaqueCall
 from aim_surgery.capture.whole import capture_whole
 from aim_surgery.capture.wrappers import unwrap
 

@@ -24,7 +24,8 @@ from aim_surgery.capture.inputs import (
     bind_arguments,
     propose_inputs,
 )
-from aim_surgery.capture.tracer import OpaqueCall, ValueTracer
+from aim_surgery.capture.opaque import OpaqueCall, first_line
+from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
 from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
@@ -132,7 +133,7 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
         try:
             return _capture(model, candidate, notes)
         except CaptureError as err:
-            tried.append(f"({candidate.describe()}): {_first_line(err)}")
+            tried.append(f"({candidate.describe()}): {first_line(err)}")
     what = "; ".join(tried) if tried else "no layer suggests any"
     raise CaptureError(
         f"no example input found for {type(model).__name__}: pass example_inputs. Tried {what}"
@@ -214,9 +215,5 @@ def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) 
     at = f" at {line}" if line else ""
     return (
         f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
-        f"{type(err).__name__}: {_first_line(err)}"
+        f"{type(err).__name__}: {first_line(err)}"
     )
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().split("\n", 1)[0]

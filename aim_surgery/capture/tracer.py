@@ -29,28 +29,16 @@ from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
 from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
+from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.values import FakeValues, node_value
-from aim_surgery.capture.where import calling_line
 from aim_surgery.errors import CaptureError
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
 _AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
 _CLOSED = object()
 _RECORDABLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
-
-
-@dataclass(frozen=True)
-class OpaqueCall:
-    """A submodule that stays one Python call in the graph, and why."""
-
-    path: str
-    reason: str
-
-
-class _StayPython(Exception):  # noqa: N818 - control flow, not an error
-    """Raised inside a traced module that must stay one Python call."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +178,7 @@ class ValueTracer(fx.Tracer):
 
     def stay_python(self, reason: str) -> Exception:
         """What to raise where a graph can't hold what the innermost module does."""
-        line = calling_line()
-        return _StayPython(f"{reason} at {line}" if line else reason)
+        return StayPython.here(reason)
 
     # Nodes and their values -----------------------------------------------------------------
 
@@ -381,17 +368,7 @@ class ValueTracer(fx.Tracer):
 
     def holds_data(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
         """Whether a value depends on input data or on an attribute (on sizes, it may)."""
-        qualname = self._qualname(*of)
-        pending, seen = [proxy.node], set()
-        while pending:
-            node = pending.pop()
-            if node in seen or not isinstance(node.meta["val"], torch.Tensor):
-                continue
-            if node.op == "placeholder" or (node.op == "get_attr" and node.target == qualname):
-                return True
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-        return False
+        return holds_data(proxy.node, self._qualname(*of))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module is one call where its class's own forward is PyTorch's."""
@@ -411,7 +388,7 @@ class ValueTracer(fx.Tracer):
                 note = padding_note(m, args, kwargs)
                 self.remarks += [note] if note else []
             return self._returned(m, result)
-        except _StayPython as stop:
+        except StayPython as stop:
             if not self._paths.get(m):
                 where = "the model itself" if m is self.model else f"{type(m).__name__}"
                 raise CaptureError(
