@@ -4,7 +4,7 @@ from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.opaque import OpaqueCall
-from aim_surgery.capture.whole import capture_whole
+from aim_surgery.capture.whole import capture_any, capture_whole
 from aim_surgery.capture.wrappers import unwrap
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "OpaqueCall",
     "Trace",
     "capture",
+    "capture_any",
     "capture_whole",
     "unwrap",
 ]

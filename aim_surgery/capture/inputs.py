@@ -136,7 +136,7 @@ def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         model: The model; its attributes and first layers are looked at, nothing is called.
 
     Yields:
-        Candidates without data (uninitialised tensors); the caller tries them in turn.
+        Candidates of zeros, whose shapes count; the caller tries them in turn.
     """
     yield from _declared(model)
     dtype, device = _floating_type(model)
@@ -147,7 +147,7 @@ def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         integers = isinstance(layer, nn.Embedding | nn.EmbeddingBag)
         for shape in shapes:
             kind = torch.int64 if integers else dtype
-            example = torch.empty(shape, dtype=kind, device=device)  # only its shape will be used
+            example = torch.zeros(shape, dtype=kind, device=device)
             yield ExampleInputs((example,), {}, f"found: {list(shape)} fits")
         return
 
@@ -158,7 +158,7 @@ def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
         config = getattr(model, name, None)
         size = config.get("input_size") if isinstance(config, Mapping) else None
         if size:
-            example = torch.empty((_BATCH, *size), dtype=dtype, device=device)
+            example = torch.zeros((_BATCH, *size), dtype=dtype, device=device)
             yield ExampleInputs((example,), {}, f"declared by {name}")
             break
     dummy = getattr(model, "dummy_inputs", None)

@@ -52,6 +52,23 @@ def reason_of(err: Exception) -> str:
     return f"{words} at {line}" if line else words
 
 
+def mark_final(err: Exception) -> None:
+    """Mark what torch refuses for real, too: no Python call would change it."""
+    err.aim_final = True  # type: ignore[attr-defined]
+
+
+def is_final(err: Exception) -> bool:
+    """Whether an error is one of the model or its inputs, and none of tracing."""
+    return getattr(err, "aim_final", False)
+
+
+def failed(err: Exception) -> str:
+    """An error of a model that was run for real, in one line."""
+    line = failing_line(err)
+    words = f"{type(err).__name__}: {first_line(err)}"
+    return f"{words} at {line}" if line else words
+
+
 def first_line(err: Exception) -> str:
     """The first line of an error's message."""
     return str(err).strip().split("\n", 1)[0]

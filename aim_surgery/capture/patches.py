@@ -53,11 +53,20 @@ _LOCK = threading.Lock()
 _CAPTURING = threading.local()
 
 
+def refuse_nested() -> None:
+    """Refuse to capture a model in the forward of another.
+
+    Raises:
+        CaptureError: One is being captured in this thread.
+    """
+    if getattr(_CAPTURING, "now", False):
+        raise CaptureError("a model can't be captured inside the forward of one being captured")
+
+
 @contextlib.contextmanager
 def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
     """Make visible to the tracer what fx can't see; one thread at a time."""
-    if getattr(_CAPTURING, "now", False):
-        raise CaptureError("a model can't be captured inside the forward of one being captured")
+    refuse_nested()
     with _LOCK:
         _CAPTURING.now = True
         try:
