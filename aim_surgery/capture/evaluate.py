@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx._symbolic_trace import _orig_module_call
 from torch.utils._pytree import tree_map_only
 
+from aim_surgery.capture.changes import Changes
 from aim_surgery.capture.copies import (
     derived_tensors,
     noise_like,
@@ -54,7 +55,7 @@ class Evaluator:
         values: FakeValues,
         modules: Mapping[str, nn.Module],
         mode_of: Callable[[nn.Module], bool],
-        restore: Callable[[nn.Module], None],
+        changes: Changes,
     ) -> None:
         """Start with nothing evaluated.
 
@@ -62,13 +63,13 @@ class Evaluator:
             values: Makes fake tensors.
             modules: The model's modules by name.
             mode_of: Tells a module's mode in this trace.
-            restore: Puts back what a module's forward has changed of its attributes.
+            changes: What forwards change of the model, to be undone.
         """
         self.values = values
         self.busy = False
         self.for_real = self.was_real = False
         self._modules = modules
-        self._mode_of, self._restore = mode_of, restore
+        self._mode_of, self._changes = mode_of, changes
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -109,11 +110,12 @@ class Evaluator:
 
         if is_stock(module):
             return self.values.call_layer(module, forward, args, kwargs)
+        start = self._changes.mark()
         with random_state_kept():
             try:
                 return self.values.call(forward, args, kwargs)
             except Exception:
-                self._restore(module)
+                self._changes.undo(start, module)
                 return self._run_copy(module, args, kwargs)
 
     def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -20,9 +20,7 @@ patch steps aside for the others.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import operator
 import random
 import sys
 import threading
@@ -79,9 +77,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 compiled_code_as_python(),
                 _regions_stay_python(tracer),
                 _messages_assume_nothing(tracer),
-                _restored_attributes(tracer),
-                _restored_collections(tracer),
-                _restored_hooks(tracer.model),
+                _undone_changes(tracer),
                 _parameters_by_proxy(tracer),
                 _instances_by_value(tracer.model),
                 _unmoved_random_state(tracer),
@@ -258,25 +254,24 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
+def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
+    """Attributes, collections and hooks are put back, and noted where a graph will not set them."""
     original = nn.Module.__setattr__
-    changed = tracer.attributes_before
+    start = tracer.changes.mark()
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
         path = tracer.path_of(module)
         if tracer.elsewhere or path is None:
             original(module, name, value)
             return
-        homes = (module._parameters, module._buffers, module._modules, module.__dict__)
-        home = next((home for home in homes if name in home), None)
         is_proxy = type(value) is ValueProxy
-        if is_proxy and home in homes[:3]:
+        registered = (module._parameters, module._buffers, module._modules)
+        if is_proxy and any(name in home for home in registered):
             if tracer.is_in_place(value, of=(module, name)):
                 return  # `self.steps += 1`: the buffer itself has been changed
             if tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
-        old = _MISSING if home is None else home[name]
-        changed.setdefault((id(module), name), (module, name, home, old))
+        tracer.changes.note(module, name)
         if name != "training" and not tracer.evaluating:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:
@@ -289,7 +284,7 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
-        tracer.restore_attributes(tracer.model)
+        tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
 
 
 def _rebound(name: str) -> str:
@@ -298,44 +293,6 @@ def _rebound(name: str) -> str:
         f"it was. A graph can't rebind a registered buffer or parameter: write "
         f"`self.{name.rpartition('.')[2]}.copy_(...)` instead, which can be captured."
     )
-
-
-@contextlib.contextmanager
-def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
-    """Lists, dicts and sets that modules hold, with what a forward put into them taken out."""
-    kept = [
-        (path, name, value, copy.copy(value))
-        for path, module in tracer.model.named_modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, list | dict | set)
-    ]
-    try:
-        yield
-    finally:
-        for path, name, value, before in kept:
-            if _same_items(value, before):
-                continue
-            tracer.changed.add(f"{path}.{name}".removeprefix("."))
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
-
-
-@contextlib.contextmanager
-def _restored_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks that a forward registers on its modules (to collect hidden states) are taken off."""
-    tables = [
-        (table, dict(table))
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if "_hooks" in name and isinstance(table, dict)
-    ]
-    try:
-        yield
-    finally:
-        for table, before in tables:
-            if len(table) != len(before):
-                table.clear()
-                table.update(before)
 
 
 @contextlib.contextmanager
@@ -353,11 +310,3 @@ def _parameters_by_proxy(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.named_parameters = original  # type: ignore[method-assign]
-
-
-def _same_items(value: Any, before: Any) -> bool:
-    if isinstance(value, dict):
-        items, others = [*value, *value.values()], [*before, *before.values()]
-    else:
-        items, others = list(value), list(before)
-    return len(items) == len(others) and all(map(operator.is_, items, others))

@@ -25,6 +25,7 @@ from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, describe
+from aim_surgery.capture.changes import Changes, Mark
 from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
@@ -49,6 +50,7 @@ class _State:
     grad_mode: tuple[fx.Node | None, bool]
     mode_dependent: bool
     opaque: int
+    changes: Mark
 
 
 class _Entry(nn.Module):
@@ -89,14 +91,11 @@ class ValueTracer(fx.Tracer):
         self.complete = False  # whether the model's forward came to its end
         self.changed: set[str] = set()  # attributes that the forward set
         self.remarks: list[str] = []
-        # what the forward changed: module, name, where it was, what it was
-        self.attributes_before: dict[
-            tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]
-        ] = {}
+        self.changes = Changes(model)
         self.constants = constants
         modules = dict(model.named_modules())
         self._python = dict(python or {})
-        self._evaluator = Evaluator(values, modules, self.mode_of, self.restore_attributes)
+        self._evaluator = Evaluator(values, modules, self.mode_of, self.changes)
         self._paths = {module: path for path, module in modules.items()}
         self._names = tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
@@ -364,18 +363,6 @@ class ValueTracer(fx.Tracer):
 
     # Modules --------------------------------------------------------------------------------
 
-    def restore_attributes(self, root: nn.Module) -> None:
-        """Put back the attributes of a module, and of those in it, that its forward has changed."""
-        inside = {id(module) for module in root.modules()}
-        for key in [key for key in self.attributes_before if key[0] in inside]:
-            module, name, home, old = self.attributes_before.pop(key)
-            homes = (module.__dict__, module._parameters, module._buffers, module._modules)
-            for other in homes:
-                if other is not home:
-                    other.pop(name, None)
-            if home is not None:
-                home[name] = old
-
     def path_of(self, module: nn.Module) -> str | None:
         """The module's qualified name in the model ("" for the model), None if it has none."""
         return self._paths.get(module)
@@ -426,15 +413,13 @@ class ValueTracer(fx.Tracer):
         try:
             result = forward(*args, **kwargs)
         except Exception as err:
-            if not path or is_final(err):
+            self._roll_back(state, m)
+            if not path or is_final(err) or any(self.changes.handed_in(state.changes, m)):
                 raise
-            self._roll_back(state)
-            self.restore_attributes(m)
             try:
                 return self._call_opaque(m, args, kwargs, reason_of(err))
             except Exception:
-                self._roll_back(state)
-                self.restore_attributes(m)
+                self._roll_back(state, m)
             raise  # what stopped it first: the module around it is tried
         note = padding_note(m, args, kwargs)
         self.remarks += [note] if note else []
@@ -462,7 +447,7 @@ class ValueTracer(fx.Tracer):
         try:
             return call()
         except Exception:  # whatever stops it here, it was one call before
-            self._roll_back(state)
+            self._roll_back(state, None)
             return _CLOSED
         finally:
             self._opening.pop()
@@ -470,10 +455,12 @@ class ValueTracer(fx.Tracer):
     def _state(self) -> _State:
         last = next(iter(reversed(self.graph.nodes)), None)
         grad_mode = self._grad_mode, self._grad_enabled
-        return _State(last, grad_mode, self.mode_dependent, len(self.opaque))
+        changes = self.changes.mark()
+        return _State(last, grad_mode, self.mode_dependent, len(self.opaque), changes)
 
-    def _roll_back(self, state: _State) -> None:
-        """Erase the nodes that came after a state, and what was remembered of them."""
+    def _roll_back(self, state: _State, m: nn.Module | None) -> None:
+        """Erase the nodes that came after a state, what was remembered, and what `m` changed."""
+        self.changes.undo(state.changes, m)
         erased = set()
         for node in reversed(self.graph.nodes):
             if node is state.last:

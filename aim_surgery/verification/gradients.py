@@ -148,7 +148,9 @@ class _Steps:
         return take
 
     def result(self, mode: str, refusals: list[str]) -> Gradients:
-        notes = [f"no step in training mode: {refusals[0]}"] if refusals else []
+        notes = [f"no step in training mode: {refusals[0]}"] if mode != "training" else []
+        if refusals and not notes:
+            notes.append(f"the steps are in the model's own dtype or batch: {refusals[0]}")
         reached, unreached, idle, cancelled = [], [], [], []
         for name, original in self._new_tensors():
             seen = self._seen.get(name)

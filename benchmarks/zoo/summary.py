@@ -35,9 +35,9 @@ METHOD = (
     "reached are those that read the memory, accounted for also those left out for a reason. "
     "Models that could not be transformed have no audit and are in neither number.",
     "Time of the transform ÷ time of the original's forward and backward of one sample at the "
-    "example's size, in evaluation mode, of detectors in training (the fastest of three; of a slow model the first); imports "
-    "of the libraries are done before. Seconds of the process's one core, so that what runs beside "
-    "counts little.",
+    "example's size, in evaluation mode, of detectors in training (the fastest of three; of a slow "
+    "model the first); imports of the libraries are done before. Seconds of the process's one core, "
+    "so that what runs beside counts little.",
 )
 
 
