@@ -54,7 +54,7 @@ def python_calls(capture: Capture) -> dict[str, str]:
         Reasons by path.
     """
     if capture.whole:
-        return {"": capture.why_whole}
+        return {"": ""}
     return {call.path: call.reason for trace in capture.traces for call in trace.opaque}
 
 

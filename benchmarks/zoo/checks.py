@@ -91,7 +91,13 @@ def check_full(model: nn.Module, gm: nn.Module, inputs: Inputs | None, row: Row)
 
 
 def check_light(
-    model: nn.Module, gm: nn.Module, samples: Samples, audited: nn.Module, row: Row
+    model: nn.Module,
+    gm: nn.Module,
+    samples: Samples,
+    audited: nn.Module,
+    row: Row,
+    *,
+    training: bool = False,
 ) -> None:
     """Compare outputs in the model's own dtype, and take one backward of the operated model.
 
@@ -101,9 +107,12 @@ def check_light(
         samples: What to run both on.
         audited: The original, on the meta device if it can be built there.
         row: Filled in.
+        training: Whether to run both in training mode: a detector may find nothing in the other.
     """
     row.checks = LIGHT
     audit(audited, gm, row)
+    model.train(training)
+    gm.train(training)
     with torch.no_grad():
         expected, got = (named_leaves(call(module, samples)) for module in (model, gm))
     row.difference = _finite(_difference(expected, got))
@@ -113,11 +122,8 @@ def check_light(
         row.errors.append(f"light: outputs differ by {row.difference} (limit {limit})")
     del expected, got
     model.to("meta")
-    training = False
     with gradients_let_go(gm) as finite:
-        loss = loss_of(call(gm.eval(), samples))
-        if loss is None:  # a detector that finds nothing has one in training
-            training, loss = True, loss_of(call(gm.train(), samples))
+        loss = loss_of(call(gm, samples))
         if loss is not None:
             loss.backward()
     new = [name for name, _ in gm.named_parameters() if name.startswith("aim.")]

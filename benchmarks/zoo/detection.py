@@ -1,4 +1,4 @@
-"""What a detector needs besides images: what there is to find in them, and a size to check on.
+"""What a detector needs besides images: what there is to find in them, and a smaller size.
 
 Detectors are told by their signature: an argument `targets`. Without targets they have no training,
 and with random weights they find nothing in evaluation, so nothing could be checked.
@@ -50,18 +50,19 @@ def _target(height: int, width: int, generator: torch.Generator) -> dict[str, to
     }
 
 
-def resize_less(*models: nn.Module) -> str:
-    """Let detectors that resize their images do so to a smaller size, for both models alike.
+def resize_less(model: nn.Module) -> str:
+    """Let a detector that resizes its images do so to a smaller size, as its factory could.
 
     Args:
-        models: The original and the operated one, of one class; changed in place.
+        model: Changed in place.
 
     Returns:
-        What was done, in words; "" where they have a fixed size.
+        What was done, in words; "" for other models, and where the size is fixed.
     """
-    transforms: list[Any] = [getattr(model, "transform", None) for model in models]
-    if any(not hasattr(t, "min_size") or getattr(t, "fixed_size", None) for t in transforms):
+    transform: Any = getattr(model, "transform", None)
+    if not takes_targets(model) or not hasattr(transform, "min_size"):
         return ""
-    for transform in transforms:
-        transform.min_size, transform.max_size = (LEAST,), MOST
-    return f"images are resized to {LEAST} pixels in both models, for the checks alone"
+    if getattr(transform, "fixed_size", None):
+        return ""
+    transform.min_size, transform.max_size = (LEAST,), MOST
+    return f"built to resize its images to {LEAST} pixels"

@@ -25,8 +25,8 @@ METHOD = (
     "Full checks are `verify`: both modes, several batches, float64, gradients, the audit of "
     "weights. Images and clips are cut to the smallest size of 96, 128, 160 (64, 96) pixels that "
     "both models take, if that is two thirds of the example's or less; the graph stays the one "
-    "captured at the full size. Detectors are given targets besides, without which they do not "
-    "train, and resize their images to 128 pixels where they resize at all.",
+    "captured at the full size. Detectors are checked with targets, without which they do not "
+    "train, and are built to resize their images to 128 pixels, where they resize at all.",
     "Light checks where the full ones would take more memory (36 bytes a parameter and six times "
     "the activations of one image) or time (45 training steps) than the limits leave: outputs in "
     "the model's own dtype, one backward of the operated model, the audit on the meta device. On "
@@ -36,8 +36,8 @@ METHOD = (
     "Models that could not be transformed have no audit and are in neither number.",
     "Time of the transform ÷ time of the original's forward and backward of one sample at the "
     "example's size, in evaluation mode, of detectors in training (the fastest of three; of a slow "
-    "model the first); imports of the libraries are done before. Seconds of the process's one core, "
-    "so that what runs beside counts little.",
+    "model the first); imports of the libraries are done before. Seconds of the process's one "
+    "core, so that what runs beside counts little.",
 )
 
 

@@ -83,6 +83,8 @@ class _Trial:
         if not known:
             model, inputs = move_to_meta(model, inputs)
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        smaller = detection.resize_less(model)
+        row.notes += [smaller] if smaller else []
         self._enter("transforming")
         start = time.process_time()
         gm = aim_surgery.transform(model, inputs)
@@ -124,15 +126,13 @@ class _Trial:
         activations = max(_peak() - before, 0) / GIB
         self._enter("verifying")
         if detects:
-            share = self._resize_less(model, gm, samples, step)
             inputs, on_meta = samples.args, model  # branches on data do not run on meta
         else:
             smaller = checks.smaller_inputs(model, gm, samples)
-            share = 1.0
             if smaller is not None:
                 share = smaller[0].numel() / samples.args[0].numel()
                 inputs, samples = smaller, samples_for(model, plan_of(gm), smaller)
-        step, activations = step * share, activations * share
+                step, activations = step * share, activations * share
         row.checked_on = checks.describe(samples)
         memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
         if memory > self._memory and not self._alone:
@@ -147,16 +147,7 @@ class _Trial:
                 samples = samples.take(1)
                 row.checked_on = checks.describe(samples)
             self._enter("verifying")
-            checks.check_light(model, gm, samples, on_meta, row)
-
-    def _resize_less(self, model: nn.Module, gm: nn.Module, samples: Samples, step: float) -> float:
-        """Let detectors work on smaller images; the share of a step's time that is left."""
-        done = detection.resize_less(model, gm)
-        if not done or not step:
-            return 1.0
-        self._row.notes.append(done)
-        share = seconds_of_step(copy.deepcopy(model).train(), samples) / step
-        return min(share, 1.0)
+            checks.check_light(model, gm, samples, on_meta, row, training=detects)
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
