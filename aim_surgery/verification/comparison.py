@@ -5,10 +5,10 @@
 for outputs, for buffers after a run in training, and for the gradients of a random linear form of
 the outputs: of widened weights the original entries. Modes are compared as flags.
 
-A detector sorts and thresholds: where two scores are as good as equal, its outputs jump by rounding
-alone. Outputs that differ are therefore looked at once more: those that jump in the original, too,
-when its inputs are nudged by their rounding error, can't be judged in that precision; they are left
-out, and named.
+Outputs that differ are looked at once more: how far does the original's own output move when its
+inputs are nudged by their rounding error? What moves as far can't be told apart in that precision.
+A detector sorts and thresholds: where two scores are as good as equal, its outputs jump. Both are
+left out, and named with the numbers.
 """
 
 from __future__ import annotations
@@ -172,16 +172,14 @@ class Pair:
                 ]
             differences = _differences(expected, _detached(got))
             found = [self._compared("outputs", case, differences)]
-            jumping = () if found[0].ok else self._jumping(case, expected)
-            if jumping:
-                kept = {n: v for n, v in differences.items() if n not in jumping}
+            unsure = {} if found[0].ok else self._unsure(case, expected, differences, notes)
+            if unsure:
+                kept = {n: v for n, v in differences.items() if n not in unsure}
                 found = [self._compared("outputs", case, kept)]
-                note = f"{case}: {', '.join(jumping[:_NAMED])} jump by rounding in the original too"
-                notes.append(f"{note}, and were not compared")
-            elif gradients is not None:
+            if gradients is not None and not any(unsure.values()):
                 self._leave_out_frozen(gradients, notes)
                 found.append(self._compare_gradients(case, gradients, got))
-            if _is_empty(expected, except_for=jumping):
+            if _is_empty(expected, except_for=unsure):
                 found[0] = replace(found[0], judged=False)
                 notes.append(f"{case}: no outputs are left that would say anything")
         if case.training is not False:
@@ -190,20 +188,40 @@ class Pair:
                 found.append(self._compared("buffers", case, differences))
         return found
 
-    def _jumping(self, case: Case, expected: Mapping[str, Any]) -> tuple[str, ...]:
-        """Outputs of the original that jump when its inputs are nudged."""
-        buffers = [buffer.clone() for buffer in self.base.buffers()]
-        jumping: dict[str, None] = {}
+    def _unsure(
+        self,
+        case: Case,
+        expected: Mapping[str, Any],
+        differences: Mapping[str, float | str],
+        notes: list[str],
+    ) -> dict[str, bool]:
+        """Outputs that rounding moves as far in the original, and whether it makes them jump."""
+        moved = dict.fromkeys(differences, 0.0)
         for seed in range(_NUDGES):
-            with torch.no_grad():
-                self._enter(self.base, case.training)
-                nudged = named_leaves(call(self.base, case.samples.nudged(seed)))
-                for buffer, before in zip(self.base.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
-            for name, difference in _differences(expected, _detached(nudged)).items():
-                if isinstance(difference, str) or difference > _JUMP:
-                    jumping[name] = None
-        return tuple(jumping)
+            for name, found in self._moved(case, expected, seed).items():
+                size = found if isinstance(found, float) else float("inf")
+                moved[name] = max(moved.get(name, 0.0), size)
+        unsure: dict[str, bool] = {}
+        for name, found in differences.items():
+            jumps = moved[name] > _JUMP
+            if jumps or (isinstance(found, float) and self.limits[0] < found <= moved[name]):
+                unsure[name] = jumps
+                size = f"{found:.1e}" if isinstance(found, float) else found
+                notes.append(
+                    f"{case}: {name} is not judged: it differs by {size}, and by {moved[name]:.1e} "
+                    f"in the original alone when its inputs are rounded otherwise"
+                )
+        return unsure
+
+    def _moved(self, case: Case, expected: Mapping[str, Any], seed: int) -> dict[str, float | str]:
+        """How far a nudge of its inputs moves the original's outputs."""
+        buffers = [buffer.clone() for buffer in self.base.buffers()]
+        with torch.no_grad():
+            self._enter(self.base, case.training)
+            nudged = named_leaves(call(self.base, case.samples.nudged(seed)))
+            for buffer, before in zip(self.base.buffers(), buffers, strict=True):
+                buffer.copy_(before)
+        return _differences(expected, _detached(nudged))
 
     def _enter(self, module: nn.Module, training: bool | None) -> None:
         if training is None:
