@@ -82,8 +82,11 @@ Carry = Annotated[
     typer.Option(help="What of the memory survives a batch: its weights, or what was written too."),
 ]
 Emit = Annotated[
-    Literal["graph", "module"],
-    typer.Option(help="A graph, or the model's own class with hooks: reads only, all methods."),
+    Literal["auto", "graph", "module"],
+    typer.Option(
+        help="A graph, or the model's own class with hooks: reads only, all methods; auto: a graph "
+        "where there can be one."
+    ),
 ]
 Include = Annotated[
     list[str] | None,
@@ -142,7 +145,7 @@ def plan_command(
     write: Write = "sample",
     write_at: WriteAt = None,
     carry: Carry = "weights",
-    emit: Emit = "graph",
+    emit: Emit = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> Plan:
     """Show what an operation would do: which layer reads how much, and what it costs."""
@@ -173,7 +176,7 @@ def transform_command(
     write: Write = "sample",
     write_at: WriteAt = None,
     carry: Carry = "weights",
-    emit: Emit = "graph",
+    emit: Emit = "auto",
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Do what this plan says.")
     ] = None,

@@ -1,6 +1,9 @@
 """The operation: look (`plan`), do what was planned (`apply`), or both (`transform`).
 
 transform = apply ∘ plan
+
+A model that can't be a graph as a whole (see `capture_any`) keeps its class by default, as it does
+with `emit="module"`; the plan's notes say why, and its `emit` what came of it.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from aim_surgery.capture import (
     Inputs,
     as_module,
     capture,
+    capture_any,
     capture_whole,
 )
-from aim_surgery.config import AimConfig, Emit, Form
+from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.lower import lower
 from aim_surgery.nn.aim_modules import AimModules
@@ -29,13 +33,17 @@ from aim_surgery.surgery.rewrite import operate
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
+Wanted = Literal["auto", "graph", "module"]
+
+_CAPTURES = {"auto": capture_any, "graph": capture, "module": capture_whole}
+
 
 def plan(
     model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
-    emit: Emit = "graph",
+    emit: Wanted = "auto",
 ) -> Plan:
     """Decide what an operation would do, without doing it.
 
@@ -51,7 +59,7 @@ def plan(
         The plan: print it, edit it, save it, give it to `apply`.
 
     Raises:
-        CaptureError: The model can't be captured with these inputs.
+        CaptureError: The model fails with these inputs, or can't be a graph where one is wanted.
         PlanError: There is nothing to read with, or the budget is too small.
 
     Example:
@@ -114,7 +122,19 @@ def transform(
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
-    emit: Literal["graph"] = "graph",
+    emit: Literal["auto"] = "auto",
+    form: Form = "concat",
+    copy: bool = True,
+) -> Any: ...
+
+
+@overload
+def transform(
+    model: nn.Module,
+    example_inputs: Inputs | None = None,
+    *,
+    config: AimConfig | None = None,
+    emit: Literal["graph"],
     form: Form = "concat",
     copy: bool = True,
 ) -> AimGraphModule: ...
@@ -138,7 +158,7 @@ def transform(
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
-    emit: Emit,
+    emit: Wanted,
     form: Form = "concat",
     copy: bool = True,
 ) -> nn.Module: ...
@@ -149,10 +169,10 @@ def transform(
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
-    emit: Emit = "graph",
+    emit: Wanted = "auto",
     form: Form = "concat",
     copy: bool = True,
-) -> nn.Module:
+) -> Any:
     """Give a model a memory that every convolution and linear call reads.
 
     A layer with weight (C_out, C_in/g, *kernel) comes back as (C_out, C_in/g + k, *kernel), a
@@ -166,7 +186,9 @@ def transform(
         config: What to operate and how much it may cost.
         emit: "graph" gives a `GraphModule`: reads, writes, compilation, export. "module" gives a
             model of the same class with all its methods (`generate`, `forward_features`): nothing
-            is traced, layers read the memory through hooks, and nothing is written.
+            is traced, layers read the memory through hooks, and nothing is written. "auto" gives
+            the first where all of the model's own forward can be a graph, in both modes, and else
+            the second.
         form: "concat" joins the memory to each layer's input, "split" computes its part apart and
             adds it: the same function with less work. `lower` changes it later.
         copy: Whether unchanged tensors are copied; if not, both models share them.
@@ -176,7 +198,7 @@ def transform(
         ones live under `aim.`. With `init="preserve"` it computes what the model computes.
 
     Raises:
-        CaptureError: The model can't be captured with these inputs.
+        CaptureError: The model fails with these inputs, or can't be a graph where one is wanted.
         PlanError: There is nothing to read with, or the budget is too small.
 
     Source: Lunkad, "Memory for Artificial Intelligence", Towards AI, 2021.
@@ -205,14 +227,14 @@ def _checked_config(config: AimConfig | None) -> AimConfig:
     return config
 
 
-def _checked_emit(emit: object) -> Emit:
-    if emit not in get_args(Emit):
-        raise PlanError(f"emit must be 'graph' or 'module', got {emit!r}")
-    return cast(Emit, emit)
+def _checked_emit(emit: object) -> Wanted:
+    if emit not in get_args(Wanted):
+        raise PlanError(f"emit must be 'auto', 'graph' or 'module', got {emit!r}")
+    return cast(Wanted, emit)
 
 
 def _captured(
-    model: nn.Module | ExportedProgram, inputs: Inputs | ExampleInputs | None, emit: Emit
+    model: nn.Module | ExportedProgram, inputs: Inputs | ExampleInputs | None, emit: Wanted
 ) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
@@ -223,4 +245,4 @@ def _captured(
                     f"this model has been operated on: {where} has a memory already. Operate the "
                     f"original model"
                 )
-    return (capture if emit == "graph" else capture_whole)(model, inputs)
+    return _CAPTURES[emit](model, inputs)

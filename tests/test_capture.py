@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+import re
 import warnings
 from typing import Any
 
@@ -214,13 +215,18 @@ class Rebinds(nn.Module):
         return self.fc(x)
 
 
-def test_a_rebound_buffer_is_refused_and_the_model_left_alone() -> None:
+def test_a_rebound_buffer_stays_a_call_and_the_model_is_left_alone() -> None:
     model: Any = nn.Sequential(Rebinds())
     before = model[0].seen
-    with pytest.raises(CaptureError, match=r"0\.seen is replaced inside forward.*copy_"):
-        capture(model, torch.randn(3, 2))
+    ((path, reason),) = (
+        vars(call).values() for call in capture(model, torch.randn(3, 2)).traces[0].opaque
+    )
+    assert path == "0"
+    assert re.search(r"0\.seen is replaced inside forward.*copy_.*`self.seen = ", reason)
     assert model[0].seen is before
     assert type(vars(nn.Module).get("training")) is not property
+    with pytest.raises(CaptureError, match=r"seen is replaced inside forward.*copy_"):
+        capture(Rebinds(), torch.randn(3, 2))
 
 
 class Nested(nn.Module):

@@ -265,8 +265,12 @@ def test_data_is_not_assigned_unseen() -> None:
             self.fc.weight.data = torch.renorm(self.fc.weight.data, 2, 0, 0.1)
             return self.fc(x)
 
+    model = MaxNorm().double()
     with pytest.raises(CaptureError, match=r"assigns .*\.data"):
-        operated(MaxNorm().double())
+        capture(model, X)
+    kept = operated(model)
+    assert type(kept) is MaxNorm
+    both(model, kept)
 
 
 def test_a_counter_in_a_buffer_counts() -> None:
@@ -312,10 +316,9 @@ def test_kinds_of_dicts(kind: Any) -> None:
     model = Returns().double()
     if kind is defaultdict:
         with pytest.raises(CaptureError, match="can't make a defaultdict"):
-            operated(model)
-        return
+            capture(model, X)
     got = operated(model)(X)
-    assert type(got) is OrderedDict
+    assert type(got) is kind
     assert list(got) == [0]
     assert_same(got, model(X))
 

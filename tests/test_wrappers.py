@@ -80,7 +80,7 @@ def test_what_can_not_be_captured_is_shown_with_its_line() -> None:
 
     line = r"tests/test_wrappers.py:\d+ `return self.fc\(x\) if x.sum\(\) > 0 else x`"
     with pytest.raises(CaptureError, match=line):
-        aim_surgery.transform(OnData().double(), X)
+        aim_surgery.transform(OnData().double(), X, emit="graph")
 
 
 class Padded(nn.Module):

@@ -4,8 +4,8 @@ from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
 from aim_surgery.capture.exported import as_module, inputs_of_program
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
-from aim_surgery.capture.tracer import OpaqueCall
-from aim_surgery.capture.whole import capture_whole
+from aim_surgery.capture.opaque import OpaqueCall
+from aim_surgery.capture.whole import capture_any, capture_whole
 from aim_surgery.capture.wrappers import unwrap
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Trace",
     "as_module",
     "capture",
+    "capture_any",
     "capture_whole",
     "inputs_of_program",
     "unwrap",

@@ -7,7 +7,7 @@ heads), both modes are traced, and the emitted module changes graphs with `train
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.exported import inputs_of_program
 from aim_surgery.capture.inputs import (
     Argument,
@@ -26,7 +27,9 @@ from aim_surgery.capture.inputs import (
     bind_arguments,
     propose_inputs,
 )
-from aim_surgery.capture.tracer import OpaqueCall, ValueTracer
+from aim_surgery.capture.opaque import OpaqueCall, StayPython, first_line
+from aim_surgery.capture.patches import refuse_nested
+from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
 from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
@@ -63,6 +66,8 @@ class Capture:
         traces: The trace in the model's own mode first; the other mode's only where it differs.
             None where the model was taken as a whole (`capture_whole`).
         notes: What a reader should know, such as a mode that could not be captured.
+        missing: Why the other mode has no trace, where the model branches on its mode.
+        why_whole: Why the model was taken as a whole, where nobody asked for that.
         findings: What was found out about it later, such as the sites of a graph, so that it need
             not be found again.
     """
@@ -72,6 +77,8 @@ class Capture:
     arguments: tuple[Argument, ...]
     traces: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
+    missing: str = ""
+    why_whole: str = ""
     findings: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -121,24 +128,69 @@ def capture(
         CaptureError: The inputs don't fit, none could be found, or the model holds something that
             a graph can't. The message names the module and what to do.
     """
+    model, notes = taken(model)
+
+    def take(inputs: ExampleInputs) -> Capture:
+        found = capture_graphs(model, inputs, notes)
+        if found.missing and inputs.source != "given":
+            raise CaptureError(found.missing)
+        return found
+
+    return with_inputs(model, example_inputs, take)
+
+
+def taken(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ...]]:
+    """Take a model out of its wrappers.
+
+    Args:
+        model: What a user passed.
+
+    Returns:
+        The model to capture, and notes on what was taken off.
+
+    Raises:
+        CaptureError: It is no model, or one that can't be captured.
+    """
+    refuse_nested()
     model, notes = unwrap(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module has no Python forward: capture the original model")
     refuse_uninitialised(model)
+    return model, notes
+
+
+def with_inputs(
+    model: nn.Module,
+    example_inputs: Inputs | ExampleInputs | None,
+    take: Callable[[ExampleInputs], Capture],
+) -> Capture:
+    """Capture with the inputs that were given, or with the first proposal that fits.
+
+    Args:
+        model: The model, out of its wrappers.
+        example_inputs: What a user passed.
+        take: Captures, or raises CaptureError.
+
+    Returns:
+        What `take` returns.
+
+    Raises:
+        CaptureError: From `take`, or no proposal fits.
+    """
     if example_inputs is None:
         example_inputs = inputs_of_program(model)
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)
-        return _capture(model, on_meta(model, example_inputs), notes)
+        return take(on_meta(model, example_inputs))
     tried: list[str] = []
     for candidate in propose_inputs(model):
         try:
-            return _capture(model, candidate, notes)
+            return take(candidate)
         except CaptureError as err:
-            tried.append(f"({candidate.describe()}): {_first_line(err)}")
+            tried.append(f"({candidate.describe()}): {first_line(err)}")
     what = "; ".join(tried) if tried else "no layer suggests any"
     raise CaptureError(
         f"no example input found for {type(model).__name__}: pass example_inputs. Tried {what}"
@@ -146,50 +198,136 @@ def capture(
 
 
 @collection_paused()
-def _capture(model: nn.Module, inputs: ExampleInputs, known: tuple[str, ...]) -> Capture:
+def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ...] = ()) -> Capture:
+    """Trace until both modes, and all calls of a module, agree on what stays a Python call.
+
+    Args:
+        model: The model, out of its wrappers.
+        inputs: Example inputs.
+        notes: What a reader should know already.
+
+    Returns:
+        The graphs; `missing` says why the other mode has none, where it needs one.
+
+    Raises:
+        CaptureError: The model's own mode can't be captured.
+    """
     arguments = bind_arguments(model, inputs)
-    values = FakeValues()
-    constants: dict[str, torch.Tensor] = {}
-    shared = (model, arguments, values, constants)
-    trace, dependent, notes = _trace(*shared, training=model.training)
-    traces = (trace,)
-    if dependent:
+    tracing = _Tracing(model, arguments, FakeValues(), {})
+    with random_state_kept():
+        while True:
+            try:
+                found = tracing.in_all_modes()
+            except _StaysPython as err:
+                tracing.python |= err.paths
+                continue
+            opaque = {call.path: call.reason for one in found.traced for call in one.trace.opaque}
+            entered = {path for one in found.traced for path in one.entered}
+            differ = {path: why for path, why in opaque.items() if path in entered}
+            if not differ:
+                break
+            tracing.python |= differ
+    words = [*notes, *(note for one in found.traced for note in one.notes)]
+    words += [found.missing] if found.missing else []
+    words += [f"{path} stays a Python call: {why}" for path, why in opaque.items()]
+    traces = tuple(one.trace for one in found.traced)
+    words += _hook_notes(model, traces)
+    return Capture(model, inputs, arguments, traces, tuple(dict.fromkeys(words)), found.missing)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A trace, and what only matters while traces are made.
+
+    Attributes:
+        trace: The trace.
+        dependent: Whether the model branched on its training flag.
+        entered: Submodules that were traced through.
+        notes: What a reader should know.
+    """
+
+    trace: Trace
+    dependent: bool
+    entered: frozenset[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The traces of one or both modes, and why the other mode has none where it needs one."""
+
+    traced: tuple[_Traced, ...]
+    missing: str = ""
+
+
+class _StaysPython(Exception):  # noqa: N818 - control flow, not an error
+    """A trace failed after it had found modules that stay Python: they may have been the cause."""
+
+    def __init__(self, paths: dict[str, str]) -> None:
+        super().__init__(*paths)
+        self.paths = paths
+
+
+@dataclass
+class _Tracing:
+    """Makes the traces of one model.
+
+    Attributes:
+        python: Submodules that are not to be traced through, with the reason.
+    """
+
+    model: nn.Module
+    arguments: tuple[Argument, ...]
+    values: FakeValues
+    constants: dict[str, torch.Tensor]
+    python: dict[str, str] = field(default_factory=dict)
+
+    def in_all_modes(self) -> _Found:
+        """Trace in the model's own mode and, where it differs, in the other (if it can be)."""
+        first = self.in_mode(self.model.training)
+        if not first.dependent:
+            return _Found((first,))
         try:
-            other, _, more = _trace(*shared, training=not model.training)
-            traces, notes = (trace, other), (*notes, *more)
+            return _Found((first, self.in_mode(not self.model.training)))
         except CaptureError as err:
-            if inputs.source != "given":
+            mode = "evaluation" if self.model.training else "training"
+            return _Found((first,), f"{mode} mode could not be captured: {err}")
+
+    def in_mode(self, training: bool) -> _Traced:
+        tracer = ValueTracer(
+            self.model,
+            training=training,
+            values=self.values,
+            constants=self.constants,
+            python=self.python,
+        )
+        try:
+            graph = tracer.trace_model(self.arguments)
+        except StayPython as stop:
+            raise CaptureError(
+                f"the model itself can't be captured as a graph: {stop}. Move that code into a "
+                f"submodule of its own, which then stays one Python call."
+            ) from stop
+        except Exception as err:
+            found = {call.path: call.reason for call in tracer.opaque}
+            if tracer.complete and not found.keys() <= self.python.keys():
+                raise _StaysPython(found) from err
+            if isinstance(err, CaptureError):
                 raise
-            mode = "evaluation" if model.training else "training"
-            notes = (*notes, f"{mode} mode could not be captured: {err}")
-    notes = tuple(dict.fromkeys((*known, *notes, *_hook_notes(model, traces))))
-    return Capture(model, inputs, arguments, traces, notes)
-
-
-def _trace(
-    model: nn.Module,
-    arguments: tuple[Argument, ...],
-    values: FakeValues,
-    constants: dict[str, torch.Tensor],
-    *,
-    training: bool,
-) -> tuple[Trace, bool, tuple[str, ...]]:
-    tracer = ValueTracer(model, training=training, values=values, constants=constants)
-    try:
-        graph = tracer.trace_model(arguments)
-    except CaptureError:
-        raise
-    except Exception as err:
-        raise CaptureError(_explain(model, arguments, err)) from err
-    assumptions = tuple(tracer.assumptions.values())
-    insert_checks(graph, assumptions)
-    trace = Trace(graph, training, assumptions, tuple(tracer.opaque), constants)
-    notes = tuple(
-        f"{name} is set inside forward: the operated model does not set it, and computes with what "
-        f"it was"
-        for name in sorted(tracer.changed)
-    )
-    return trace, tracer.mode_dependent, (*notes, *tracer.remarks)
+            raise CaptureError(_explain(self.model, self.arguments, err)) from err
+        assumptions = tuple(tracer.assumptions.values())
+        insert_checks(graph, assumptions)
+        opaque = tuple(tracer.opaque)
+        trace = Trace(graph, training, assumptions, opaque, self.constants)
+        inside = tuple(f"{call.path}." for call in opaque)
+        notes = (
+            f"{name} is set inside forward: the operated model does not set it, and computes with "
+            f"what it was"
+            for name in sorted(tracer.changed)
+            if not name.startswith(inside)
+        )
+        entered = frozenset(tracer.entered)
+        return _Traced(trace, tracer.mode_dependent, entered, (*notes, *tracer.remarks))
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
@@ -220,9 +358,5 @@ def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) 
     at = f" at {line}" if line else ""
     return (
         f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
-        f"{type(err).__name__}: {_first_line(err)}"
+        f"{type(err).__name__}: {first_line(err)}"
     )
-
-
-def _first_line(err: Exception) -> str:
-    return str(err).strip().split("\n", 1)[0]

@@ -1,14 +1,16 @@
 """What a traced node's value is: its function run on the fake values of its arguments.
 
-A module whose result depends on data has no fake result; a copy of it is then run for real, on
-noise, to see the shape of what it returns.
+Where fake values don't do (the result depends on data, or some Python insists on numbers), a copy
+of the module is run for real, on what the user gave or on noise, to see what shapes come of it.
+What torch refuses for real, too, is an error of the model or of its inputs, and marked so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +23,15 @@ from torch._subclasses.fake_tensor import (
 from torch.fx._symbolic_trace import _orig_module_call
 from torch.utils._pytree import tree_map_only
 
+from aim_surgery.capture.changes import Changes
+from aim_surgery.capture.copies import (
+    derived_tensors,
+    noise_like,
+    own_values,
+    random_state_kept,
+)
 from aim_surgery.capture.leaves import is_stock
+from aim_surgery.capture.opaque import mark_final
 from aim_surgery.capture.values import FakeValues, node_value
 
 DATA_DEPENDENT = (
@@ -36,14 +46,30 @@ class Evaluator:
 
     Attributes:
         busy: Whether a node is being evaluated: nothing that runs now is to be recorded.
-        for_real: Whether a module is being run on real tensors.
+        for_real: Whether something is being run on real tensors.
+        was_real: Whether the last node's value came of that: numbers in it may depend on data.
     """
 
-    def __init__(self, values: FakeValues, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        values: FakeValues,
+        modules: Mapping[str, nn.Module],
+        mode_of: Callable[[nn.Module], bool],
+        changes: Changes,
+    ) -> None:
+        """Start with nothing evaluated.
+
+        Args:
+            values: Makes fake tensors.
+            modules: The model's modules by name.
+            mode_of: Tells a module's mode in this trace.
+            changes: What forwards change of the model, to be undone.
+        """
         self.values = values
         self.busy = False
-        self.for_real = False
+        self.for_real = self.was_real = False
         self._modules = modules
+        self._mode_of, self._changes = mode_of, changes
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -62,6 +88,7 @@ class Evaluator:
     def evaluate(self, node: fx.Node) -> Any:
         """The value of a node whose arguments carry theirs."""
         args, kwargs = node_value(node.args), node_value(node.kwargs)
+        self.was_real = False
         before, self.busy = self.busy, True  # `running`, spelled out: this is called for every node
         try:
             if node.op == "call_function":
@@ -70,6 +97,10 @@ class Evaluator:
                 method = getattr(args[0], str(node.target))
                 return self.values.call(method, args[1:], kwargs)
             return self._call_module(self._modules[str(node.target)], args, kwargs)
+        except DATA_DEPENDENT:
+            raise
+        except (RuntimeError, ValueError, IndexError) as err:
+            return self._without_fakes(node, args, kwargs, err)
         finally:
             self.busy = before
 
@@ -79,23 +110,54 @@ class Evaluator:
 
         if is_stock(module):
             return self.values.call_layer(module, forward, args, kwargs)
-        try:
-            return self.values.call(forward, args, kwargs)
-        except DATA_DEPENDENT:
-            return self._run_for_real(module, args, kwargs)
+        start = self._changes.mark()
+        with random_state_kept():
+            try:
+                return self.values.call(forward, args, kwargs)
+            except Exception:
+                self._changes.undo(start, module)
+                return self._run_copy(module, args, kwargs)
 
-    def _run_for_real(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            args, kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
+    def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.for_real = True  # its tensors are asked for while it is copied
+        try:
+            twin = copy.deepcopy(module, derived_tensors(module))
+        finally:
+            self.for_real = False
+        for own, copied in zip(module.modules(), twin.modules(), strict=False):
+            vars(copied)["training"] = self._mode_of(own)
+        output = self._run_for_real(functools.partial(_orig_module_call, twin), args, kwargs)
+        self.was_real = True
+        return output
+
+    def _without_fakes(self, node: fx.Node, args: Any, kwargs: Any, err: Exception) -> Any:
+        """What torch refuses of fake values may only lack a rule for them; else it is an error."""
+        if node.op == "call_module":
+            if is_stock(self._modules[str(node.target)]):
+                mark_final(err)
+            raise err
+        function: Any = node.target if node.op == "call_function" else _method(str(node.target))
+        try:
+            return self._run_for_real(function, args, kwargs)
+        except Exception:
+            mark_final(err)
+            raise err from None
+
+    def _run_for_real(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        with torch.no_grad(), random_state_kept():
+            args, kwargs = tree_map_only(torch.Tensor, self._real, (args, kwargs))
             self.for_real = True
             try:
-                output = _orig_module_call(copy.deepcopy(module), *args, **kwargs)
+                output = function(*args, **kwargs)
             finally:
                 self.for_real = False
         return self.values.of_all(output)
 
+    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor that a fake one stands for, copied; noise where there is none."""
+        source = self.values.source_of(tensor)
+        return noise_like(tensor) if source is None else own_values(source)
 
-def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_floating_point:
-        return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda owner, *args, **kwargs: getattr(owner, name)(*args, **kwargs)

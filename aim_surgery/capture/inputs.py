@@ -3,12 +3,15 @@
 `transform(model)` needs one input that the model accepts, for its shapes alone. In this order:
 what the user gives; what the model declares (timm's `default_cfg`, a `dummy_inputs` attribute);
 what its first layer suggests (a 2-d convolution over 3 channels: images of the usual sizes), tried
-one after the other until one can be captured.
+one after the other until one can be captured. A forward that wants several arguments gets the same
+for each; one that takes a list of tensors, by its annotation or its name (`images`), a list of
+samples.
 """
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -25,6 +28,7 @@ Inputs = torch.Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 _LITERALS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _BATCH = 2  # one sample would make batch norm fail in training and every size-1 rule apply
+_LISTS = ("images", "image_list")  # arguments without annotation that are lists of samples
 _USUAL_SIZES: dict[int, tuple[tuple[int, ...], ...]] = {
     1: ((1024,), (16000,), (256,), (128,), (64,), (32,), (16,)),
     2: tuple((s, s) for s in (224, 299, 256, 384, 512, 128, 64, 32, 28, 16, 8)),
@@ -136,7 +140,7 @@ def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         model: The model; its attributes and first layers are looked at, nothing is called.
 
     Yields:
-        Candidates without data (uninitialised tensors); the caller tries them in turn.
+        Candidates of zeros, whose shapes count; the caller tries them in turn.
     """
     yield from _declared(model)
     dtype, device = _floating_type(model)
@@ -145,11 +149,39 @@ def propose_inputs(model: nn.Module) -> Iterator[ExampleInputs]:
         if shapes is None:
             continue
         integers = isinstance(layer, nn.Embedding | nn.EmbeddingBag)
-        for shape in shapes:
-            kind = torch.int64 if integers else dtype
-            example = torch.empty(shape, dtype=kind, device=device)  # only its shape will be used
-            yield ExampleInputs((example,), {}, f"found: {list(shape)} fits")
+        kind = torch.int64 if integers else dtype
+        examples = [torch.zeros(shape, dtype=kind, device=device) for shape in shapes]
+        for wanted in _wanted(model):
+            for example in examples:
+                given = tuple(list(example) if listed else example for listed in wanted)
+                words = " and ".join(_describe_shape(value) for value in given)
+                yield ExampleInputs(given, {}, f"found: {words} fits")
         return
+
+
+def _wanted(model: nn.Module) -> Iterator[tuple[bool, ...]]:
+    """For each argument that the forward wants, whether it is a list; the likeliest first."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty] or positional[:1]
+    lists = tuple(_takes_list(parameter) for parameter in required)
+    if any(lists):
+        yield lists
+    yield (False,) * max(len(required), 1)
+
+
+def _takes_list(parameter: inspect.Parameter) -> bool:
+    if parameter.annotation is parameter.empty:
+        return parameter.name in _LISTS
+    annotation = parameter.annotation
+    words = annotation if isinstance(annotation, str) else repr(annotation)
+    return re.sub(r"[\w.]+\.", "", words).lower() in ("list[tensor]", "sequence[tensor]")
+
+
+def _describe_shape(value: torch.Tensor | list[torch.Tensor]) -> str:
+    if isinstance(value, list):
+        return f"a list of {len(value)} of {list(value[0].shape)}"
+    return f"{list(value.shape)}"
 
 
 def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
@@ -158,7 +190,7 @@ def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
         config = getattr(model, name, None)
         size = config.get("input_size") if isinstance(config, Mapping) else None
         if size:
-            example = torch.empty((_BATCH, *size), dtype=dtype, device=device)
+            example = torch.zeros((_BATCH, *size), dtype=dtype, device=device)
             yield ExampleInputs((example,), {}, f"declared by {name}")
             break
     dummy = getattr(model, "dummy_inputs", None)

@@ -20,9 +20,7 @@ patch steps aside for the others.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import operator
 import random
 import sys
 import threading
@@ -54,11 +52,20 @@ _LOCK = threading.Lock()
 _CAPTURING = threading.local()
 
 
+def refuse_nested() -> None:
+    """Refuse to capture a model in the forward of another.
+
+    Raises:
+        CaptureError: One is being captured in this thread.
+    """
+    if getattr(_CAPTURING, "now", False):
+        raise CaptureError("a model can't be captured inside the forward of one being captured")
+
+
 @contextlib.contextmanager
 def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
     """Make visible to the tracer what fx can't see; one thread at a time."""
-    if getattr(_CAPTURING, "now", False):
-        raise CaptureError("a model can't be captured inside the forward of one being captured")
+    refuse_nested()
     with _LOCK:
         _CAPTURING.now = True
         try:
@@ -72,9 +79,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 compiled_code_as_python(),
                 _regions_stay_python(tracer),
                 _messages_assume_nothing(tracer),
-                _restored_attributes(tracer),
-                _restored_collections(tracer),
-                _restored_hooks(tracer.model),
+                _undone_changes(tracer),
                 _parameters_by_proxy(tracer),
                 _instances_by_value(tracer.model),
                 _unmoved_random_state(tracer),
@@ -251,31 +256,29 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
+def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
+    """Attributes, collections and hooks are put back, and noted where a graph will not set them."""
     original = nn.Module.__setattr__
-    changed = tracer.attributes_before
+    start = tracer.changes.mark()
 
     def guarded(module: nn.Module, name: str, value: Any) -> None:
         path = tracer.path_of(module)
         if tracer.elsewhere or path is None:
             original(module, name, value)
             return
-        homes = (module._parameters, module._buffers, module._modules, module.__dict__)
-        home = next((home for home in homes if name in home), None)
         is_proxy = type(value) is ValueProxy
-        if is_proxy and home in homes[:3]:
+        registered = (module._parameters, module._buffers, module._modules)
+        if is_proxy and any(name in home for home in registered):
             if tracer.is_in_place(value, of=(module, name)):
                 return  # `self.steps += 1`: the buffer itself has been changed
             if tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
-        old = _MISSING if home is None else home[name]
-        changed.setdefault((id(module), name), (module, name, home, old))
+        tracer.changes.note(module, name)
         if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
             # its own `__setattr__` has put the value into this list already
-            state, key = vars(module), "_flat_weights"
-            weights = [*state[key]]
-            weights[module._flat_weights_names.index(name)] = None if home is None else old
-            changed.setdefault((id(module), key), (module, key, state, weights))
+            tracer.changes.note_item(
+                module, "_flat_weights", module._flat_weights_names.index(name)
+            )
         if name != "training" and not tracer.evaluating:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:
@@ -288,7 +291,7 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
-        tracer.restore_attributes(tracer.model)
+        tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
 
 
 def _rebound(name: str) -> str:
@@ -297,44 +300,6 @@ def _rebound(name: str) -> str:
         f"it was. A graph can't rebind a registered buffer or parameter: write "
         f"`self.{name.rpartition('.')[2]}.copy_(...)` instead, which can be captured."
     )
-
-
-@contextlib.contextmanager
-def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
-    """Lists, dicts and sets that modules hold, with what a forward put into them taken out."""
-    kept = [
-        (path, name, value, copy.copy(value))
-        for path, module in tracer.model.named_modules()
-        for name, value in vars(module).items()
-        if not name.startswith("_") and isinstance(value, list | dict | set)
-    ]
-    try:
-        yield
-    finally:
-        for path, name, value, before in kept:
-            if _same_items(value, before):
-                continue
-            tracer.changed.add(f"{path}.{name}".removeprefix("."))
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
-
-
-@contextlib.contextmanager
-def _restored_hooks(model: nn.Module) -> Iterator[None]:
-    """Hooks that a forward registers on its modules (to collect hidden states) are taken off."""
-    tables = [
-        (table, dict(table))
-        for module in model.modules()
-        for name, table in vars(module).items()
-        if "_hooks" in name and isinstance(table, dict)
-    ]
-    try:
-        yield
-    finally:
-        for table, before in tables:
-            if len(table) != len(before):
-                table.clear()
-                table.update(before)
 
 
 @contextlib.contextmanager
@@ -352,11 +317,3 @@ def _parameters_by_proxy(tracer: ValueTracer) -> Iterator[None]:
         yield
     finally:
         nn.Module.named_parameters = original  # type: ignore[method-assign]
-
-
-def _same_items(value: Any, before: Any) -> bool:
-    if isinstance(value, dict):
-        items, others = [*value, *value.values()], [*before, *before.values()]
-    else:
-        items, others = list(value), list(before)
-    return len(items) == len(others) and all(map(operator.is_, items, others))

@@ -14,43 +14,32 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, describe
+from aim_surgery.capture.changes import Changes, Mark
 from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
 from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
+from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.values import FakeValues, node_value
-from aim_surgery.capture.where import calling_line
-from aim_surgery.errors import CaptureError
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
 _AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
 _CLOSED = object()
 _RECORDABLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
-
-
-@dataclass(frozen=True)
-class OpaqueCall:
-    """A submodule that stays one Python call in the graph, and why."""
-
-    path: str
-    reason: str
-
-
-class _StayPython(Exception):  # noqa: N818 - control flow, not an error
-    """Raised inside a traced module that must stay one Python call."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +50,7 @@ class _State:
     grad_mode: tuple[fx.Node | None, bool]
     mode_dependent: bool
     opaque: int
+    changes: Mark
 
 
 class _Entry(nn.Module):
@@ -80,27 +70,38 @@ class ValueTracer(fx.Tracer):
         training: bool,
         values: FakeValues,
         constants: dict[str, torch.Tensor],
+        python: Mapping[str, str] | None = None,
     ) -> None:
+        """Start with an empty graph.
+
+        Args:
+            model: The model; left unchanged.
+            training: The mode to trace it in.
+            values: Fake values, which traces of one model share.
+            constants: Names of tensors that belong to no module, likewise; filled in.
+            python: Submodules that are not to be traced through, with the reason.
+        """
         super().__init__(autowrap_functions=tuple(FACTORIES))
         self.model = model
         self.mode = training
         self.mode_dependent = False
         self.assumptions: dict[tuple[fx.Node, Question], Assumption] = {}
         self.opaque: list[OpaqueCall] = []
+        self.entered: set[str] = set()  # submodules that were traced through
+        self.complete = False  # whether the model's forward came to its end
         self.changed: set[str] = set()  # attributes that the forward set
         self.remarks: list[str] = []
-        # what the forward changed: module, name, where it was, what it was
-        self.attributes_before: dict[
-            tuple[int, str], tuple[nn.Module, str, dict[str, Any] | None, Any]
-        ] = {}
+        self.changes = Changes(model)
         self.constants = constants
         modules = dict(model.named_modules())
-        self._evaluator = Evaluator(values, modules)
+        self._python = dict(python or {})
+        self._evaluator = Evaluator(values, modules, self.mode_of, self.changes)
         self._paths = {module: path for path, module in modules.items()}
         self._names = tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
         self._shown: dict[fx.Node, str] = {}  # values that were asked for as text
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
+        self._computed: set[fx.Node] = set()  # what Python calls gave that were run for real
         self._stack: list[nn.Module] = []
         self._opening: list[Any] = []  # functions that are being traced through
         self._grad_mode: fx.Node | None = None
@@ -146,6 +147,7 @@ class ValueTracer(fx.Tracer):
                     kwargs[argument.keyword] = value
             result = self.model(*args, **kwargs)
             self._record_grad_mode()  # a `no_grad` that ended with the forward ends in the graph
+            self.complete = True
             return result
 
         return enter, []
@@ -159,6 +161,8 @@ class ValueTracer(fx.Tracer):
             raise self.stay_python(f"{question}({describe(node)}) asks for tensor data")
         if node.target is getattr and node.args[1] in _AUTOGRAD_STATE:
             raise self.stay_python(f"branches on {describe(node)}")
+        if node in self._computed and isinstance(proxy.aim_value, int | float):
+            raise self.stay_python(f"{question}({describe(node)}) asks what data gave")
         answer = ANSWERS[question](proxy.aim_value)
         if node in self._flags:
             if not holds_weights(self._stack[-1]):
@@ -190,8 +194,7 @@ class ValueTracer(fx.Tracer):
 
     def stay_python(self, reason: str) -> Exception:
         """What to raise where a graph can't hold what the innermost module does."""
-        line = calling_line()
-        return _StayPython(f"{reason} at {line}" if line else reason)
+        return StayPython.here(reason)
 
     # Nodes and their values -----------------------------------------------------------------
 
@@ -222,6 +225,8 @@ class ValueTracer(fx.Tracer):
         except DATA_DEPENDENT as err:
             raise self.stay_python(f"{describe(node)} depends on tensor data ({err})") from err
         node.meta["val"] = value
+        if self._evaluator.was_real:
+            self._computed.add(node)
         return self._proxy(node, value)
 
     def _proxy(self, node: fx.Node, value: Any) -> Any:
@@ -236,10 +241,12 @@ class ValueTracer(fx.Tracer):
             container = node.args[0]
             if isinstance(container, fx.Node) and container.op == "placeholder":
                 self.assume(node, "given", True)
-        if self._flags and not isinstance(value, torch.Tensor):
+        if (self._flags or self._computed) and not isinstance(value, torch.Tensor):
             inputs = node.all_input_nodes
             if inputs and all(source in self._flags for source in inputs):
                 self._flags.add(node)
+            if not self._computed.isdisjoint(inputs):
+                self._computed.add(node)
         return ValueProxy(node, self, value)
 
     def value_placeholder(self, name: str, default: Any, value: Any) -> Any:
@@ -342,6 +349,8 @@ class ValueTracer(fx.Tracer):
         return self._proxies[name]
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
+        if isinstance(tensor, FakeTensor):
+            raise self.stay_python("uses a tensor that a Python call left in an attribute")
         name = self._names.get(id(tensor))
         if name is None:
             known = (name for name, constant in self.constants.items() if constant is tensor)
@@ -355,18 +364,6 @@ class ValueTracer(fx.Tracer):
         return self._named_proxy(name, self._evaluator.fake(tensor)).node
 
     # Modules --------------------------------------------------------------------------------
-
-    def restore_attributes(self, root: nn.Module) -> None:
-        """Put back the attributes of a module, and of those in it, that its forward has changed."""
-        inside = {id(module) for module in root.modules()}
-        for key in [key for key in self.attributes_before if key[0] in inside]:
-            module, name, home, old = self.attributes_before.pop(key)
-            homes = (module.__dict__, module._parameters, module._buffers, module._modules)
-            for other in homes:
-                if other is not home:
-                    other.pop(name, None)
-            if home is not None:
-                home[name] = old
 
     def path_of(self, module: nn.Module) -> str | None:
         """The module's qualified name in the model ("" for the model), None if it has none."""
@@ -383,17 +380,7 @@ class ValueTracer(fx.Tracer):
 
     def holds_data(self, proxy: ValueProxy, of: tuple[nn.Module, str]) -> bool:
         """Whether a value depends on input data or on an attribute (on sizes, it may)."""
-        qualname = self._qualname(*of)
-        pending, seen = [proxy.node], set()
-        while pending:
-            node = pending.pop()
-            if node in seen or not isinstance(node.meta["val"], torch.Tensor):
-                continue
-            if node.op == "placeholder" or (node.op == "get_attr" and node.target == qualname):
-                return True
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-        return False
+        return holds_data(proxy.node, self._qualname(*of))
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """A module is one call where its class's own forward is PyTorch's."""
@@ -403,34 +390,44 @@ class ValueTracer(fx.Tracer):
         """Record a leaf, or trace through; a module that no graph can hold stays a call."""
         if self.evaluating or self.elsewhere:
             return forward(*args, **kwargs)
-        state = self._state()
+        state, path = self._state(), self._paths.get(m)
         self._stack.append(m)
         try:
             if self.is_leaf_module(m, ""):
-                result = self.create_proxy("call_module", self._paths[m], args, kwargs)
+                result = self.create_proxy("call_module", path, args, kwargs)
+            elif path in self._python:
+                result = self._call_opaque(m, args, kwargs, self._python[path])
             else:
-                result = forward(*args, **kwargs)
-                note = padding_note(m, args, kwargs)
-                self.remarks += [note] if note else []
+                result = self._trace_through(m, forward, args, kwargs, state)
             return self._returned(m, result)
-        except _StayPython as stop:
-            if not self._paths.get(m):
-                where = "the model itself" if m is self.model else f"{type(m).__name__}"
-                raise CaptureError(
-                    f"{where} can't be captured as a graph: {stop}. Move that code into a "
-                    f"submodule of its own, which then stays one Python call."
-                ) from stop
-            self._roll_back(state)
-            self.restore_attributes(m)
-            return self._returned(m, self._call_opaque(m, args, kwargs, str(stop)))
-        except CaptureError:
-            raise
         except Exception as err:
             if getattr(err, "aim_path", None) is None:
-                err.aim_path = self._paths.get(m, type(m).__name__)  # type: ignore[attr-defined]
+                err.aim_path = path or ""  # type: ignore[attr-defined]
             raise
         finally:
             self._stack.pop()
+
+    def _trace_through(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any, state: _State
+    ) -> Any:
+        """Trace a module's forward; where that fails and one call of it works, call it."""
+        path = self._paths.get(m)
+        try:
+            result = forward(*args, **kwargs)
+        except Exception as err:
+            self._roll_back(state, m)
+            if not path or is_final(err) or any(self.changes.handed_in(state.changes, m)):
+                raise
+            try:
+                return self._call_opaque(m, args, kwargs, reason_of(err))
+            except Exception:
+                self._roll_back(state, m)
+            raise  # what stopped it first: the module around it is tried
+        note = padding_note(m, args, kwargs)
+        self.remarks += [note] if note else []
+        if path:
+            self.entered.add(path)
+        return result
 
     def _returned(self, m: nn.Module, result: Any) -> Any:
         """Note on a node which module calls returned it, innermost first."""
@@ -452,7 +449,7 @@ class ValueTracer(fx.Tracer):
         try:
             return call()
         except Exception:  # whatever stops it here, it was one call before
-            self._roll_back(state)
+            self._roll_back(state, None)
             return _CLOSED
         finally:
             self._opening.pop()
@@ -460,10 +457,12 @@ class ValueTracer(fx.Tracer):
     def _state(self) -> _State:
         last = next(iter(reversed(self.graph.nodes)), None)
         grad_mode = self._grad_mode, self._grad_enabled
-        return _State(last, grad_mode, self.mode_dependent, len(self.opaque))
+        changes = self.changes.mark()
+        return _State(last, grad_mode, self.mode_dependent, len(self.opaque), changes)
 
-    def _roll_back(self, state: _State) -> None:
-        """Erase the nodes that came after a state, and what was remembered of them."""
+    def _roll_back(self, state: _State, m: nn.Module | None) -> None:
+        """Erase the nodes that came after a state, what was remembered, and what `m` changed."""
+        self.changes.undo(state.changes, m)
         erased = set()
         for node in reversed(self.graph.nodes):
             if node is state.last:
@@ -473,6 +472,7 @@ class ValueTracer(fx.Tracer):
         self._proxies = {k: v for k, v in self._proxies.items() if v.node not in erased}
         self.assumptions = {k: v for k, v in self.assumptions.items() if k[0] not in erased}
         self._flags -= erased
+        self._computed -= erased
         self._grad_mode, self._grad_enabled = state.grad_mode
         self.mode_dependent = state.mode_dependent
         del self.opaque[state.opaque :]

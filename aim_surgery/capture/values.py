@@ -56,6 +56,11 @@ class FakeValues:
             self._sources.append(tensor)
         return twin
 
+    def source_of(self, twin: torch.Tensor) -> torch.Tensor | None:
+        """The tensor that a fake one was made for; None where it was computed."""
+        pairs = zip(self._tensors.values(), self._sources, strict=True)
+        return next((source for made, source in pairs if made is twin), None)
+
     def of_all(self, value: Any) -> Any:
         """A nested value with every tensor in it replaced by its fake twin."""
         if isinstance(value, torch.Tensor):

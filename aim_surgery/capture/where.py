@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 
 _LIBRARIES = tuple(
@@ -17,6 +18,7 @@ _LIBRARIES = tuple(
     for home in (
         Path(torch.__file__).parent,
         Path(__file__).parents[1],
+        Path(np.__file__).parent,
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
     )
 )
@@ -38,11 +40,11 @@ def failing_line(err: BaseException) -> str:
 
 
 def is_own(filename: str) -> bool:
-    """Whether a file is neither torch's, nor Python's, nor ours."""
+    """Whether a file is neither torch's, nor NumPy's, nor Python's, nor ours."""
     if filename.startswith("<frozen"):
         return False
     if filename.startswith(_PACKAGES):  # they lie in the folder of Python's own
-        return not filename.startswith(_LIBRARIES[:2])
+        return not filename.startswith(_LIBRARIES[:3])
     return not filename.startswith(_LIBRARIES)
 
 

@@ -1,6 +1,10 @@
 """A model as it is, without a graph: for an operation that keeps the model's class.
 
-Nothing is traced; that the model runs on the example inputs is all that is asked of it.
+That is what `capture_whole` gives. `capture_any` gives graphs where all of the model's forward can
+be one, and the whole model where it can't: where the model's own top-level forward asks for data,
+or where only one of two modes can be traced (a detector's training wants targets). A graph with one
+call of the whole model in it would be no better: it could place no writes, would have lost the
+model's methods, and would put a prefix before the names of its parameters.
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from aim_surgery.capture.capture import Capture
-from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments, propose_inputs
-from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
+from aim_surgery.capture.capture import Capture, capture_graphs, taken, with_inputs
+from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
+from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
+from aim_surgery.capture.opaque import failed, first_line
 from aim_surgery.errors import CaptureError
 
 
@@ -36,34 +41,68 @@ def capture_whole(
     """
     if isinstance(model, ExportedProgram):
         raise CaptureError('an exported program has no methods to keep: use emit="graph"')
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a TorchScript module has no Python forward: take the original model")
-    model, notes = unwrap(model)
-    refuse_uninitialised(model)
-    if example_inputs is not None:
-        if not isinstance(example_inputs, ExampleInputs):
-            example_inputs = ExampleInputs.given(example_inputs)
-        example_inputs = on_meta(model, example_inputs)
-        return Capture(model, example_inputs, bind_arguments(model, example_inputs), (), notes)
-    tried: list[str] = []
-    for candidate in propose_inputs(model):
+    model, notes = taken(model)
+
+    def take(inputs: ExampleInputs) -> Capture:
+        arguments = bind_arguments(model, inputs)
+        fault = "" if example_inputs is not None else _why_not_run(model, inputs)
+        if fault:
+            raise CaptureError(fault)
+        return Capture(model, inputs, arguments, (), notes)
+
+    return with_inputs(model, example_inputs, take)
+
+
+def capture_any(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
+) -> Capture:
+    """Capture a model as graphs or, where that can't be, as one Python call.
+
+    Args:
+        model: Any module; left unchanged.
+        example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
+            Without any, they are taken from what the model declares, or found by trial.
+
+    Returns:
+        Graphs, or a capture without traces, whose `why_whole` says why.
+
+    Raises:
+        CaptureError: The inputs don't fit the model, or none could be found: the model itself fails
+            with them.
+    """
+    model, notes = taken(model)
+
+    def take(inputs: ExampleInputs) -> Capture:
         try:
-            arguments = bind_arguments(model, candidate)
-            _run(model, candidate)
+            found = capture_graphs(model, inputs, notes)
+        except CaptureError as err:
+            arguments = bind_arguments(model, inputs)
+            if _why_not_run(model, inputs):
+                raise
+            why = first_line(err)
+        else:
+            if not found.missing:
+                return found
+            arguments = found.arguments
+            why = f"in one mode it could be a graph (emit='graph'), but {found.missing}"
+        note = f"the model's own forward stays a Python call: {why}"
+        return Capture(model, inputs, arguments, (), (*notes, note), why_whole=why)
+
+    return with_inputs(model, example_inputs, take)
+
+
+def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
+    """Why a copy of the model runs on no such inputs in either mode, "" if it does in one."""
+    faults = []
+    for training in (False, True):
+        try:
+            twin = copy.deepcopy(model, derived_tensors(model)).train(training)
+            with torch.no_grad(), random_state_kept():
+                given = (inputs.args, dict(inputs.kwargs))
+                args, kwargs = tree_map_only(torch.Tensor, own_values, given)
+                twin(*args, **kwargs)
         except Exception as err:
-            tried.append(f"({candidate.describe()}): {type(err).__name__}: {err}".splitlines()[0])
-            continue
-        return Capture(model, candidate, arguments, (), notes)
-    what = "; ".join(tried) if tried else "no layer suggests any"
-    raise CaptureError(
-        f"no example input found for {type(model).__name__}: pass example_inputs. Tried {what}"
-    )
-
-
-def _run(model: nn.Module, inputs: ExampleInputs) -> None:
-    twin = copy.deepcopy(model).eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        zeros = tree_map_only(torch.Tensor, torch.zeros_like, (inputs.args, dict(inputs.kwargs)))
-        twin(*zeros[0], **zeros[1])
+            faults.append(failed(err))
+        else:
+            return ""
+    return faults[0]

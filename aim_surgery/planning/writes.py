@@ -63,7 +63,7 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
     if config.write == "none":
         return Schedule((), {}, ())
     if capture.whole:
-        return _without_graph(config)
+        return _without_graph(config, capture.why_whole)
     stages = find_stages(capture)
     if config.write_at is None:
         points = list(stages.chosen)
@@ -141,12 +141,15 @@ def _can_read(site: Site, points: Sequence[Boundary], varies: bool) -> bool:
     return site.sample_axis is not None
 
 
-def _without_graph(config: AimConfig) -> Schedule:
+def _without_graph(config: AimConfig, why: str) -> Schedule:
     """Writes need a graph to be placed in."""
     if config.write_at is not None or config.carry == "state":
+        asked = "write_at" if config.write_at is not None else 'carry="state"'
+        reason = f" ({why})" if why else ""
+        remedy = "" if why else ", or emit='graph'"
         raise PlanError(
-            "a model that keeps its class (emit='module') has no graph to place writes in: use "
-            "write='none' there, or emit='graph'"
+            f"{asked}: a model that keeps its class (emit='module') has no graph to place writes "
+            f"in{reason}: use write='none' there{remedy}"
         )
     why = "there is no graph to place writes in where the model keeps its class"
     return Schedule((), {}, (), (f"nothing is written: {why}",))

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
+from aim_surgery.capture.copies import derived_tensors, is_shape_only
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import LAYER_TYPES
 from aim_surgery.sites.closed import is_closed
@@ -314,21 +315,6 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     return runs
 
 
-def derived_tensors(model: nn.Module) -> dict[int, Any]:
-    """Plain attributes that `deepcopy` refuses, since they have a history (pruned weights).
-
-    Args:
-        model: Left unchanged.
-
-    Returns:
-        Copies without history by identity, to begin the memo of `deepcopy` with.
-    """
-    values = [value for module in model.modules() for value in vars(module).values()]
-    values += [v for value in values if type(value) is list for v in value]  # of recurrent layers
-    tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
-    return {id(tensor): tensor.detach().clone() for tensor in tensors}
-
-
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers within paths, and uses of their weights outside of such calls."""
 
@@ -418,19 +404,12 @@ def _examples(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if not isinstance(value, torch.Tensor):
             return copy.deepcopy(value)
         value = value.detach()
-        if given and not _is_shape_only(value):
+        if given and not is_shape_only(value):
             return value.clone()
         return torch.rand_like(value) if value.is_floating_point() else torch.zeros_like(value)
 
     args, kwargs = tree_map(own, (inputs.args, dict(inputs.kwargs)))
     return args, kwargs
-
-
-def _is_shape_only(tensor: torch.Tensor) -> bool:
-    """Whether floats are all the same: then their shape counts, as for `verify`."""
-    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
-        return False
-    return tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> Iterator[Skip]:

@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 from aim_surgery.capture import Capture
+from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.inside import AddMemory, JoinMemory, SharedViews, View
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.recurrent import GateMemory, is_recurrent
 from aim_surgery.planning import Plan, Read
-from aim_surgery.sites.inside import derived_tensors
 from aim_surgery.surgery.modules import (
     add_aim,
     beside_path,

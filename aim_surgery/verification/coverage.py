@@ -22,11 +22,12 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS
 from aim_surgery.verification.samples import Samples
-from aim_surgery.verification.twins import call, copy_of, random_state_kept, set_mode
+from aim_surgery.verification.twins import call, copy_of, set_mode
 
 _BATCH = 2
 

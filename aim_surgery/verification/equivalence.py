@@ -16,11 +16,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair, dtype_name
 from aim_surgery.verification.samples import Samples
-from aim_surgery.verification.twins import call, convert, copy_of, own_dtype, random_state_kept
+from aim_surgery.verification.twins import call, convert, copy_of, own_dtype
 
 _REFUSAL = "this input breaks what the graph was captured with"
 _GRADIENT_BATCH = 2
@@ -85,8 +86,8 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
     """
     with random_state_kept():
         pair = Pair(copy_of(model), copy_of(gm), plan)
-        own = _compare_own(pair, samples)
-        notes = []
+        notes: list[str] = []
+        own = _compare_own(pair, samples, notes)
         dtype = torch.float64
         for twin in (pair.base, pair.operated):
             convert(twin, dtype)
@@ -161,17 +162,22 @@ def _small(samples: Samples) -> Samples:
     return samples.take(_GRADIENT_BATCH) if samples.batch > _GRADIENT_BATCH else samples
 
 
-def _compare_own(pair: Pair, samples: Samples) -> Comparison:
-    """Outputs in the model's own dtype, in evaluation mode or, if it has none, in training."""
+def _compare_own(pair: Pair, samples: Samples, notes: list[str]) -> Comparison:
+    """Outputs in the model's own dtype, in evaluation mode; in training, if those say nothing."""
     dtype = own_dtype(pair.base)
     pair.limits = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    refusals = []
+    refusals, empty = [], None
     for training in (False, True):
         case = Case(training, samples, f"batch {samples.batch}", dtype)
-        found = pair.compare(case, [])
-        if not isinstance(found, str):
+        found = pair.compare(case, notes)
+        if isinstance(found, str):
+            refusals.append(found)
+        elif found[0].judged:
             return found[0]
-        refusals.append(found)
+        else:
+            empty = empty or found[0]
+    if empty is not None:
+        return empty
     raise AimSurgeryError(
         f"the original model does not run on the example inputs ({samples.describe()}): "
         f"{refusals[0]}. Pass example_inputs that it accepts"

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, memory_path
 from aim_surgery.verification.samples import Samples, named_leaves
-from aim_surgery.verification.twins import call, copy_of, random_state_kept, split_entries
+from aim_surgery.verification.twins import call, copy_of, split_entries
 
 _BATCH = 2
 _STEPS = 2
@@ -147,7 +148,9 @@ class _Steps:
         return take
 
     def result(self, mode: str, refusals: list[str]) -> Gradients:
-        notes = [f"no step in training mode: {refusals[0]}"] if refusals else []
+        notes = [f"no step in training mode: {refusals[0]}"] if mode != "training" else []
+        if refusals and not notes:
+            notes.append(f"the steps are in the model's own dtype or batch: {refusals[0]}")
         reached, unreached, idle, cancelled = [], [], [], []
         for name, original in self._new_tensors():
             seen = self._seen.get(name)

@@ -1,7 +1,8 @@
 """Inputs to verify with: what the user gave, or noise; also in other batches and sizes.
 
 Batches and sizes are made by taking samples and positions of one example, over and over where it
-has too few, so that real data stays real.
+has too few, so that real data stays real. A detector takes its samples in lists: of images, and of
+what to find in each.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from aim_surgery.planning import Plan, inputs_of_plan
 
 _NOISE_SEED = 20210
 _MULTIPLE = 32  # networks halve their input about five times
+_SAMPLE_DIMS = 3  # of an image, (C, H, W); more are maps of a whole batch
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,14 @@ class Samples:
 
     @property
     def batch(self) -> int:
-        """Samples in the batch: the first size of the first tensor, 0 where there is none."""
+        """Samples in the batch: entries of a first list of samples, or the first tensor's size.
+
+        0 where there is neither.
+        """
+        values = (*self.args, *self.kwargs.values())
+        first = next((value for value in values if _tensors(value)), None)
+        if _is_list_of_samples(first):
+            return len(first)
         return next((tensor.shape[0] for tensor in self._tensors() if tensor.ndim), 0)
 
     def describe(self) -> str:
@@ -47,13 +56,25 @@ class Samples:
     def take(self, batch: int) -> Samples:
         """The same inputs with another number of samples; what has no batch axis stays."""
         old = self.batch
+        if old in (0, batch):
+            return self
 
-        def resize(tensor: torch.Tensor) -> torch.Tensor:
-            if tensor.ndim == 0 or tensor.shape[0] != old or old in (0, batch):
-                return tensor
-            return _cycled(tensor, 0, batch)
+        def resize(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                same = value.ndim and value.shape[0] == old
+                return _cycled(value, 0, batch) if same else value
+            return [value[i % old] for i in range(batch)]
 
-        return self._map(resize)
+        def is_whole(value: Any) -> bool:
+            listed = _is_list_of_samples(value) and len(value) == old
+            return listed or isinstance(value, torch.Tensor)
+
+        args, kwargs = pytree.tree_map(
+            lambda value: resize(value) if is_whole(value) else value,
+            (self.args, dict(self.kwargs)),
+            is_leaf=is_whole,
+        )
+        return Samples(args, kwargs)
 
     def resized(self) -> Iterator[tuple[str, Samples]]:
         """The same inputs at other resolutions, the likeliest to be accepted first.
@@ -76,17 +97,41 @@ class Samples:
         """The same inputs with floating (and complex) tensors in the precision of `dtype`."""
         return self._map(lambda tensor: cast(tensor, dtype))
 
+    def nudged(self, seed: int) -> Samples:
+        """The same inputs, each float another by about its rounding error."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def nudge(tensor: torch.Tensor) -> torch.Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            return tensor * (1 + torch.finfo(tensor.dtype).eps * (4 * noise - 2))
+
+        return self._map(nudge)
+
     def copy(self) -> Samples:
         """Inputs of their own memory, for a call that may write into them."""
         return self._map(torch.clone)
 
     def _tensors(self) -> list[torch.Tensor]:
-        leaves = pytree.tree_leaves((self.args, dict(self.kwargs)))
-        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        return _tensors((self.args, dict(self.kwargs)))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
         args, kwargs = pytree.tree_map_only(torch.Tensor, function, (self.args, dict(self.kwargs)))
         return Samples(args, kwargs)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _is_list_of_samples(value: Any) -> TypeGuard[list[Any]]:
+    """Whether a list has one entry a sample: images without a batch axis, or dicts of tensors."""
+    if not isinstance(value, list) or not value:
+        return False
+    if all(isinstance(item, torch.Tensor) for item in value):
+        return all(item.ndim <= _SAMPLE_DIMS for item in value)
+    return all(isinstance(item, Mapping) for item in value) and bool(_tensors(value))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.planning import Read
 from aim_surgery.verification.samples import Samples, cast
 
@@ -29,16 +30,9 @@ def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Returns:
         The copy.
     """
-    values = [value for child in module.modules() for value in vars(child).values()]
-    values += [v for value in values if type(value) is list for v in value]
-    derived = {
-        id(value): value.detach().clone()  # `copy.deepcopy` refuses tensors with a history
-        for value in values
-        if isinstance(value, torch.Tensor) and not value.is_leaf
-    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec")  # of torch, about its own programs
-        twin = copy.deepcopy(module, derived)
+        twin = copy.deepcopy(module, derived_tensors(module))
     twin.zero_grad(set_to_none=True)
     if dtype is not None:
         convert(twin, dtype)
@@ -104,19 +98,6 @@ def _seed() -> None:
         torch.mps.manual_seed(SEED)
     random.seed(SEED)
     np.random.seed(SEED)
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give back the random state that the caller had: torch's, Python's and NumPy's."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery.capture import Inputs
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification import Verification
 from aim_surgery.verification.comparison import TOLERANCES
 from aim_surgery.verification.coverage import Coverage, check_coverage
@@ -39,9 +39,7 @@ def describe(samples: Samples) -> str:
     return words if len(words) <= 160 else f"{words[:157]}..."
 
 
-def smaller_inputs(
-    model: nn.Module, gm: AimGraphModule, samples: Samples
-) -> tuple[torch.Tensor] | None:
+def smaller_inputs(model: nn.Module, gm: nn.Module, samples: Samples) -> tuple[torch.Tensor] | None:
     """The smallest image (clip) that both models take, in evaluation mode.
 
     Args:
@@ -72,7 +70,7 @@ def smaller_inputs(
     return None
 
 
-def check_full(model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, row: Row) -> None:
+def check_full(model: nn.Module, gm: nn.Module, inputs: Inputs | None, row: Row) -> None:
     """Run `verify` and note what it says.
 
     Args:
@@ -93,7 +91,13 @@ def check_full(model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, row:
 
 
 def check_light(
-    model: nn.Module, gm: AimGraphModule, samples: Samples, audited: nn.Module, row: Row
+    model: nn.Module,
+    gm: nn.Module,
+    samples: Samples,
+    audited: nn.Module,
+    row: Row,
+    *,
+    training: bool = False,
 ) -> None:
     """Compare outputs in the model's own dtype, and take one backward of the operated model.
 
@@ -103,9 +107,12 @@ def check_light(
         samples: What to run both on.
         audited: The original, on the meta device if it can be built there.
         row: Filled in.
+        training: Whether to run both in training mode: a detector may find nothing in the other.
     """
     row.checks = LIGHT
     audit(audited, gm, row)
+    model.train(training)
+    gm.train(training)
     with torch.no_grad():
         expected, got = (named_leaves(call(module, samples)) for module in (model, gm))
     row.difference = _finite(_difference(expected, got))
@@ -122,11 +129,11 @@ def check_light(
     new = [name for name, _ in gm.named_parameters() if name.startswith("aim.")]
     faults = [name for name in new if not finite.get(name)]
     row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
-    row.backward = "" if faults else "evaluation"
+    row.backward = "" if faults else ("training" if training else "evaluation")
     row.verified = not row.errors
 
 
-def audit(model: nn.Module, gm: AimGraphModule, row: Row) -> None:
+def audit(model: nn.Module, gm: nn.Module, row: Row) -> None:
     """Let the audit see the original, on any device, and note what it found.
 
     Args:
@@ -134,8 +141,8 @@ def audit(model: nn.Module, gm: AimGraphModule, row: Row) -> None:
         gm: The operated one.
         row: Filled in.
     """
-    samples = samples_for(model, gm.plan, None)
-    coverage = check_coverage(model, gm, gm.plan, samples)
+    samples = samples_for(model, plan_of(gm), None)
+    coverage = check_coverage(model, gm, plan_of(gm), samples)
     row.errors += [_fault_of_coverage(fault) for fault in coverage.unaccounted[:_FAULTS]]
     row.notes += [_first_line(note) for note in coverage.notes]
     note_coverage(coverage, model, row)
@@ -163,7 +170,7 @@ def loss_of(outputs: object) -> torch.Tensor | None:
     terms = [
         (torch.view_as_real(value) if value.is_complex() else value).sum()
         for value in named_leaves(outputs).values()
-        if isinstance(value, torch.Tensor) and value.requires_grad
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.numel()
     ]
     return torch.stack([term.double() for term in terms]).sum() if terms else None
 

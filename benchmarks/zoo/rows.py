@@ -12,7 +12,7 @@ from typing import Any
 
 import aim_surgery
 
-TRACED, PARTLY, NOT = "traced", "partly opaque", "not"
+TRACED, PARTLY, WHOLE, NOT = "traced", "partly opaque", "kept whole", "not"
 FULL, LIGHT = "full", "light"
 DEFERRED, DONE = "deferred", "done"
 
@@ -30,7 +30,7 @@ class Row:
             "done".
         device: "cpu", or "meta" where the memory is too small for the weights.
         parameters: Of the original.
-        captured: "traced", "partly opaque" or "not".
+        captured: "traced", "partly opaque", "kept whole" (its own forward stays Python) or "not".
         opaque: Submodules that stay Python calls, with the reason where one is known.
         inputs: The example inputs in words.
         found: Where they come from.

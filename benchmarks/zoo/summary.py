@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo.libraries import Library
-from benchmarks.zoo.rows import FULL, LIGHT, NOT, PARTLY, TRACED, Row
+from benchmarks.zoo.rows import FULL, LIGHT, NOT, PARTLY, TRACED, WHOLE, Row
 
 RATIO_LIMIT = 1.5
 SLOWEST = 20
@@ -25,7 +25,8 @@ METHOD = (
     "Full checks are `verify`: both modes, several batches, float64, gradients, the audit of "
     "weights. Images and clips are cut to the smallest size of 96, 128, 160 (64, 96) pixels that "
     "both models take, if that is two thirds of the example's or less; the graph stays the one "
-    "captured at the full size.",
+    "captured at the full size. Detectors are checked with targets, without which they do not "
+    "train, and are built to resize their images to 128 pixels, where they resize at all.",
     "Light checks where the full ones would take more memory (36 bytes a parameter and six times "
     "the activations of one image) or time (45 training steps) than the limits leave: outputs in "
     "the model's own dtype, one backward of the operated model, the audit on the meta device. On "
@@ -34,9 +35,9 @@ METHOD = (
     "reached are those that read the memory, accounted for also those left out for a reason. "
     "Models that could not be transformed have no audit and are in neither number.",
     "Time of the transform ÷ time of the original's forward and backward of one sample at the "
-    "example's size, in evaluation mode (the fastest of three; of a slow model the first); imports "
-    "of the libraries are done before. Seconds of the process's one core, so that what runs beside "
-    "counts little.",
+    "example's size, in evaluation mode, of detectors in training (the fastest of three; of a slow "
+    "model the first); imports of the libraries are done before. Seconds of the process's one "
+    "core, so that what runs beside counts little.",
 )
 
 
@@ -81,6 +82,7 @@ def totals(rows: Sequence[Row], library: Library, names: Sequence[str]) -> list[
         _count("transformed", sum(row.captured != NOT for row in rows), count),
         _count("  traced whole", sum(row.captured == TRACED for row in rows), count),
         _count("  partly opaque", sum(row.captured == PARTLY for row in rows), count),
+        _count("  kept whole", sum(row.captured == WHOLE for row in rows), count),
         _count("transformed and verified", verified, count, library.verified),
         _count("  of these, full checks", checked[FULL], count),
         _count("  of these, light checks", checked[LIGHT], count),

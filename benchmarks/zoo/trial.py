@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 import aim_surgery
 from aim_surgery.capture import Inputs, capture
 from aim_surgery.capture.leaves import is_stock
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification.samples import Samples, samples_for
 from aim_surgery.verification.twins import call
-from benchmarks.zoo import checks
+from benchmarks.zoo import checks, detection
 from benchmarks.zoo.libraries import build, move_to_meta
 from benchmarks.zoo.processes import GIB, resident
-from benchmarks.zoo.rows import DEFERRED, DONE, PARTLY, TRACED, Row
+from benchmarks.zoo.rows import DEFERRED, DONE, PARTLY, TRACED, WHOLE, Row
 
 # Measured: bytes a parameter that each kind of check needs, all copies and gradients together, and
 # what `verify` holds of activations, in those of one float32 image.
@@ -83,6 +83,8 @@ class _Trial:
         if not known:
             model, inputs = move_to_meta(model, inputs)
         row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        smaller = detection.resize_less(model)
+        row.notes += [smaller] if smaller else []
         self._enter("transforming")
         start = time.process_time()
         gm = aim_surgery.transform(model, inputs)
@@ -105,28 +107,32 @@ class _Trial:
         self._tell()
 
     def _verify(
-        self, model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, on_meta: nn.Module
+        self, model: nn.Module, gm: nn.Module, inputs: Inputs | None, on_meta: nn.Module
     ) -> None:
         row = self._row
         self._enter("timing")
-        samples = samples_for(model, gm.plan, inputs)
+        detects = detection.takes_targets(model)
+        samples = detection.with_targets() if detects else samples_for(model, plan_of(gm), inputs)
         row.inputs = checks.describe(samples)
         before = resident(os.getpid())
         step = 0.0
         try:
             copied = self._needs(FULL_BYTES) <= self._memory  # some models keep what they computed
-            row.step_seconds = step = seconds_of_step(
-                copy.deepcopy(model) if copied else model, samples
-            )
+            timed = copy.deepcopy(model) if copied else model
+            row.step_seconds = step = seconds_of_step(timed.train(detects), samples)
+            model.eval()
         except Exception as err:
             row.notes.append(f"no time of a step: {reason_of(err)}")
         activations = max(_peak() - before, 0) / GIB
         self._enter("verifying")
-        smaller = checks.smaller_inputs(model, gm, samples)
-        if smaller is not None:
-            share = smaller[0].numel() / samples.args[0].numel()
-            inputs, samples = smaller, samples_for(model, gm.plan, smaller)
-            step, activations = step * share, activations * share
+        if detects:
+            inputs, on_meta = samples.args, model  # branches on data do not run on meta
+        else:
+            smaller = checks.smaller_inputs(model, gm, samples)
+            if smaller is not None:
+                share = smaller[0].numel() / samples.args[0].numel()
+                inputs, samples = smaller, samples_for(model, plan_of(gm), smaller)
+                step, activations = step * share, activations * share
         row.checked_on = checks.describe(samples)
         memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
         if memory > self._memory and not self._alone:
@@ -141,7 +147,7 @@ class _Trial:
                 samples = samples.take(1)
                 row.checked_on = checks.describe(samples)
             self._enter("verifying")
-            checks.check_light(model, gm, samples, on_meta, row)
+            checks.check_light(model, gm, samples, on_meta, row, training=detects)
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
@@ -185,9 +191,7 @@ def reason_of(err: Exception) -> str:
     return f"{type(err).__name__} at {file}:{last.lineno} `{last.line}`: {reason}"
 
 
-def describe_operated(
-    model: nn.Module, gm: AimGraphModule, inputs: Inputs | None, row: Row
-) -> None:
+def describe_operated(model: nn.Module, gm: nn.Module, inputs: Inputs | None, row: Row) -> None:
     """Note how a model was captured and what reads.
 
     Args:
@@ -196,9 +200,14 @@ def describe_operated(
         inputs: Example inputs; None for those that were found.
         row: Filled in.
     """
-    row.found = gm.plan.inputs.source
+    plan = plan_of(gm)
+    row.found = plan.inputs.source
+    row.reads, row.skips = len(plan.reads), len(plan.skips)
+    if not isinstance(gm, fx.GraphModule):
+        row.captured = WHOLE
+        row.opaque = [["", next((note for note in plan.notes if "own forward stays" in note), "")]]
+        return
     row.nodes = len(gm.graph.nodes)
-    row.reads, row.skips = len(gm.plan.reads), len(gm.plan.skips)
     paths = list(dict.fromkeys(opaque_calls(gm)))
     row.captured = PARTLY if paths else TRACED
     if paths:
@@ -207,7 +216,7 @@ def describe_operated(
         row.opaque = [[path, reasons.get(path, "")] for path in paths]
 
 
-def opaque_calls(gm: AimGraphModule) -> Iterator[str]:
+def opaque_calls(gm: fx.GraphModule) -> Iterator[str]:
     """Paths of modules that the graph calls and that are neither torch's own nor ours."""
     for node in gm.graph.nodes:
         if node.op == "call_module":
@@ -218,7 +227,7 @@ def opaque_calls(gm: AimGraphModule) -> Iterator[str]:
 
 
 def seconds_of_step(model: nn.Module, samples: Samples) -> float:
-    """Time a forward and backward of one sample, in evaluation mode.
+    """Time a forward and backward of one sample, in the mode that the model is in.
 
     Args:
         model: The original; left without gradients.

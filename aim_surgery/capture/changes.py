@@ -1,0 +1,126 @@
+"""What a forward changes of its model while it is traced, kept to be undone.
+
+Attributes in the order in which they were set, collections that modules hold, and hooks, which are
+numbered as they are registered. A part of a trace that is given up is undone to where it began;
+at the end all of it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from aim_surgery.capture.proxy import ValueProxy
+
+
+class Mark(NamedTuple):
+    """A moment to come back to: attributes set so far, and the number of the next hook."""
+
+    attributes: int
+    next_hook: int
+
+
+class _Attribute(NamedTuple):
+    module: nn.Module
+    name: str
+    home: dict[str, Any] | None  # of the module's dictionaries; None: it had no such attribute
+    old: Any
+
+    def put_back(self) -> None:
+        module = self.module
+        for other in (module.__dict__, module._parameters, module._buffers, module._modules):
+            if other is not self.home:
+                other.pop(self.name, None)
+        if self.home is not None:
+            self.home[self.name] = self.old
+
+
+class Changes:
+    """The changes of one trace."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._attributes: list[_Attribute] = []
+        self._collections: list[tuple[str, nn.Module, Any, Any]] = []
+        self._hooks: list[dict[Any, Any]] = []
+        for path, module in model.named_modules():
+            for name, value in vars(module).items():
+                if "_hooks" in name and isinstance(value, dict):
+                    self._hooks.append(value)
+                elif not name.startswith("_") and isinstance(value, list | dict | set):
+                    qualname = f"{path}.{name}".removeprefix(".")
+                    self._collections.append((qualname, module, value, copy.copy(value)))
+
+    def note(self, module: nn.Module, name: str) -> None:
+        """Note what an attribute is, before it is set."""
+        homes = (module._parameters, module._buffers, module._modules, module.__dict__)
+        home = next((home for home in homes if name in home), None)
+        old = None if home is None else home[name]
+        self._attributes.append(_Attribute(module, name, home, old))
+
+    def note_item(self, module: nn.Module, name: str, index: int) -> None:
+        """Note what a list was before the attribute noted last was put into it, at an index."""
+        items = [*vars(module)[name]]
+        items[index] = self._attributes[-1].old
+        self._attributes.append(_Attribute(module, name, vars(module), items))
+
+    def mark(self) -> Mark:
+        """This moment."""
+        return Mark(len(self._attributes), RemovableHandle.next_id)
+
+    def undo(self, mark: Mark, root: nn.Module | None) -> tuple[str, ...]:
+        """Undo what came after a moment.
+
+        Args:
+            mark: The moment.
+            root: Collections that it and the modules in it hold get their first items again; None
+                leaves all as they are.
+
+        Returns:
+            Qualified names of the collections that had others.
+        """
+        while len(self._attributes) > mark.attributes:
+            self._attributes.pop().put_back()
+        for table in self._hooks:
+            for number in [number for number in table if number >= mark.next_hook]:
+                del table[number]
+        inside = {id(module) for module in root.modules()} if root is not None else set()
+        kept = (entry for entry in self._collections if id(entry[1]) in inside)
+        return tuple(name for name, _, value, before in kept if _put_back(value, before))
+
+    def handed_in(self, mark: Mark, root: nn.Module) -> Iterator[str]:
+        """Attributes of a module, or of those in it, that hold traced values since before.
+
+        Args:
+            mark: When the module was called.
+            root: The module.
+
+        Yields:
+            Their names.
+        """
+        inside = {id(module) for module in root.modules()}
+        for entry in self._attributes[: mark.attributes]:
+            value = vars(entry.module).get(entry.name)
+            if id(entry.module) in inside and type(value) is ValueProxy:
+                yield entry.name
+
+
+def _put_back(collection: Any, before: Any) -> bool:
+    """Give a list, dict or set its former items again; whether it had others."""
+    if _same_items(collection, before):
+        return False
+    collection.clear()
+    collection.extend(before) if isinstance(collection, list) else collection.update(before)
+    return True
+
+
+def _same_items(value: Any, before: Any) -> bool:
+    if isinstance(value, dict):
+        items, others = [*value, *value.values()], [*before, *before.values()]
+    else:
+        items, others = list(value), list(before)
+    return len(items) == len(others) and all(map(operator.is_, items, others))

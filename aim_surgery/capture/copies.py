@@ -1,0 +1,62 @@
+"""Running for real: copies of modules, and what to call them with.
+
+The user's own values where there are any; noise where only shapes are known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def derived_tensors(model: nn.Module) -> dict[int, Any]:
+    """Plain attributes that `deepcopy` refuses, since they have a history (pruned weights).
+
+    Args:
+        model: Left unchanged.
+
+    Returns:
+        Copies without history by identity, to begin the memo of `deepcopy` with.
+    """
+    values = [value for module in model.modules() for value in vars(module).values()]
+    values += [v for value in values if type(value) is list for v in value]  # of recurrent layers
+    tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
+    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+
+def is_shape_only(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's floats are all the same: then its shape counts, and not its values."""
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() < 2:
+        return False
+    return bool((tensor == tensor.flatten()[0]).all())
+
+
+def noise_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Floats between 0 and 1; zeros for what is no float."""
+    if tensor.dtype.is_floating_point:
+        return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+def own_values(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor; noise where only its shape counts."""
+    return noise_like(tensor) if is_shape_only(tensor) else tensor.detach().clone()
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Give back the random state that the caller had: torch's, Python's and NumPy's."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
