@@ -465,3 +465,59 @@ def test_objects_that_hold_tensors_are_made_anew() -> None:
             assert mine["name"] == theirs["name"]
             assert_same(mine["keys"], theirs["keys"], tolerance=1e-6)
     assert gm(x)[1] is not gm(x)[1]
+
+
+class OnLayout(nn.Module):
+    """Its slice has other strides than its shape suggests, unless the batch is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)[:, 0]
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return x.view(-1)
+
+
+def test_the_path_of_any_layout_is_taken_for_every_layout() -> None:
+    model = OnLayout()
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 4)
+        assert_same(gm(x), model(x), tolerance=1e-6)
+    short_cut = aim_surgery.transform(model, torch.randn(1, 3, 4))
+    with pytest.raises(AssertionError, match="is_contiguous"):
+        short_cut(torch.randn(2, 3, 4))
+
+
+@torch.library.custom_op("aim_tests::halves", mutates_args=())
+def halves(x: torch.Tensor) -> torch.Tensor:
+    return x[..., : x.shape[-1] // 2].clone()
+
+
+@halves.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(f"expected bfloat16, got {x.dtype}")
+
+
+class Halving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return halves(self.fc(x))
+
+
+def test_what_only_a_rule_for_shapes_refuses_is_tried_for_real(caplog: Any) -> None:
+    model, x = Halving(), torch.randn(2, 4)
+    before = torch.get_rng_state()
+    captured = capture(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [n.meta["val"].shape for n in captured.graph.nodes if "halves" in n.name] == [(2, 2)]
+    assert_same(run(captured, x), model(x), tolerance=0)
+    assert not caplog.records
+    with pytest.raises(CaptureError, match="same reduction dim"):
+        capture(model, torch.randn(2, 3))

@@ -558,3 +558,35 @@ def test_a_frozen_base_passes_with_a_note() -> None:
     with torch.no_grad():
         next(p for p in gm.parameters() if not p.requires_grad).add_(1)
     assert not verify(net, gm, IMAGES).ok
+
+
+class NanInDouble(nn.Module):
+    """A mask that only float32 holds: cast down from float64 it is minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        mask = torch.full_like(x, torch.finfo(x.dtype).min).float()
+        return (x.float() + mask).softmax(-1).to(x.dtype)
+
+
+def test_nan_in_float64_alone_is_no_fault_of_the_operation() -> None:
+    model, x = NanInDouble(), torch.randn(2, 4)
+    result = verify(model, transform(model, (x,)), (x,))
+    assert "the original gives NaN in float64: compared in float32" in result.notes
+    assert {c.dtype for c in result.equivalence.comparisons} == {torch.float32}
+    assert result.equivalence.ok
+    assert result.gradients.mode == "training"
+
+
+def test_nan_in_every_type_is_compared_as_it_is() -> None:
+    class Nan(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * torch.tensor([1.0, torch.nan], dtype=x.dtype)
+
+    model, x = Nan(4, 2), torch.randn(2, 4)
+    result = verify(model, transform(model, (x,)), (x,))
+    assert {c.dtype for c in result.equivalence.comparisons} == {torch.float64}

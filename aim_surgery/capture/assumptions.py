@@ -79,9 +79,19 @@ def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
     """
     variable = _depends_on_call(graph)
     for assumption in assumptions:
-        if assumption.node in variable:
+        if assumption.node in variable and not _asks_for_layout(assumption):
             _hoist(graph, assumption.node)
             _insert_check(graph, assumption)
+
+
+def _asks_for_layout(assumption: Assumption) -> bool:
+    """Whether the graph holds what is done to any tensor, in place of a short cut for one layout.
+
+    Strides depend on the batch size, and the operation itself changes some.
+    """
+    node = assumption.node
+    asked = node.op == "call_method" and node.target == "is_contiguous"
+    return asked and assumption.question == "bool" and not assumption.answer
 
 
 def _insert_check(graph: fx.Graph, assumption: Assumption) -> None:

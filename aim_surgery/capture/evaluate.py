@@ -1,14 +1,16 @@
 """What a traced node's value is: its function run on the fake values of its arguments.
 
 A module whose result depends on data has no fake result; a copy of it is then run for real, on
-noise, to see the shape of what it returns.
+noise, to see the shape of what it returns. So is a function that fails on fake values: torch's rule
+for the shape of its result may refuse what its kernel takes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,13 +67,25 @@ class Evaluator:
         before, self.busy = self.busy, True  # `running`, spelled out: this is called for every node
         try:
             if node.op == "call_function":
-                return self.values.call(node.target, args, kwargs)  # type: ignore[arg-type]
+                return self._call(node.target, args, kwargs)  # type: ignore[arg-type]
             if node.op == "call_method":
-                method = getattr(args[0], str(node.target))
-                return self.values.call(method, args[1:], kwargs)
+                name = str(node.target)
+                return self._call(
+                    lambda owner, *a, **k: getattr(owner, name)(*a, **k), args, kwargs
+                )
             return self._call_module(self._modules[str(node.target)], args, kwargs)
         finally:
             self.busy = before
+
+    def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return self.values.call(function, args, kwargs)
+        except DATA_DEPENDENT:
+            raise
+        except (RuntimeError, NotImplementedError):
+            with contextlib.suppress(Exception):
+                return self._on_noise(function, args, kwargs)
+            raise
 
     def _call_module(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -85,13 +99,16 @@ class Evaluator:
             return self._run_for_real(module, args, kwargs)
 
     def _run_for_real(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.for_real = True
+        try:
+            return self._on_noise(partial(_orig_module_call, copy.deepcopy(module)), args, kwargs)
+        finally:
+            self.for_real = False
+
+    def _on_noise(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             args, kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
-            self.for_real = True
-            try:
-                output = _orig_module_call(copy.deepcopy(module), *args, **kwargs)
-            finally:
-                self.for_real = False
+            output = function(*args, **kwargs)
         return self.values.of_all(output)
 
 

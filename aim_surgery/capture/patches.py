@@ -8,6 +8,7 @@ What escapes `torch.fx`, and what is done about it:
 * attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
   for the input's size does no harm); hooks that it registers: taken off;
 * `next(self.parameters()).dtype`, a constant to fx: asked of a proxy, so that it stays free;
+* caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
 * `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
@@ -22,9 +23,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import operator
 import random
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ from torch import nn
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import CheckpointFunction
 
+from aim_surgery.capture.caches import nothing_remembered, packages_of
 from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -73,6 +75,8 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 _restored_attributes(tracer),
                 _restored_collections(tracer),
                 _restored_hooks(tracer.model),
+                nothing_remembered(tracer),
+                _unlogged_rules(),
                 _parameters_by_proxy(tracer),
                 _instances_by_value(tracer.model),
                 _unmoved_random_state(tracer),
@@ -231,11 +235,7 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
     def is_tensor(instance: Any) -> bool:
         return by_value(instance, torch.Tensor)
 
-    kinds = {type(module) for module in model.modules()}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "builtins"}
-    inside = tuple(f"{package}." for package in packages)
-    modules = [m for n, m in list(sys.modules.items()) if n in packages or n.startswith(inside)]
-    spaces = [vars(module) for module in modules if "isinstance" not in vars(module)]
+    spaces = [vars(file) for file in packages_of(model) if "isinstance" not in vars(file)]
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
     for space in spaces:
@@ -309,6 +309,17 @@ def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+@contextlib.contextmanager
+def _unlogged_rules() -> Iterator[None]:
+    """What torch's rules for shapes refuse is tried for real, and then raised: not logged, too."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 @contextlib.contextmanager

@@ -18,7 +18,13 @@ from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, memory_path
 from aim_surgery.verification.samples import Samples, named_leaves
-from aim_surgery.verification.twins import call, copy_of, random_state_kept, split_entries
+from aim_surgery.verification.twins import (
+    call,
+    copy_of,
+    own_dtype,
+    random_state_kept,
+    split_entries,
+)
 
 _BATCH = 2
 _STEPS = 2
@@ -72,25 +78,39 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     Returns:
         What was reached, in training mode or, if the model doesn't run there, in evaluation mode.
     """
-    refusals = []
+    refusals: dict[tuple[torch.dtype, bool], str] = {}
+    own = own_dtype(gm)
     small = samples.take(min(samples.batch, _BATCH))
     # where the first axis of some input is not the batch (a mask), a small batch does not fit
     batches = (small, samples) if small is not samples else (samples,)
     with random_state_kept(), torch.enable_grad():
-        for dtype in (torch.float64, None):
-            twin = copy_of(gm, dtype)
+        for dtype in dict.fromkeys((torch.float64, own)):
+            twin = copy_of(gm, None if dtype == own else dtype)
             for training, batch in itertools.product((True, False), batches):
                 steps = _Steps(twin, plan)
                 try:
                     twin.train(training)
-                    steps.run(batch if dtype is None else batch.to(dtype))
+                    steps.run(batch if dtype == own else batch.to(dtype))
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
-                    refusals.append(f"{type(err).__name__}: {err}".splitlines()[0])
+                    reason = f"{type(err).__name__}: {err}".splitlines()[0]
+                    refusals.setdefault((dtype, training), reason)
                     continue
-                return steps.result("training" if training else "evaluation", refusals)
+                if dtype != own and steps.broken:
+                    refusals.setdefault((dtype, training), steps.broken[0])
+                    break
+                return steps.result("training" if training else "evaluation", _why(refusals, dtype))
             del twin
-    return Gradients("", (), (("the operated model", f"does not train: {refusals[0]}"),), 0.0)
+    reason = next(iter(refusals.values()))
+    return Gradients("", (), (("the operated model", f"does not train: {reason}"),), 0.0)
+
+
+def _why(refusals: dict[tuple[torch.dtype, bool], str], dtype: torch.dtype) -> list[str]:
+    """Why the steps were not taken in training mode, or not in float64."""
+    if (dtype, True) in refusals:
+        return [f"no step in training mode: {refusals[dtype, True]}"]
+    own = str(dtype).removeprefix("torch.")
+    return [f"steps taken in {own}, not in float64: {why}" for why in refusals.values()][:1]
 
 
 @dataclass
@@ -147,7 +167,7 @@ class _Steps:
         return take
 
     def result(self, mode: str, refusals: list[str]) -> Gradients:
-        notes = [f"no step in training mode: {refusals[0]}"] if refusals else []
+        notes = list(refusals)
         reached, unreached, idle, cancelled = [], [], [], []
         for name, original in self._new_tensors():
             seen = self._seen.get(name)
@@ -173,7 +193,7 @@ class _Steps:
                 f"only rounding reaches them in {mode} mode (norms and softmax take away what "
                 f"all samples or positions share): {_listed(cancelled)}"
             )
-        notes += self._broken()
+        notes += self.broken
         share = float(self._floats.double().mean())
         return Gradients(mode, tuple(reached), tuple(unreached), share, tuple(notes))
 
@@ -191,7 +211,9 @@ class _Steps:
             elif name in self._widened:
                 yield name, name
 
-    def _broken(self) -> list[str]:
+    @property
+    def broken(self) -> list[str]:
+        """The original's own gradients that are not finite."""
         new = {name for name, _ in self._new_tensors()}
         bad = [name for name, seen in self._seen.items() if not seen.finite and name not in new]
         return [f"gradients that are not finite: {_listed(bad)}"] if bad else []
