@@ -65,7 +65,7 @@ def find_inside(
     Args:
         capture: The captured model.
         paths: Qualified names of the Python calls, "" for the whole model, with why they are such.
-        taken: Weights that sites of a graph read already.
+        taken: Weights that sites of a graph read, and that no hook is to read.
 
     Returns:
         One site for each layer that was called, in the order of the calls; the weights in there
@@ -75,9 +75,7 @@ def find_inside(
         return (), (), frozenset()
     layers = {name: layer for name, layer in capture.modules.items() if _may_read(layer)}
     runs = _run(capture, layers, paths)
-    within = [
-        name for name in layers if name not in runs.seen and _path_of(name, paths) is not None
-    ]
+    within = [name for name in layers if name not in runs.seen and path_of(name, paths) is not None]
     sites: list[Site] = []
     skips: list[Skip] = []
     read: set[str] = set(taken)
@@ -117,7 +115,7 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     layer = capture.modules.get(site.layer)
     if layer is None or not _may_read(layer):
         return "the model has no such layer"
-    if _path_of(site.layer, paths) is None and _path_of(site.inside, paths) is None:
+    if path_of(site.layer, paths) is None and path_of(site.inside, paths) is None:
         return "it is in no Python call"
     weights = weights_of(capture, site.layer)
     if weights != site.weights:
@@ -135,7 +133,8 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     return f"the plan was made where it could be widened: {why}" if why else ""
 
 
-def _path_of(name: str, paths: Mapping[str, str]) -> str | None:
+def path_of(name: str, paths: Mapping[str, str]) -> str | None:
+    """The Python call that a module is in, by their qualified names; None where in none."""
     return next((p for p in paths if name == p or not p or name.startswith(f"{p}.")), None)
 
 
@@ -392,7 +391,7 @@ def _is_shape_only(tensor: torch.Tensor) -> bool:
 def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> Iterator[Skip]:
     """Matrices in a Python call that belong to no layer with a place for a hook."""
     for name, module in capture.modules.items():
-        path = _path_of(name, paths)
+        path = path_of(name, paths)
         if path is None or isinstance(module, NOT_PRODUCTS):
             continue
         weights = tuple(
