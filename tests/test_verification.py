@@ -51,7 +51,7 @@ class Einsum(nn.Module):
         self.mix = nn.Parameter(torch.randn(6, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bi,io->bo", self.linear(x), self.mix)
+        return torch.einsum("bi,io->ob", self.linear(x), self.mix).T
 
 
 class Tied(nn.Module):

@@ -16,6 +16,7 @@ from torch import fx, nn
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.products import GROUPED
 from aim_surgery.sites.site import Skip
 
 _PRODUCTS = (
@@ -28,6 +29,7 @@ _PRODUCTS = (
     torch.bmm,
     torch.baddbmm,
     torch.einsum,
+    *GROUPED,
     torch.tensordot,
     torch.mv,
     torch.inner,

@@ -44,6 +44,8 @@ def write_beside(
     weight = graph.get_attr(f"{path}.weight")
     if read.site.kind == "linear":
         product = graph.call_function(F.linear, (view, weight))
+        if len(note.features) > 1:
+            product = graph.call_method("unflatten", (product, -1, note.features))
         return graph.call_method("unsqueeze", (product, -1)) if note.rows else product
     return _convolve_alone(_copied(graph, node), view, weight)
 

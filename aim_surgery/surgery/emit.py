@@ -108,7 +108,8 @@ class GraphWriter:
         result = None if read.site.widens else self.copy(node, copied)
         shape, view = self._seen(source, read, value, -2 if rows else -1)
         index, name = call.input_index, call.input_name
-        note = SiteNote(read.site.name, source.name, view.name, "", index, name, rows)
+        features = call.product.features if call.product is not None else ()
+        note = SiteNote(read.site.name, source.name, view.name, "", index, name, rows, features)
         if result is None:
             joined = self._joined(source, shape, view, read, value)
             result = total = self.copy(node, copied)

@@ -29,6 +29,7 @@ class SiteNote(NamedTuple):
         input_index: Position of the input among the node's arguments.
         input_name: Its keyword.
         rows: Whether it is a product W @ x of more than one column: features are rows.
+        features: Sizes of the last axes of its output, where features are several; else ().
     """
 
     site: str
@@ -38,6 +39,7 @@ class SiteNote(NamedTuple):
     input_index: int
     input_name: str
     rows: bool
+    features: tuple[int, ...] = ()
 
 
 def note_site(node: fx.Node, note: SiteNote) -> None:
