@@ -9,6 +9,7 @@ import pickle
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -521,3 +522,77 @@ def test_what_only_a_rule_for_shapes_refuses_is_tried_for_real(caplog: Any) -> N
     assert not caplog.records
     with pytest.raises(CaptureError, match="same reduction dim"):
         capture(model, torch.randn(2, 3))
+
+
+SIZED = {
+    "reshape": lambda x: torch.reshape(x, [x.shape[0], -1]),
+    "narrow": lambda x: torch.narrow(x, 1, 0, x.shape[1] - 1),
+    "roll": lambda x: torch.roll(x, [x.shape[1] // 2], [1]),
+    "broadcast_to": lambda x: torch.broadcast_to(x[:1], (x.shape[0], *x.shape[1:])),
+    "topk": lambda x: torch.topk(x, x.shape[1] // 2, dim=1).values,
+    "tril": lambda x: torch.tril(x, x.shape[1] - 4),
+    "pad": lambda x: F.pad(x, (x.shape[1] % 2, 1)),
+    "len": lambda x: x.reshape(len(x), -1),
+}
+
+
+class BySize(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.fc, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.fc(x))
+
+
+@pytest.mark.parametrize("which", SIZED)
+def test_sizes_that_functions_are_handed_stay_free(which: str) -> None:
+    model = BySize(SIZED[which])
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for shape in ((2, 3, 4), (1, 6, 4), (5, 4, 4)):
+        x = torch.randn(shape)
+        assert_same(gm(x), model(x), tolerance=1e-6)
+    assert type(torch.reshape) is type(torch.arange)  # put back
+    assert "len" not in globals()
+
+
+class PadsByList(nn.Module):
+    """A list of Python's that a size makes, and that is changed before it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (0, -x.shape[1] % 5)
+        return F.pad(self.fc(x), sum(widths[::-1], ()))
+
+
+def test_a_changed_list_is_asked_after_the_change() -> None:
+    model = PadsByList()
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for length in (3, 5, 7):
+        x = torch.randn(2, length, 4)
+        assert gm(x).shape[1] % 5 == 0
+        assert_same(gm(x), model(x), tolerance=1e-6)
+
+
+class Draws(nn.Module):
+    """Numbers of numpy's in the arithmetic, and a distribution that would check its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = F.softplus(self.fc(x)) * np.float64(0.5) + np.float32(1)
+        return torch.distributions.Normal(x, scale).log_prob(x + 1)
+
+
+def test_distributions_and_numbers_of_numpy() -> None:
+    model, x = Draws(), torch.randn(2, 4)
+    gm = aim_surgery.transform(model, x)
+    assert_same(gm(x), model(x), tolerance=1e-6)
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(x, -torch.ones(4))  # checked again

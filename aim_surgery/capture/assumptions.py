@@ -24,6 +24,13 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
+_STAY = (
+    torch.Tensor,
+    list,
+    dict,
+    set,
+)  # what takes time to compute, or may change before it is asked
+
 Question = Literal["bool", "int", "index", "float", "len", "keys", "value", "given"]
 
 ANSWERS: dict[Question, Callable[[Any], Any]] = {
@@ -132,7 +139,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> None:
         source = pending.pop()
         if source.op == "placeholder" or source in chain:
             continue
-        if source.op == "call_module" or isinstance(source.meta.get("val"), torch.Tensor):
+        if source.op == "call_module" or isinstance(source.meta.get("val"), _STAY):
             return
         chain.append(source)
         pending.extend(source.all_input_nodes)

@@ -106,13 +106,24 @@ class Evaluator:
             self.for_real = False
 
     def _on_noise(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Its result for floats between 0 and 1 and integers of 0, or of 1 where that fails."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            args, kwargs = tree_map_only(torch.Tensor, _noise_like, (args, kwargs))
-            output = function(*args, **kwargs)
+            try:
+                output = _on(function, 0, args, kwargs)
+            except Exception as err:
+                try:
+                    output = _on(function, 1, args, kwargs)
+                except Exception:
+                    raise err from None
         return self.values.of_all(output)
 
 
-def _noise_like(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype.is_floating_point:
-        return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+def _on(function: Callable[..., Any], integer: int, args: Any, kwargs: Any) -> Any:
+    def noise(tensor: torch.Tensor) -> torch.Tensor:
+        like = {"dtype": tensor.dtype, "device": tensor.device}
+        if tensor.dtype.is_floating_point:
+            return torch.rand(tensor.shape, **like)
+        return torch.full(tensor.shape, integer, **like)
+
+    args, kwargs = tree_map_only(torch.Tensor, noise, (args, kwargs))
+    return function(*args, **kwargs)

@@ -8,8 +8,12 @@ What escapes `torch.fx`, and what is done about it:
 * attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
   for the input's size does no harm); hooks that it registers: taken off;
 * `next(self.parameters()).dtype`, a constant to fx: asked of a proxy, so that it stays free;
+* sizes handed to torch's own functions: `torch.reshape(x, [n, -1])` would ask a proxy for its int
+  before it asks whose call it is: recorded;
 * caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
-* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
+* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value; `len(x)` of a tensor,
+  which has to be an int: a size in the graph;
+* what `torch.distributions` check of their arguments' values: not checked;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
 * numbers drawn from a random state without any tensor: refused.
@@ -33,8 +37,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.caches import nothing_remembered, packages_of
@@ -45,6 +51,12 @@ from aim_surgery.errors import CaptureError
 
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
+
+# Functions of torch's that take sizes, places or lengths. Methods don't ask.
+_SIZED = (
+    *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
+    *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+)
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
 
@@ -76,9 +88,9 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 _restored_collections(tracer),
                 _restored_hooks(tracer.model),
                 nothing_remembered(tracer),
-                _unlogged_rules(),
                 _parameters_by_proxy(tracer),
-                _instances_by_value(tracer.model),
+                _builtins_by_value(tracer),
+                _silent_checks(),
                 _unmoved_random_state(tracer),
                 warnings.catch_warnings(),
                 torch.enable_grad(),
@@ -194,10 +206,15 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
-    def wrapper(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
+    def record_sized(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def wrapper(function: Callable[..., Any], record: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            return record(factory, args, kwargs)
+            return record(function, args, kwargs)
 
         return recorded
 
@@ -209,13 +226,16 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
         if callable(value) and isinstance(value, type(torch.arange)) and value in FACTORIES
     }
     originals |= {"finfo": torch.finfo, "iinfo": torch.iinfo}  # these ask a dtype, maybe a proxy's
-    for name, value in originals.items():
-        setattr(torch, name, wrapper(value))
+    patched = [(torch, name, value, record) for name, value in originals.items()]
+    patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
+    patched.append((F, "pad", F.pad, record_sized))
+    for home, name, value, how in patched:
+        setattr(home, name, wrapper(value, how))
     try:
         yield
     finally:
-        for name, value in originals.items():
-            setattr(torch, name, value)
+        for home, name, value, _ in patched:
+            setattr(home, name, value)
 
 
 def _numpy_state() -> tuple[Any, ...]:
@@ -224,8 +244,8 @@ def _numpy_state() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _instances_by_value(model: nn.Module) -> Iterator[None]:
-    """Let `isinstance` see a proxy's value, in the packages that the model's classes come from."""
+def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
+    """Let `isinstance` and `len` see a proxy's value, in the packages of the model's classes."""
 
     def by_value(instance: Any, classes: Any) -> bool:
         if type(instance) is ValueProxy:
@@ -235,17 +255,42 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
     def is_tensor(instance: Any) -> bool:
         return by_value(instance, torch.Tensor)
 
-    spaces = [vars(file) for file in packages_of(model) if "isinstance" not in vars(file)]
+    def length(collection: Any) -> Any:
+        known = type(collection) is ValueProxy and not tracer.evaluating and not tracer.elsewhere
+        if known and isinstance(collection.aim_value, torch.Tensor) and collection.aim_value.ndim:
+            return collection.shape[0]
+        return len(collection)
+
+    instead = {"isinstance": by_value, "len": length}
+    spaces = [vars(file) for file in packages_of(tracer.model)]
+    patched = [(space, name) for space in spaces for name in instead if name not in space]
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
-    for space in spaces:
-        space["isinstance"] = by_value
+    for space, name in patched:
+        space[name] = instead[name]
     try:
         yield
     finally:
         torch.is_tensor = original
-        for space in spaces:
-            del space["isinstance"]
+        for space, name in patched:
+            del space[name]
+
+
+@contextlib.contextmanager
+def _silent_checks() -> Iterator[None]:
+    """Take no checks of distributions for branches, and log no rule for shapes that refuses.
+
+    A refusal of the former is an error, never another result; of the latter, it is tried for real.
+    """
+    validates = torch.distributions.Distribution._validate_args
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
+        log.disabled = disabled
 
 
 @contextlib.contextmanager
@@ -309,17 +354,6 @@ def _restored_collections(tracer: ValueTracer) -> Iterator[None]:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
-
-
-@contextlib.contextmanager
-def _unlogged_rules() -> Iterator[None]:
-    """What torch's rules for shapes refuse is tried for real, and then raised: not logged, too."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 @contextlib.contextmanager

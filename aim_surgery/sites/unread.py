@@ -58,7 +58,7 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
         One `Skip` for each call; a site elsewhere may read some of its weights.
     """
     reasons = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
-    weights = weight_sources(capture, graph)
+    weights = weight_sources(capture, graph, sized=True)
     for node in graph.nodes:
         if node in sites:
             continue

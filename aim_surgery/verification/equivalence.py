@@ -20,7 +20,7 @@ from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair, dtype_name
 from aim_surgery.verification.samples import Samples, named_leaves
-from aim_surgery.verification.twins import call, convert, copy_of, own_dtype, random_state_kept
+from aim_surgery.verification.twins import call, copy_of, own_dtype, random_state_kept
 
 _REFUSAL = "this input breaks what the graph was captured with"
 _FAILS, _NAN = "does not run", "gives NaN"
@@ -89,8 +89,8 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         own = _compare_own(pair, samples)
         notes = []
         dtype = torch.float64
-        for twin in (pair.base, pair.operated):
-            convert(twin, dtype)
+        del pair  # what a model keeps of the first run is of that run's precision
+        pair = Pair(copy_of(model, dtype), copy_of(gm, dtype), plan)
         coarsest, refusal = _coarsest_dtype(pair, samples.to(dtype))
         if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
             refusal = ""  # as it does in any type
