@@ -559,6 +559,26 @@ def test_a_layer_reads_in_both_modes_where_training_alone_looks_at_data() -> Non
     assert_same(same.eval()(TOKENS), model.eval()(TOKENS))
 
 
+def test_a_function_of_one_mode_alone_is_left_out() -> None:
+    class Router(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            y = F.linear(x, self.weight)
+            return (y * 2 if self.training and y.sum() > 1e9 else y,)
+
+    class First(nn.Identity):
+        def forward(self, x: tuple[Tensor]) -> Tensor:
+            return x[0]
+
+    model = nn.Sequential(nn.Linear(8, 8), Router(8, 8), First(), nn.Linear(8, 8)).double().eval()
+    gm = transform(model, TOKENS, config=WIDE)
+    assert {read.site.name for read in gm.plan.reads} == {"0", "3"}
+    (skip,) = gm.plan.skips
+    assert skip.weights == ("1.weight",)
+    assert skip.reason == "in training mode, 1 uses it inside a Python call"
+    result = aim_surgery.verify(model, gm, TOKENS)
+    assert result.ok, str(result)
+
+
 def test_the_reason_of_a_run_that_failed_is_one_line() -> None:
     class Demanding(OnValues):
         def forward(self, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from aim_surgery.capture import Capture
+from aim_surgery.capture import Capture, Trace
 from aim_surgery.sites.calls import find_calls
 from aim_surgery.sites.inside import find_inside, path_of
 from aim_surgery.sites.site import Site, Skip
@@ -34,8 +34,12 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
         for call in calls:
-            if call.site.layer not in hooked:
-                sites.setdefault(call.site.name, _left_alone(call.site, both))
+            site = call.site
+            reason = "" if site.layer in hooked else _why_one_mode(capture, trace, site)
+            if reason:
+                unread.setdefault(site.name, Skip(site.name, site.weights, reason))
+            elif site.layer not in hooked:
+                sites.setdefault(site.name, _left_alone(site, both))
         for item in find_unread(capture, trace.graph, frozenset(call.node for call in calls)):
             if item.name not in paths:
                 unread.setdefault(item.name, item)
@@ -76,6 +80,17 @@ def _inside(
         )
         capture.findings["inside"] = find_inside(capture, paths, taken)
     return capture.findings["inside"]
+
+
+def _why_one_mode(capture: Capture, trace: Trace, site: Site) -> str:
+    """Why a site would read in one mode alone: the other mode has it inside a Python call."""
+    for other in capture.traces:
+        inside = path_of(site.layer, {call.path: call.reason for call in other.opaque})
+        layers = {call.site.layer for call in find_calls(capture, other.graph)}
+        if other is not trace and inside is not None and site.layer not in layers:
+            mode = "training" if other.training else "evaluation"
+            return f"in {mode} mode, {inside} uses it inside a Python call"
+    return ""
 
 
 def _left_alone(site: Site, both: frozenset[str]) -> Site:
