@@ -3,20 +3,26 @@
 With W_m = 0, the first step moves W_m (its gradient is made of the memory's values) and not yet the
 memory (its gradient is made of W_m); the second moves both. So two steps are taken on a copy, and
 every new tensor has to get a gradient in one of them, finite in both.
+
+A product that only chooses (the nearest entry of a codebook) passes no gradient on, and
+what is added to it gets none either, though its weight may get one elsewhere: that is noted.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, memory_path
+from aim_surgery.surgery.notes import SiteNote
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import (
     call,
@@ -99,10 +105,83 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
                 if dtype != own and steps.broken:
                     refusals.setdefault((dtype, training), steps.broken[0])
                     break
-                return steps.result("training" if training else "evaluation", _why(refusals, dtype))
+                result = steps.result(
+                    "training" if training else "evaluation", _why(refusals, dtype)
+                )
+                return _without_dead_ends(
+                    result, twin, plan, batch if dtype == own else batch.to(dtype)
+                )
             del twin
     reason = next(iter(refusals.values()))
     return Gradients("", (), (("the operated model", f"does not train: {reason}"),), 0.0)
+
+
+def _without_dead_ends(
+    result: Gradients, twin: nn.Module, plan: Plan, samples: Samples
+) -> Gradients:
+    """Take out of the unreached what is added to products that pass no gradient on."""
+    if not result.unreached or not isinstance(twin, fx.GraphModule):
+        return result
+    watch = _Products(twin)
+    try:
+        _distance_to_noise(call(watch, samples), seed=0).backward()
+    except Exception:
+        return result
+    finally:
+        twin.zero_grad(set_to_none=True)
+    sites: dict[str, list[str]] = {}
+    for read in plan.reads:
+        if not read.site.widens and not read.site.inside:
+            sites.setdefault(f"{READS}.{read.site.layer}.weight", []).append(read.site.name)
+    dead = [
+        name
+        for name, _ in result.unreached
+        if name in sites
+        and watch.met.issuperset(sites[name])
+        and watch.live.isdisjoint(sites[name])
+    ]
+    if not dead:
+        return result
+    left = tuple(item for item in result.unreached if item[0] not in dead)
+    note = f"what they are added to passes no gradient on: {_listed(dead)}"
+    return replace(result, unreached=left, notes=(*result.notes, note))
+
+
+class _Products(nn.Module):
+    """Runs an emitted graph node by node, and sees which sites' own products get gradients."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self._gm = gm
+        self.met: set[str] = set()
+        self.live: set[str] = set()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Call it as the model is called."""
+        inputs = [node for node in self._gm.graph.nodes if node.op == "placeholder"]
+        given = dict(zip((str(node.target) for node in inputs), args, strict=False)) | kwargs
+        defaults = {str(node.target): node.args[0] for node in inputs if node.args}
+        values = {**defaults, **given}
+        return _Run(self).run(*(values[str(node.target)] for node in inputs))
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, products: _Products) -> None:
+        super().__init__(products._gm)
+        self._products = products
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        note = n.meta.get(NOTE)
+        if isinstance(note, SiteNote) and isinstance(result, torch.Tensor):
+            self._products.met.add(note.site)
+            if result.requires_grad:
+                result.register_hook(functools.partial(self._see, note.site))
+        return result
+
+    def _see(self, site: str, gradient: torch.Tensor) -> None:
+        if bool((gradient != 0).any()):
+            self._products.live.add(site)
 
 
 def _why(refusals: dict[tuple[torch.dtype, bool], str], dtype: torch.dtype) -> list[str]:
