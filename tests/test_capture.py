@@ -224,6 +224,33 @@ def test_a_rebound_buffer_is_refused_and_the_model_left_alone() -> None:
     assert type(vars(nn.Module).get("training")) is not property
 
 
+class Moves(nn.Module):
+    """Takes its table to where the input is, at each call."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(9, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.table = self.table.to(x.device)
+        return self.fc(x) + self.table[: x.shape[1]]
+
+
+def test_a_buffer_may_be_moved() -> None:
+    model, x = Moves(), torch.randn(2, 3, 4)
+    table = model.table
+    gm = aim_surgery.transform(model, x)
+    assert model.table is table
+    assert "table" in model._buffers
+    assert "table" not in vars(model)
+    assert_same(gm(x), model(x), tolerance=1e-6)
+    gm.table.add_(1)  # the graph reads the buffer anew
+    assert_same(gm(x), model(x) + 1, tolerance=1e-6)
+
+
 class Nested(nn.Module):
     """Nested inputs and outputs, a flag, a mask that may be None."""
 

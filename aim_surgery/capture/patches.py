@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import nn
+from torch import fx, nn
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
@@ -309,7 +309,8 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
         if is_proxy and home in homes[:3]:
             if tracer.is_in_place(value, of=(module, name)):
                 return  # `self.steps += 1`: the buffer itself has been changed
-            if tracer.holds_data(value, of=(module, name)):
+            moved = _is_moved(value, f"{path}.{name}".removeprefix("."))
+            if not moved and tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
         old = _MISSING if home is None else home[name]
         changed.setdefault((id(module), name), (module, name, home, old))
@@ -326,6 +327,13 @@ def _restored_attributes(tracer: ValueTracer) -> Iterator[None]:
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
         tracer.restore_attributes(tracer.model)
+
+
+def _is_moved(proxy: ValueProxy, name: str) -> bool:
+    """Whether a value is that very attribute on another device: `self.table.to(x.device)`."""
+    node = proxy.node
+    source = node.args[0] if node.op == "call_method" and node.target == "to" else None
+    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
 
 
 def _rebound(name: str) -> str:
