@@ -20,10 +20,11 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair, dtype_name
-from aim_surgery.verification.samples import Samples
-from aim_surgery.verification.twins import call, convert, copy_of, own_dtype
+from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.twins import call, copy_of, own_dtype
 
 _REFUSAL = "this input breaks what the graph was captured with"
+_FAILS, _NAN = "does not run", "gives NaN"
 _GRADIENT_BATCH = 2
 _OTHER_BATCHES = (3, 1)
 
@@ -89,15 +90,15 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         notes: list[str] = []
         own = _compare_own(pair, samples, notes)
         dtype = torch.float64
-        for twin in (pair.base, pair.operated):
-            convert(twin, dtype)
-        coarsest = _coarsest_dtype(pair, samples.to(dtype))
-        if coarsest is None:
+        del pair  # what a model keeps of the first run is of that run's precision
+        pair = Pair(copy_of(model, dtype), copy_of(gm, dtype), plan)
+        coarsest, refusal = _coarsest_dtype(pair, samples.to(dtype))
+        if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
+            refusal = ""  # as it does in any type
+        if refusal:
             dtype = coarsest = own_dtype(model)
             if dtype != torch.float64:
-                notes.append(
-                    f"the original does not run in float64: compared in {dtype_name(dtype)}"
-                )
+                notes.append(f"the original {refusal} in float64: compared in {dtype_name(dtype)}")
             del pair
             pair = Pair(copy_of(model), copy_of(gm), plan)
         elif coarsest != dtype:
@@ -198,18 +199,25 @@ class _LowestDtype(TorchDispatchMode):
         return result
 
 
-def _coarsest_dtype(pair: Pair, samples: Samples) -> torch.dtype | None:
-    """The precision that the original has when all of it is float64; None: it doesn't run."""
-    watch = _LowestDtype()
+def _coarsest_dtype(pair: Pair, samples: Samples) -> tuple[torch.dtype, str]:
+    """The precision that the original has when all of it is float64, and why it has none there."""
+    watch, refusal = _LowestDtype(), _FAILS
     for training in (False, True):
+        pair.base.train(training)
         try:
-            pair.base.train(training)
-            with torch.no_grad(), watch:
-                call(pair.base, _small(samples))
+            with watch:
+                nan = _gives_nan(pair.base, samples)
         except Exception:
             continue
         else:
-            return watch.lowest
+            refusal = _NAN if nan else ""
+            break
         finally:
             pair.align_buffers()
-    return None
+    return watch.lowest, refusal
+
+
+def _gives_nan(model: nn.Module, samples: Samples) -> bool:
+    with torch.no_grad():
+        leaves = named_leaves(call(model, _small(samples))).values()
+    return any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for leaf in leaves)
