@@ -91,7 +91,7 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         dtype = torch.float64
         for twin in (pair.base, pair.operated):
             convert(twin, dtype)
-        coarsest = _coarsest_dtype(pair, samples.to(dtype))
+        converted, coarsest = _converted(pair, samples, dtype)
         if coarsest is None:
             dtype = coarsest = own_dtype(model)
             if dtype != torch.float64:
@@ -103,7 +103,8 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         elif coarsest != dtype:
             notes.append(f"the original computes partly in {dtype_name(coarsest)} by itself")
         pair.limits = TOLERANCES[coarsest]
-        converted = samples if dtype == own_dtype(model) else samples.to(dtype)
+        if dtype == own_dtype(model):
+            converted = samples
         comparisons = _run_cases(pair, converted, dtype, notes)
     return Equivalence(tuple(comparisons), own, tuple(notes))
 
@@ -198,18 +199,35 @@ class _LowestDtype(TorchDispatchMode):
         return result
 
 
-def _coarsest_dtype(pair: Pair, samples: Samples) -> torch.dtype | None:
+def _converted(
+    pair: Pair, samples: Samples, dtype: torch.dtype
+) -> tuple[Samples, torch.dtype | None]:
+    """Inputs in another precision, such that the most modes run; and the original's precision then.
+
+    Some models insist on the types of targets, so that only the first argument may be converted.
+    The precision is the coarsest that comes up in the first mode that runs, None where none does.
+    """
+    best, most = (samples, None), 0
+    for first_only in (False, True):
+        converted = samples.to(dtype, first_only=first_only)
+        found = [_lowest_dtype(pair, converted, training) for training in (False, True)]
+        ran = [lowest for lowest in found if lowest is not None]
+        if len(ran) > most:
+            best, most = (converted, ran[0]), len(ran)
+        if len(ran) == len(found):
+            break
+    return best
+
+
+def _lowest_dtype(pair: Pair, samples: Samples, training: bool) -> torch.dtype | None:
     """The precision that the original has when all of it is float64; None: it doesn't run."""
     watch = _LowestDtype()
-    for training in (False, True):
-        try:
-            pair.base.train(training)
-            with torch.no_grad(), watch:
-                call(pair.base, _small(samples))
-        except Exception:
-            continue
-        else:
-            return watch.lowest
-        finally:
-            pair.align_buffers()
-    return None
+    try:
+        pair.base.train(training)
+        with torch.no_grad(), watch:
+            call(pair.base, _small(samples))
+    except Exception:
+        return None
+    finally:
+        pair.align_buffers()
+    return watch.lowest

@@ -80,11 +80,15 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     with random_state_kept(), torch.enable_grad():
         for dtype in (torch.float64, None):
             twin = copy_of(gm, dtype)
-            for training, batch in itertools.product((True, False), batches):
+            inputs = batches
+            if dtype is not None:
+                both = itertools.product(batches, (False, True))
+                inputs = tuple(batch.to(dtype, first_only=first) for batch, first in both)
+            for training, batch in itertools.product((True, False), inputs):
                 steps = _Steps(twin, plan)
                 try:
                     twin.train(training)
-                    steps.run(batch if dtype is None else batch.to(dtype))
+                    steps.run(batch)
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
                     refusals.append(f"{type(err).__name__}: {err}".splitlines()[0])
