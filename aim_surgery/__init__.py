@@ -14,6 +14,7 @@ from aim_surgery.errors import (
     PlanError,
     UnsupportedLayerError,
 )
+from aim_surgery.lower import lower
 from aim_surgery.notebook import (
     disable,
     freeze_base,
@@ -41,6 +42,7 @@ __all__ = [
     "disable",
     "freeze_base",
     "load",
+    "lower",
     "memory_parameters",
     "plan",
     "read_memory",

@@ -21,6 +21,7 @@ Norm = Literal["layer", "batch", "none"]
 Activation = Literal["relu", "gelu", "silu", "sigmoid", "tanh"]
 Carry = Literal["weights", "state"]
 Emit = Literal["graph", "module"]
+Form = Literal["concat", "split"]
 
 DEFAULT_BUDGET = 0.015
 ARTICLE_FLOATS = 50_176

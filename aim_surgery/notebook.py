@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.lower.forms import form_of, rewrite_as
+from aim_surgery.nn.aim_modules import operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
@@ -55,7 +56,7 @@ def memory_parameters(gm: nn.Module) -> Iterator[nn.Parameter]:
         >>> gm = transform(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)))
         >>> optimizer = torch.optim.SGD(memory_parameters(freeze_base(gm)), lr=0.1)
     """
-    inner = _operated(gm)
+    inner = operated_in(gm)
     widened = {
         name for read in _plan(inner).reads if read.site.widens for name in read.site.weights
     }
@@ -100,15 +101,21 @@ def freeze_base(gm: _Model, *, statistics: bool = False) -> _Model:
             wrapper holds on to its parameters (freeze first, wrap then), or a module with
             statistics branches on its training flag in Python. Nothing is changed.
     """
-    inner = _operated(gm)
+    inner = operated_in(gm)
     if gm is not inner and getattr(gm, "_orig_mod", None) is not inner:
         raise AimSurgeryError(
             f"{type(gm).__name__} holds on to the parameters that this replaces: call freeze_base "
             f"on the operated model first, and wrap it then"
         )
     kept = _modules_with_statistics(inner) if statistics else []
-    with torch.inference_mode(False):  # parameters made inside it could never be trained
-        separate(inner, "the base is frozen")
+    form = form_of(inner)
+    rewrite_as(inner, "concat")
+    try:
+        with torch.inference_mode(False):  # parameters made inside it could never be trained
+            separate(inner, "the base is frozen")
+    except AimSurgeryError:
+        rewrite_as(inner, form)
+        raise
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name.startswith(f"{AIM}."))
     _keep_in_evaluation(inner, kept)
@@ -137,7 +144,7 @@ def read_memory(gm: nn.Module, inputs: Inputs | None = None) -> dict[str, Tensor
     Raises:
         AimSurgeryError: The model was not operated.
     """
-    gm = _operated(gm)
+    gm = operated_in(gm)
     notes = _notes_by_name(_plan(gm))
     found: dict[str, Tensor] = {}
     with _evaluating(gm), torch.no_grad():
@@ -165,7 +172,7 @@ def reset_memory(gm: nn.Module) -> None:
     Raises:
         AimSurgeryError: The model was not operated.
     """
-    for module in _notes(_operated(gm)):
+    for module in _notes(operated_in(gm)):
         module.reset()
 
 
@@ -183,7 +190,7 @@ def disable(gm: nn.Module) -> Iterator[None]:
     Raises:
         AimSurgeryError: The model was not operated.
     """
-    modules = _notes(_operated(gm))
+    modules = _notes(operated_in(gm))
     before = [module.enabled for module in modules]
     for module in modules:
         module.enabled = False
@@ -192,19 +199,6 @@ def disable(gm: nn.Module) -> Iterator[None]:
     finally:
         for module, enabled in zip(modules, before, strict=True):
             module.enabled = enabled
-
-
-def _operated(gm: nn.Module) -> nn.Module:
-    inner = gm
-    while plan_of(inner) is None:
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(wrapped, nn.Module):
-            raise AimSurgeryError(
-                f"expected an operated model, got {type(gm).__name__}: pass what transform, apply "
-                f"or load returned"
-            )
-        inner = wrapped
-    return inner
 
 
 def _plan(gm: nn.Module) -> Plan:

@@ -12,17 +12,20 @@ from typing import Any, Literal, TypeVar, cast, get_args, overload
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from aim_surgery.capture import (
     Capture,
     ExampleInputs,
     Inputs,
+    as_module,
     capture,
     capture_any,
     capture_whole,
 )
-from aim_surgery.config import AimConfig
+from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
+from aim_surgery.lower import lower
 from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
@@ -36,7 +39,7 @@ _CAPTURES = {"auto": capture_any, "graph": capture, "module": capture_whole}
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
@@ -45,7 +48,7 @@ def plan(
     """Decide what an operation would do, without doing it.
 
     Args:
-        model: Any module; left unchanged. It may live on the meta device.
+        model: Any module or exported program; left unchanged. It may live on the meta device.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
@@ -70,10 +73,11 @@ def plan(
 
 
 def apply(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     plan: Plan,
     example_inputs: Inputs | None = None,
     *,
+    form: Form = "concat",
     copy: bool = True,
 ) -> Any:
     """Carry out a plan.
@@ -83,6 +87,7 @@ def apply(
         plan: From `plan`, edited or read from JSON.
         example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
             and other objects).
+        form: How sites are written: see `lower`.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
@@ -98,6 +103,7 @@ def apply(
         raise PlanError(f"expected a Plan, got {type(plan).__name__}: {source} gives one")
     plan.checked()
     inputs: Inputs | ExampleInputs | None = example_inputs
+    model = as_module(model)
     if inputs is None and isinstance(model, nn.Module):  # what is no model, capture refuses
         inputs = inputs_of_plan(plan.inputs, model)
         if inputs is None:
@@ -106,16 +112,18 @@ def apply(
                 "example_inputs"
             )
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        return operate(_captured(model, inputs, plan.emit), plan, copy=copy)
+        gm = operate(_captured(model, inputs, plan.emit), plan, copy=copy)
+    return gm if form == "concat" else lower(gm, form)
 
 
 @overload
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
     emit: Literal["auto"] = "auto",
+    form: Form = "concat",
     copy: bool = True,
 ) -> Any: ...
 
@@ -127,6 +135,7 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Literal["graph"],
+    form: Form = "concat",
     copy: bool = True,
 ) -> AimGraphModule: ...
 
@@ -138,27 +147,30 @@ def transform(
     *,
     config: AimConfig | None = None,
     emit: Literal["module"],
+    form: Form = "concat",
     copy: bool = True,
 ) -> _Model: ...
 
 
 @overload
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
     emit: Wanted,
+    form: Form = "concat",
     copy: bool = True,
 ) -> nn.Module: ...
 
 
 def transform(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: Inputs | None = None,
     *,
     config: AimConfig | None = None,
     emit: Wanted = "auto",
+    form: Form = "concat",
     copy: bool = True,
 ) -> Any:
     """Give a model a memory that every convolution and linear call reads.
@@ -167,7 +179,7 @@ def transform(
     linear one (out, in) as (out, in + k).
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
             shapes and dtypes count, values don't. Without any, they are taken from what the model
             declares, or found by trial.
@@ -177,6 +189,8 @@ def transform(
             is traced, layers read the memory through hooks, and nothing is written. "auto" gives
             the first where all of the model's own forward can be a graph, in both modes, and else
             the second.
+        form: "concat" joins the memory to each layer's input, "split" computes its part apart and
+            adds it: the same function with less work. `lower` changes it later.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
     Returns:
@@ -200,7 +214,8 @@ def transform(
     config = _checked_config(config)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         captured = _captured(model, example_inputs, _checked_emit(emit))
-        return operate(captured, make_plan(captured, config), copy=copy)
+        gm = operate(captured, make_plan(captured, config), copy=copy)
+    return gm if form == "concat" else lower(gm, form)
 
 
 def _checked_config(config: AimConfig | None) -> AimConfig:
@@ -218,7 +233,9 @@ def _checked_emit(emit: object) -> Wanted:
     return cast(Wanted, emit)
 
 
-def _captured(model: nn.Module, inputs: Inputs | ExampleInputs | None, emit: Wanted) -> Capture:
+def _captured(
+    model: nn.Module | ExportedProgram, inputs: Inputs | ExampleInputs | None, emit: Wanted
+) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
             if isinstance(module, AimGraphModule | AimModules):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections import OrderedDict, defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -321,6 +321,25 @@ def test_kinds_of_dicts(kind: Any) -> None:
     assert type(got) is kind
     assert list(got) == [0]
     assert_same(got, model(X))
+
+
+class Found(NamedTuple):
+    """What GoogLeNet and many others return."""
+
+    main: torch.Tensor
+    aside: torch.Tensor | None
+
+
+def test_named_tuples() -> None:
+    class Returns(Net):
+        def forward(self, x: torch.Tensor) -> list[Found]:
+            return [Found(self.fc(x), None), Found(x, self.fc(x) * 2)]
+
+    model = Returns().double()
+    got = operated(model)(X)
+    assert [type(found) for found in got] == [Found, Found]
+    assert got[0].aside is None
+    assert_same(got[1].aside, model(X)[1].aside)
 
 
 # Sites --------------------------------------------------------------------------------------

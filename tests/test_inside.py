@@ -479,11 +479,11 @@ def test_what_has_no_place_for_a_hook_is_listed() -> None:
 
     model = Attention().double()
     gm = transform(model, TOKENS, config=WIDE, emit="module")
-    assert [read.site.name for read in plan_of(gm).reads] == ["head"]
+    assert [read.site.name for read in plan_of(gm).reads] == ["lstm.weight_ih_l0", "head"]
     reasons = {name: skip.reason for skip in plan_of(gm).skips for name in skip.weights}
     assert "multi_head_attention_forward uses its weight" in reasons["inner.out_proj.weight"]
     assert "MultiheadAttention uses it" in reasons["inner.in_proj_weight"]
-    assert "LSTM uses it" in reasons["lstm.weight_ih_l0"]
+    assert "recurrent weight" in reasons["lstm.weight_hh_l0"]
     assert "not called" in reasons["unused.weight"]
     result = aim_surgery.verify(model, gm, TOKENS)
     assert result.ok, str(result)

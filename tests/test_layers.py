@@ -21,6 +21,7 @@ ORDER = (
     "config",
     "planning",
     "surgery",
+    "lower",
     "operation",
     "notebook",
     "verification",

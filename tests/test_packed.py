@@ -237,7 +237,12 @@ def pair(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
     return F.linear(x, weight), None
 
 
-for name in ("project", "on_data", "by_type", "plain", "pair"):
+def halved(x: torch.Tensor, factors: list[int]) -> torch.Tensor:
+    factors[0] = 2
+    return x / factors[0]
+
+
+for name in ("project", "on_data", "by_type", "plain", "pair", "halved"):
     torch.fx.wrap(name)
 
 
@@ -269,6 +274,18 @@ def test_a_function_that_gets_a_weight_is_opened(which: str) -> None:
     assert plain in called  # no weight: one call, as its author wished
     assert not {project, pair} & called
     assert not find_sites(captured)[1]
+
+
+def test_a_function_may_change_the_lists_that_it_is_handed() -> None:
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(halved(x, [1, x.shape[0]]))
+
+    assert [read.site.name for read in operated(Inside().double(), X).plan.reads] == ["fc"]
 
 
 def test_a_function_that_can_not_be_opened_stays_one_call() -> None:

@@ -274,11 +274,20 @@ def test_words_that_do_not_exist(options: dict[str, Any]) -> None:
         AimConfig(**options)
 
 
+class Pairs(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x)
+
+
 def test_nothing_to_read_with() -> None:
     with pytest.raises(PlanError, match="no convolution or linear call"):
         aim_surgery.plan(nn.Sequential(nn.BatchNorm1d(4)), torch.zeros(2, 4))
-    with pytest.raises(PlanError, match=r"no convolution or linear.*LSTM"):
-        aim_surgery.plan(nn.Sequential(nn.LSTM(4, 4)), torch.zeros(2, 3, 4))
+    with pytest.raises(PlanError, match=r"no convolution or linear.*Bilinear"):
+        aim_surgery.plan(nn.Sequential(Pairs(nn.Bilinear(4, 4, 4))), torch.zeros(2, 4))
 
 
 def test_quantized_weights_are_named() -> None:

@@ -2,6 +2,7 @@
 
 from aim_surgery.capture.assumptions import Assumption
 from aim_surgery.capture.capture import Capture, Trace, capture
+from aim_surgery.capture.exported import as_module, inputs_of_program
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.opaque import OpaqueCall
 from aim_surgery.capture.whole import capture_any, capture_whole
@@ -15,8 +16,10 @@ __all__ = [
     "Inputs",
     "OpaqueCall",
     "Trace",
+    "as_module",
     "capture",
     "capture_any",
     "capture_whole",
+    "inputs_of_program",
     "unwrap",
 ]

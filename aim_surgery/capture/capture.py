@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
 from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.exported import inputs_of_program
 from aim_surgery.capture.inputs import (
     Argument,
     ExampleInputs,
@@ -109,11 +111,13 @@ class Capture:
         return self.traces[0].graph
 
 
-def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = None) -> Capture:
+def capture(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
+) -> Capture:
     """Capture a model as an fx graph whose nodes carry example values.
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
             Without any, they are taken from what the model declares, or found by trial.
 
@@ -135,7 +139,7 @@ def capture(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = No
     return with_inputs(model, example_inputs, take)
 
 
-def taken(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+def taken(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ...]]:
     """Take a model out of its wrappers.
 
     Args:
@@ -147,12 +151,12 @@ def taken(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
     Raises:
         CaptureError: It is no model, or one that can't be captured.
     """
+    refuse_nested()
+    model, notes = unwrap(model)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module has no Python forward: capture the original model")
-    refuse_nested()
-    model, notes = unwrap(model)
     refuse_uninitialised(model)
     return model, notes
 
@@ -175,6 +179,8 @@ def with_inputs(
     Raises:
         CaptureError: From `take`, or no proposal fits.
     """
+    if example_inputs is None:
+        example_inputs = inputs_of_program(model)
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)

@@ -62,6 +62,12 @@ class Changes:
         old = None if home is None else home[name]
         self._attributes.append(_Attribute(module, name, home, old))
 
+    def note_item(self, module: nn.Module, name: str, index: int) -> None:
+        """Note what a list was before the attribute noted last was put into it, at an index."""
+        items = [*vars(module)[name]]
+        items[index] = self._attributes[-1].old
+        self._attributes.append(_Attribute(module, name, vars(module), items))
+
     def mark(self) -> Mark:
         """This moment."""
         return Mark(len(self._attributes), RemovableHandle.next_id)

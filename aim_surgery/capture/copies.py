@@ -24,7 +24,8 @@ def derived_tensors(model: nn.Module) -> dict[int, Any]:
     Returns:
         Copies without history by identity, to begin the memo of `deepcopy` with.
     """
-    values = (value for module in model.modules() for value in vars(module).values())
+    values = [value for module in model.modules() for value in vars(module).values()]
+    values += [v for value in values if type(value) is list for v in value]  # of recurrent layers
     tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
     return {id(tensor): tensor.detach().clone() for tensor in tensors}
 

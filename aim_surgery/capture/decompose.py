@@ -28,6 +28,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 from torch.utils._pytree import tree_leaves
 
+from aim_surgery.capture.aten import in_torch
 from aim_surgery.capture.proxy import ValueProxy
 
 if TYPE_CHECKING:
@@ -37,11 +38,12 @@ _ASKS_FOR_PROXIES = ("has_torch_function", "has_torch_function_unary")
 
 
 def opened(
-    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    tracer: ValueTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Any] | None:
     """The call of a function that shows what it does; None where a call should stay one.
 
     Args:
+        tracer: What records it.
         function: What is called.
         args: Its arguments, proxies among them.
         kwargs: Its keyword arguments.
@@ -50,7 +52,7 @@ def opened(
         A call without arguments that records the function's own operations.
     """
     if not isinstance(function, types.FunctionType):
-        return None
+        return in_torch(tracer, function, args, kwargs)
     if function is F.multi_head_attention_forward:
         return _open_attention(function, args, kwargs)
     if function.__module__.partition(".")[0] == "torch" or not _gets_weights((args, kwargs)):
@@ -67,15 +69,35 @@ def _open_attention(
     batched = len(query.aim_value.shape if type(query) is ValueProxy else query.shape) == 3
 
     def linear(x: Any, w: Any, b: Any = None) -> Any:
-        """Torch's own works on (T·B, C) at the end, where no axis runs over the samples."""
         if not batched:
             return F.linear(x, w, b)
-        return F.linear(x.unflatten(0, (-1, query.shape[1])), w, b).flatten(0, 1)
+        graph, source = x.tracer.graph, x.node.args[0]
+        graph.erase_node(x.node)  # to (T·B, C), which nothing else needs
+        source = ValueProxy(source, x.tracer, source.meta["val"])
+        tokens = source.reshape(query.shape[0], query.shape[1], x.aim_value.shape[-1])
+        return _Rows(F.linear(tokens, w, b))
 
     twin = _twin(function, _in_projection_packed=_in_projection, linear=linear)
     if given["dropout_p"] == 0:
         given["training"] = False  # else it would be asked for nothing, and both modes traced
     return lambda: twin(**given)
+
+
+class _Rows:
+    """A result (T, B, C) for code that takes it for (T·B, C), and views it as (T, B, C) at the end.
+
+    No axis runs over the samples of (T·B, C), and `torch.export` takes B for fixed where a view is
+    viewed again.
+    """
+
+    def __init__(self, tokens: Any) -> None:
+        self._tokens = tokens
+
+    def size(self, _: int) -> Any:
+        return self._tokens.size(-1)
+
+    def view(self, *_: Any) -> Any:
+        return self._tokens
 
 
 def _in_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:

@@ -119,7 +119,11 @@ class Evaluator:
                 return self._run_copy(module, args, kwargs)
 
     def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        twin = copy.deepcopy(module, derived_tensors(module))
+        self.for_real = True  # its tensors are asked for while it is copied
+        try:
+            twin = copy.deepcopy(module, derived_tensors(module))
+        finally:
+            self.for_real = False
         for own, copied in zip(module.modules(), twin.modules(), strict=False):
             vars(copied)["training"] = self._mode_of(own)
         output = self._run_for_real(functools.partial(_orig_module_call, twin), args, kwargs)

@@ -34,6 +34,7 @@ from torch import nn
 from torch.utils._device import _device_constructors
 from torch.utils.checkpoint import CheckpointFunction
 
+from aim_surgery.capture.aten import recorded_operators
 from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -73,6 +74,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 torch.autocast("cuda", enabled=False),
                 _symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
+                recorded_operators(tracer),
                 packed_calls_open(tracer),
                 compiled_code_as_python(),
                 _regions_stay_python(tracer),
@@ -272,6 +274,11 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
             if tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
         tracer.changes.note(module, name)
+        if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
+            # its own `__setattr__` has put the value into this list already
+            tracer.changes.note_item(
+                module, "_flat_weights", module._flat_weights_names.index(name)
+            )
         if name != "training" and not tracer.evaluating:
             tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:

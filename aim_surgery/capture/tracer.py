@@ -213,7 +213,7 @@ class ValueTracer(fx.Tracer):
             kind, target = "call_function", operator.getitem
         self._record_grad_mode()
         if kind == "call_function" and not self.evaluating:
-            call = None if target in self._opening else opened(target, args, kwargs)
+            call = None if target in self._opening else opened(self, target, args, kwargs)
             result = _CLOSED if call is None else self._open(target, call)
             if result is not _CLOSED:
                 return result
@@ -298,6 +298,8 @@ class ValueTracer(fx.Tracer):
             return self._tensor_node(a)
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
+        if isinstance(a, tuple | list | set | slice):
+            return super().create_arg(a)
         if (isinstance(a, dict) and kind is not immutable_dict) or holds_proxies(a):
             make, args, kwargs = recipe(a, self.create_arg)
             node = self.create_node("call_function", make, args, kwargs)

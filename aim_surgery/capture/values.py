@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.node import map_aggregate
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map_only
+
+from aim_surgery.capture.shortcuts import Shortcuts
 
 _empty_strided = (
     torch.empty_strided
@@ -33,6 +35,7 @@ class FakeValues:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.shortcuts = Shortcuts(lambda tensor: self._fresh(_spec(tensor)))
         self._tensors: dict[int, torch.Tensor] = {}
         self._sources: list[torch.Tensor] = []  # keeps the ids above valid
         self._layers: dict[int, tuple[Any, ...] | None] = {}
@@ -66,7 +69,7 @@ class FakeValues:
 
     def call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run a function on fake values."""
-        with self.mode, torch.no_grad():
+        with self.mode, self.shortcuts, torch.no_grad():
             return function(*args, **kwargs)
 
     def call_layer(
@@ -76,10 +79,6 @@ class FakeValues:
         key = self._key(layer, args, kwargs)
         if key is not None and key in _OUTPUTS:
             return self._fresh(_OUTPUTS[key])
-        # twins are made here because inside the fake mode it takes ten times as long
-        for tensor in (*layer._parameters.values(), *layer._buffers.values()):
-            if tensor is not None:
-                self.of(tensor)
         output = self.call(forward, args, kwargs)
         if key is not None and isinstance(output, FakeTensor):
             if len(_OUTPUTS) >= _MOST_OUTPUTS:
@@ -89,8 +88,9 @@ class FakeValues:
 
     def _fresh(self, spec: Spec) -> torch.Tensor:
         size, stride, dtype, device = spec
-        meta = _empty_strided(size, stride, dtype=dtype, device="meta")
-        return FakeTensor(self.mode, meta, device)
+        with no_dispatch():  # inside the fake mode it would take ten times as long
+            meta = _empty_strided(size, stride, dtype=dtype, device="meta")
+            return FakeTensor(self.mode, meta, device)
 
     def _key(self, layer: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
         """What a stock layer's output shape can depend on; None: not to be remembered."""
@@ -137,10 +137,18 @@ def node_value(argument: Any) -> Any:
         argument: What stands in `node.args` or `node.kwargs`.
 
     Returns:
-        The same structure with each node replaced by its value.
+        The same structure with each node replaced by its value; lists and dicts are new ones, that
+        functions may change, as those in a graph's code are.
     """
-    return map_aggregate(argument, _value_of)
-
-
-def _value_of(argument: Any) -> Any:
-    return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
+    if isinstance(argument, torch.fx.Node):
+        return argument.meta["val"]
+    if isinstance(argument, tuple):
+        values = map(node_value, argument)
+        return type(argument)(*values) if hasattr(argument, "_fields") else tuple(values)
+    if isinstance(argument, list):
+        return [node_value(item) for item in argument]
+    if isinstance(argument, dict):
+        return {key: node_value(item) for key, item in argument.items()}
+    if isinstance(argument, slice):
+        return slice(*map(node_value, (argument.start, argument.stop, argument.step)))
+    return argument

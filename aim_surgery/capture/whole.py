@@ -13,6 +13,7 @@ import copy
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.capture import Capture, capture_graphs, taken, with_inputs
@@ -23,7 +24,7 @@ from aim_surgery.errors import CaptureError
 
 
 def capture_whole(
-    model: nn.Module, example_inputs: Inputs | ExampleInputs | None = None
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
 ) -> Capture:
     """Take a model as one Python call.
 
@@ -38,6 +39,8 @@ def capture_whole(
     Raises:
         CaptureError: The inputs don't fit the model's forward, or none could be found.
     """
+    if isinstance(model, ExportedProgram):
+        raise CaptureError('an exported program has no methods to keep: use emit="graph"')
     model, notes = taken(model)
 
     def take(inputs: ExampleInputs) -> Capture:
@@ -50,7 +53,9 @@ def capture_whole(
     return with_inputs(model, example_inputs, take)
 
 
-def capture_any(model: nn.Module, example_inputs: Inputs | ExampleInputs | None = None) -> Capture:
+def capture_any(
+    model: nn.Module | ExportedProgram, example_inputs: Inputs | ExampleInputs | None = None
+) -> Capture:
     """Capture a model as graphs or, where that can't be, as one Python call.
 
     Args:

@@ -13,33 +13,37 @@ from dataclasses import replace
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
+from aim_surgery.capture.exported import as_module, program_notes
 from aim_surgery.capture.inputs import ExampleInputs
 from aim_surgery.errors import CaptureError
 
 
-def unwrap(model: nn.Module) -> tuple[nn.Module, tuple[str, ...]]:
+def unwrap(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ...]]:
     """Take a model out of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
 
     Args:
-        model: Any module; left unchanged.
+        model: Any module or exported program; left unchanged.
 
     Returns:
-        The inner model, and a note for each wrapper that was taken off.
+        The inner model, and notes: each wrapper that was taken off, how a program was exported.
     """
     notes: list[str] = []
+    inner: nn.Module = as_module(model)
     while True:
-        kind = type(model).__name__
-        if _is_compiled(model):
-            model = model._orig_mod  # type: ignore[assignment]
+        kind = type(inner).__name__
+        if _is_compiled(inner):
+            inner = inner._orig_mod  # type: ignore[assignment]
             notes.append("torch.compile was taken off: compile the operated model instead")
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
+        elif isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
             notes.append(f"{kind} was taken off: wrap the operated model instead")
         else:
-            return model, tuple(notes)
+            inner = as_module(inner)
+            return inner, (*notes, *program_notes(inner))
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from aim_surgery._version import __version__
 from aim_surgery.checkpoint.models import build
@@ -82,14 +83,15 @@ def save(
             ) from err
 
 
-def load(path: str | Path, model: nn.Module | str | None = None) -> Any:
+def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = None) -> Any:
     """Read an operated model.
 
     Args:
         path: A file that `save` wrote.
-        model: The original model (left unchanged; its weights don't matter), or its spec. Without
-            it, the spec in the file is used if it names a torchvision or timm model; a factory in
-            a module or file is code, which runs only where the caller names it.
+        model: The original model or exported program (left unchanged; its weights don't matter),
+            or a model spec. Without it, the spec in the file is used if it names a torchvision or
+            timm model; a factory in a module or file is code, which runs only where the caller
+            names it.
 
     Returns:
         The operated model, in the mode of the original and on its device. Built from a spec, it has
@@ -104,11 +106,12 @@ def load(path: str | Path, model: nn.Module | str | None = None) -> Any:
     tensors, metadata = read_safetensors(path)
     plan = _plan_in(metadata, path)
     tensors.update({alias: tensors[name] for alias, name in _aliases_in(metadata, tensors, path)})
-    given = isinstance(model, nn.Module)
-    base = model if isinstance(model, nn.Module) else _build(metadata, model, path)
-    if not given:
+    if isinstance(model, nn.Module | ExportedProgram):
+        gm = apply(model, plan)
+    else:
+        base = _build(metadata, model, path)
         _adopt_dtypes(base, tensors)
-    gm = apply(base, plan, copy=given)
+        gm = apply(base, plan, copy=False)
     load_into(gm, tensors, path)
     return gm
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.graph_module import AimGraphModule
 
 
@@ -14,9 +15,11 @@ class AimModules(nn.Module):
 
     Attributes:
         plan: The plan of a model that keeps its own class; a `GraphModule` holds it itself.
+        form: How sites are written: "concat" or "split".
     """
 
     plan: Any = None
+    form: str = "concat"
 
     def forward(self, *args: Any) -> Any:
         """Give back what comes in: an `nn.Sequential` that keeps its class calls all it holds."""
@@ -29,6 +32,30 @@ def plan_of(module: Any) -> Any:
         return module.plan
     added = module._modules.get("aim") if isinstance(module, nn.Module) else None
     return added.plan if isinstance(added, AimModules) else None
+
+
+def operated_in(gm: nn.Module) -> nn.Module:
+    """The operated model in what may be a wrapper of one (`torch.compile`, a parallel one).
+
+    Args:
+        gm: Any module.
+
+    Returns:
+        The operated model itself.
+
+    Raises:
+        AimSurgeryError: There is none.
+    """
+    inner = gm
+    while plan_of(inner) is None:
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            raise AimSurgeryError(
+                f"expected an operated model, got {type(gm).__name__}: pass what transform, apply "
+                f"or load returned"
+            )
+        inner = wrapped
+    return inner
 
 
 def put_plan(module: nn.Module, plan: Any) -> None:

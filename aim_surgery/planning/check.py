@@ -63,6 +63,11 @@ def check_plan(plan: Plan) -> None:
                 f"{name}: version {read.version} of the memory is another for each sample, and "
                 f"this site's input is not split by samples: let it read an earlier version"
             )
+        if read.site.inside and read.version:
+            raise PlanError(
+                f"{name}: it is inside a Python call or a recurrent layer, which read the memory "
+                f"as it is before any write: let it read version 0"
+            )
         if name in names:
             raise PlanError(f"{name}: two reads of this plan are at the same site, keep one")
         names.add(name)

@@ -170,9 +170,10 @@ def _notes(
     if not points:
         return ()
     apart = [site for site in sites if site not in readers]
+    called = "they are inside Python calls or recurrent layers"
     groups = {
         "no samples are in them": [site.name for site in apart if not site.inside],
-        "they are inside Python calls": [site.name for site in apart if site.inside],
+        called: [site.name for site in apart if site.inside],
     }
     return tuple(
         f"read the memory as it is before any write, since {why}: {', '.join(names[:4])}"

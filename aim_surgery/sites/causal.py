@@ -26,6 +26,7 @@ from aim_surgery.sites.graph import argument_of, is_call
 _COMPARISONS = (
     operator.ge, operator.gt, operator.le, operator.lt, torch.ge, torch.gt, torch.le, torch.lt,
 )  # fmt: skip
+_RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 _MOST_ENTRIES = 2**26  # of a mask that is looked at
 _MOST_MASKS = 16  # that are computed
 
@@ -70,6 +71,11 @@ def _may_be_a_mask(features: Features, node: fx.Node) -> bool:
 
 def _goes_one_way(capture: Capture, node: fx.Node) -> bool:
     """Recurrent layers of one direction whose steps are used, not their final state alone."""
+    if node.target in _RECURRENT:
+        # (x, hx, weights, .., bidirectional, batch_first), or (x, batch_sizes, hx, weights, ..)
+        is_packed = not isinstance(node.args[2], list | tuple)
+        both_ways = node.args[8 if is_packed else 7]
+        return not both_ways and any(user.args[1] == 0 for user in node.users)
     if node.op != "call_module":
         return False
     inside = capture.modules[str(node.target)].modules()

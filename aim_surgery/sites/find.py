@@ -7,6 +7,7 @@ from dataclasses import replace
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import find_calls
 from aim_surgery.sites.inside import find_inside
+from aim_surgery.sites.recurrent import find_recurrent
 from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import find_unread
 
@@ -30,8 +31,10 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     inside, rest, both = _inside(capture, paths)
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
-        for call in calls:
-            sites.setdefault(call.site.name, _left_alone(call.site, both))
+        found = {call.node: (_left_alone(call.site, both),) for call in calls}
+        found |= find_recurrent(capture, trace.graph)
+        for site in (s for node in trace.graph.nodes for s in found.get(node, ())):
+            sites.setdefault(site.name, site)
         for item in find_unread(capture, trace.graph, frozenset(call.node for call in calls)):
             if item.name not in paths:
                 unread.setdefault(item.name, item)

@@ -2,27 +2,32 @@
 
 A submodule that stays a Python call (a detection head), or a whole model that keeps its class, is
 run once on a copy, on the example inputs or noise of their shapes, and each call of a layer in it
-is noted. Such a site reads through a hook on its layer. A layer whose weight others use besides
-(packed attention takes that of its projection) is left as it is; what has no place for a hook is
-listed.
+is noted. Such a site reads through a hook on its layer (a recurrent one: through its biases). A
+layer whose weight others use besides (packed attention takes that of its projection) is left as it
+is; what has no place for a hook is listed.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.copies import derived_tensors, is_shape_only
+from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import LAYER_TYPES
+from aim_surgery.sites.closed import is_closed
+from aim_surgery.sites.recurrent import fault_recurrent, recurrent_sites, recurrent_skips
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.unread import NOT_PRODUCTS
 
@@ -51,11 +56,13 @@ class _Runs:
         seen: Layers that were called inside a Python call.
         elsewhere: Functions that took a layer's weight while the layer was not being called.
         failures: Why a mode did not run, in one line.
+        calls: How often each of them was called in the first mode in which it was.
     """
 
     seen: dict[str, _Seen] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    calls: Counter[str] = field(default_factory=Counter)
 
 
 def find_inside(
@@ -75,7 +82,9 @@ def find_inside(
     if not paths:
         return (), (), frozenset()
     layers = {name: layer for name, layer in capture.modules.items() if _may_read(layer)}
-    runs = _run(capture, layers, paths)
+    modules, own = capture.modules, frozenset(layers.values())
+    closed = all(is_closed(modules[path], own) for path in paths)
+    runs = _Runs() if closed else _run(capture, layers, paths)
     within = [
         name for name in layers if name not in runs.seen and _path_of(name, paths) is not None
     ]
@@ -83,8 +92,18 @@ def find_inside(
     skips: list[Skip] = []
     read: set[str] = set(taken)
     both: set[str] = set()
+    recurrent: set[nn.Module] = set()
     for name in (*runs.seen, *within):
         layer = layers[name]
+        if is_recurrent(layer):
+            if layer in recurrent:  # by another name
+                continue
+            recurrent.add(layer)
+            found, left = _recurrent(capture, name, runs)
+            sites += found
+            skips += left
+            read.update(weight for site in found for weight in site.weights)
+            continue
         weights = weights_of(capture, name)
         if name in runs.seen:
             both |= taken.intersection(weights)
@@ -93,7 +112,7 @@ def find_inside(
         seen = runs.seen.get(name)
         reason = _why_not(name, layer, seen, runs) or _why_not_linear(layer, seen)
         if reason or seen is None:
-            skips.append(Skip(name, weights, reason))
+            skips.append(Skip(name or type(layer).__name__, weights, reason))
             continue
         read.update(weights)
         why = _why_beside(capture, layer)
@@ -115,6 +134,9 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     Returns:
         What is wrong, as a clause.
     """
+    fault = fault_recurrent(capture, site)  # whose call may also stand in a graph
+    if fault is not None:
+        return fault
     layer = capture.modules.get(site.layer)
     if layer is None or not _may_read(layer):
         return "the model has no such layer"
@@ -142,7 +164,7 @@ def _path_of(name: str, paths: Mapping[str, str]) -> str | None:
 
 def _may_read(layer: nn.Module) -> bool:
     """A layer of torch's, or one that multiplies by its own matrix (GPT-2's `Conv1D`)."""
-    if isinstance(layer, LAYER_TYPES):
+    if isinstance(layer, LAYER_TYPES) or is_recurrent(layer):
         return True
     alone = not any(True for _ in layer.children())
     return alone and _matrix(layer) is not None and not isinstance(layer, NOT_PRODUCTS)
@@ -178,11 +200,23 @@ def weights_of(capture: Capture, name: str) -> tuple[str, ...]:
 def _why_not(name: str, layer: nn.Module, seen: _Seen | None, runs: _Runs) -> str:
     """Why a layer is no site."""
     if seen is not None:
-        return ""
+        return "" if name else "it is the whole model: put it into a module, or use emit='graph'"
     if name in runs.elsewhere:
         return f"{runs.elsewhere[name]} uses its weight without calling the layer"
     why = f": {runs.failures[0]}" if runs.failures else ""
     return f"this {type(layer).__name__} was not called when the model was run{why}"
+
+
+def _recurrent(capture: Capture, name: str, runs: _Runs) -> tuple[list[Site], list[Skip]]:
+    """The sites of a recurrent layer, and what of it does not read."""
+    seen = runs.seen.get(name)
+    inside = (seen.path if seen else "") or "."
+    sites = list(recurrent_sites(capture, name, inside, runs.calls[name]))
+    skips = list(recurrent_skips(capture, name))
+    if seen is None:
+        reason = _why_not(name, capture.modules[name], seen, runs)
+        return [], [*(Skip(site.name, site.weights, reason) for site in sites), *skips]
+    return sites, skips
 
 
 def _why_not_linear(layer: nn.Module, seen: _Seen | None) -> str:
@@ -291,29 +325,38 @@ class _Watch(TorchFunctionMode):
         self._runs = runs
         self._stack: list[str] = []  # paths that are being called
         self._active: list[str] = []  # layers that are
+        self._mode = 0  # number of the run
+        self._counted: dict[str, int] = {}  # the run in which a layer's calls are counted
         self._weights: dict[int, str] = {}
         once = {id(layer): (name, layer) for name, layer in reversed(list(layers.items()))}
-        for path, module in paths.items():
-            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
-            module.register_forward_hook(lambda *_: _drop(self._stack))
         for name, layer in once.values():
             weight = layer._parameters.get("weight")
             if weight is not None:
                 self._weights[id(weight)] = name
             layer.register_forward_pre_hook(lambda *_, name=name: self._active.append(name))
             layer.register_forward_hook(self._noting(name), with_kwargs=True)
+        for path, module in paths.items():  # behind, as a whole model may be one layer
+            module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
+            module.register_forward_hook(lambda *_: _drop(self._stack))
 
     def forget(self) -> None:
         """Begin anew: a run that failed left calls open."""
         self._stack.clear()
         self._active.clear()
+        self._mode += 1
 
     def _noting(self, name: str) -> Any:
-        def note(_layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             _drop(self._active)
+            if self._stack and self._counted.setdefault(name, self._mode) == self._mode:
+                self._runs.calls[name] += 1
             x = args[0] if args else kwargs.get("input")
+            if isinstance(x, PackedSequence):
+                x = x.data
             if name in self._runs.seen or not self._stack or not _is_feature(x):
                 return
+            if is_recurrent(layer):  # gives a tensor or a tuple
+                output = x
             if _is_feature(output):
                 path = self._stack[-1]
                 self._runs.seen[name] = _Seen(tuple(x.shape), tuple(output.shape), path)

@@ -1,7 +1,7 @@
 """Weights that are multiplied with activations at no site, with the reason.
 
-Attention packed into one kernel, recurrent layers, einsum, weights made from the input, layers in a
-Python call: no weight goes unmentioned.
+Attention packed into one kernel, recurrent weights, einsum, weights made from the input, layers in
+a Python call: no weight goes unmentioned.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from aim_surgery.capture import Capture
+from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip
 
 _PRODUCTS = (
@@ -36,6 +39,8 @@ _PRODUCTS = (
     torch.linalg.matmul,
     torch.linalg.multi_dot,
     torch.linalg.vecdot,
+    *(torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu),
+    *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
 NOT_PRODUCTS = (
@@ -63,6 +68,9 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
         if node.op == "call_module":
             path = str(node.target)
             layer = capture.modules[path]
+            if is_recurrent(layer):
+                yield from recurrent_skips(capture, path)
+                continue
             names = _matrices(layer, path)
             if names:
                 yield Skip(path, names, reasons.get(path) or _why_packed(layer))
@@ -96,6 +104,8 @@ def _takes_weights(node: fx.Node) -> bool:
     """Functions that stay one call and get weights as arguments (packed attention)."""
     if node.op != "call_function":
         return False
+    if isinstance(node.target, OpOverload):  # of torch, those that are no products
+        return node.target.namespace not in ("aten", "prims")
     home = getattr(node.target, "__module__", "") or ""
     own = bool(home) and home.partition(".")[0] not in ("torch", "_operator", "builtins", "math")
     return own or node.target in (F.multi_head_attention_forward, F.bilinear)

@@ -20,7 +20,13 @@ from aim_surgery.surgery.notes import SiteNote
 
 
 def write_beside(
-    graph: fx.Graph, node: fx.Node, read: Read, note: SiteNote, view: fx.Node
+    graph: fx.Graph,
+    node: fx.Node,
+    read: Read,
+    note: SiteNote,
+    view: fx.Node,
+    *,
+    computed: bool = False,
 ) -> fx.Node:
     """Write conv(m, W_m) at the graph's point of insertion.
 
@@ -30,6 +36,7 @@ def write_beside(
         read: The site's read.
         note: What is noted at the node.
         view: The node m.
+        computed: Whether W_x is computed, maybe in another dtype than its parameter's.
 
     Returns:
         The node to be added to the site's.
@@ -42,10 +49,12 @@ def write_beside(
         _without_batch(graph, twin, len(read.site.spatial))
         return twin
     weight = graph.get_attr(f"{path}.weight")
+    if computed:
+        weight = graph.call_method("to", (weight, view))
     if read.site.kind == "linear":
         product = graph.call_function(F.linear, (view, weight))
         return graph.call_method("unsqueeze", (product, -1)) if note.rows else product
-    return _convolve_alone(_copied(graph, node), view, weight)
+    return convolve_alone(graph, node, view, weight)
 
 
 def input_of(node: fx.Node, note: SiteNote) -> fx.Node | None:
@@ -83,8 +92,19 @@ def _without_batch(graph: fx.Graph, twin: fx.Node, dims: int) -> None:
     twin.kwargs = {**twin.kwargs, "output_size": size}
 
 
-def _convolve_alone(twin: fx.Node, view: fx.Node, weight: fx.Node) -> fx.Node:
-    """Make a copied functional convolution one of (m, W_m): no bias, one group."""
+def convolve_alone(graph: fx.Graph, node: fx.Node, view: fx.Node, weight: fx.Node) -> fx.Node:
+    """Write conv(m, W_m) as a functional convolution is written: no bias, one group.
+
+    Args:
+        graph: The emitted graph; changed in place.
+        node: The site's node; its options are copied.
+        view: The node m.
+        weight: The node W_m.
+
+    Returns:
+        The new node.
+    """
+    twin = _copied(graph, node)
     args, kwargs = list(twin.args), dict(twin.kwargs)
     replacements = {0: ("input", view), 1: ("weight", weight), 2: ("bias", None), 6: ("groups", 1)}
     for index, (name, value) in replacements.items():

@@ -26,6 +26,7 @@ from aim_surgery.planning import Plan, Read, Write
 from aim_surgery.planning.parts import seen_as
 from aim_surgery.sites import Call
 from aim_surgery.surgery.beside import set_input, write_beside
+from aim_surgery.surgery.joined import write_joined
 from aim_surgery.surgery.modules import memory_path, write_path
 from aim_surgery.surgery.notes import SiteNote, note_site
 from aim_surgery.surgery.widen import channels_last_format
@@ -108,13 +109,16 @@ class GraphWriter:
         result = None if read.site.widens else self.copy(node, copied)
         shape, view = self._seen(source, read, value, -2 if rows else -1)
         index, name = call.input_index, call.input_name
-        note = SiteNote(read.site.name, source.name, view.name, "", index, name, rows)
+        layout = channels_last_format(value)
+        note = SiteNote(read.site.name, source.name, view.name, "", index, name, rows, layout)
         if result is None:
-            joined = self._joined(source, shape, view, read, value)
+            varies = self._plan.varies(read.memory, read.version)
+            joined = write_joined(self.graph, source, view, shape, read, layout, varies)
             result = total = self.copy(node, copied)
             set_input(result, note, joined)
         else:
-            beside = write_beside(self.graph, result, read, note, view)
+            computed = call.weight is not None and call.weight.op != "get_attr"
+            beside = write_beside(self.graph, result, read, note, view, computed=computed)
             total = self._call(operator.add, result, beside)
             note = note._replace(beside=beside.name)
         note_site(result, note)
@@ -179,35 +183,6 @@ class GraphWriter:
             view = self._by_sample(view, shape, read, features)
         return shape, view
 
-    def _joined(
-        self,
-        source: fx.Node,
-        shape: fx.Node | None,
-        view: fx.Node,
-        read: Read,
-        value: torch.Tensor,
-    ) -> fx.Node:
-        """cat[x, m] along the channels, group by group."""
-        site, dims = read.site, len(read.site.spatial)
-        axis = -(dims + 1)
-        varies = self._plan.varies(read.memory, read.version)
-        if site.groups > 1:
-            source = self._method("unflatten", source, axis, (site.groups, -1))
-            shape = self._call(getattr, source, "shape")
-            view = self._method("unsqueeze", view, axis - 1) if varies else view
-        if not varies or site.groups > 1 or not dims:
-            lead = self._call(operator.getitem, shape, slice(None, axis))
-            size = self._call(operator.add, lead, (-1,) * (dims + 1))
-            view = self._method("expand", view, size)
-        layout = channels_last_format(value)
-        if layout and site.groups == 1:
-            view = self._laid_out(view, layout)  # or `cat` would fall back to contiguous
-        joined = self._call(torch.cat, [source, view], axis)
-        if site.groups > 1:
-            joined = self._method("flatten", joined, axis - 1, axis)
-            joined = self._laid_out(joined, layout) if layout else joined
-        return joined
-
     def _by_sample(self, view: fx.Node, shape: fx.Node, read: Read, features: int) -> fx.Node:
         """Bring a view with one entry a sample to the input's rank; it broadcasts then.
 
@@ -233,9 +208,6 @@ class GraphWriter:
         rest = self._call(operator.sub, self._call(len, lead), axis + 1)
         size = self._call(operator.add, size, self._call(operator.mul, (1,), rest))
         return self._method("reshape", view, self._call(operator.add, size, (read.planes,)))
-
-    def _laid_out(self, node: fx.Node, layout: torch.memory_format) -> fx.Node:
-        return self.graph.call_method("clone", (node,), {"memory_format": layout})
 
     def _call(self, function: Any, *args: Any) -> fx.Node:
         return self.graph.call_function(function, args)

@@ -2,6 +2,7 @@
 
 conv(cat[x, m], [W_x ; W_m])  by a pre-hook, where the layer is widened
 conv(x, W_x) + conv(m, W_m)   by a hook, where its weight is left alone
+b_ih + W_m m                  for b_ih, in a recurrent layer
 """
 
 from __future__ import annotations
@@ -16,8 +17,15 @@ from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.inside import AddMemory, JoinMemory, SharedViews, View
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.recurrent import GateMemory, is_recurrent
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.modules import add_aim, beside_path, memory_path, widened_weights
+from aim_surgery.surgery.modules import (
+    add_aim,
+    beside_path,
+    called_layer,
+    memory_path,
+    widened_weights,
+)
 
 
 def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Module:
@@ -58,18 +66,39 @@ def attach_reads(root: nn.Module, plan: Plan) -> None:
     """
     shared = SharedViews()
     inside = [read for read in plan.reads if read.site.inside]
-    for path in dict.fromkeys(read.site.inside for read in inside):
+    for path in dict.fromkeys(read.site.inside for read in inside if not _in_graph(read)):
         shared.attach(root if path == "." else root.get_submodule(path))
+    gates: dict[str, GateMemory] = {}
     for read in inside:
         site = read.site
         memory = root.get_submodule(memory_path(read.memory))
         assert isinstance(memory, Memory)
-        view = View(memory, read.planes, site.spatial, shared)
+        view = View(memory, read.planes, site.spatial, None if _in_graph(read) else shared)
+        layer = called_layer(root, read)
         if site.widens:
-            hook = JoinMemory(view, site.groups)
+            JoinMemory(view, site.groups).attach(layer)
+            continue
+        beside = root.get_submodule(beside_path(read))
+        path, _, name = site.layer.rpartition(".")
+        if not is_recurrent(layer):
+            AddMemory(view, beside).attach(layer)
+            continue
+        assert isinstance(beside, nn.Linear)
+        if path in gates:
+            gates[path].reads[name] = (view, beside)
         else:
-            hook = AddMemory(view, root.get_submodule(beside_path(read)))
-        hook.attach(root.get_submodule(site.layer))
+            gates[path] = GateMemory({name: (view, beside)})
+    for path, gate in gates.items():
+        gate.attach(root.get_submodule(path))
+
+
+def _in_graph(read: Read) -> bool:
+    """Whether it is a graph that calls the layer: a recurrent one is in no other call than its own.
+
+    Views are not shared then: what ends the sharing is a hook that no compiler takes in.
+    """
+    layer, _, name = read.site.layer.rpartition(".")
+    return name.startswith("weight_ih") and layer == read.site.inside
 
 
 def add_instead(root: nn.Module, read: Read) -> None:
@@ -91,7 +120,7 @@ def _check_copied(model: nn.Module, root: nn.Module, plan: Plan) -> None:
     shared = {id(module) for module in model.modules()}
     for read in plan.reads:
         try:
-            layer = root.get_submodule(read.site.layer)
+            layer = called_layer(root, read)
         except AttributeError:
             layer = None
         own = layer is not None and id(layer) not in shared

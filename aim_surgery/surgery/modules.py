@@ -18,6 +18,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.recurrent import input_weights, is_recurrent
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan, Read, Write
@@ -207,18 +208,43 @@ def _beside(model: nn.Module, calls: list[Call], reads: dict[str, Read], plan: P
 
 def _beside_inside(model: nn.Module, read: Read, plan: Plan) -> nn.Module:
     """W_m of a layer inside a Python call, in a layer that can be called by a hook."""
-    layer = model.get_submodule(read.site.layer)
+    layer = called_layer(model, read)
+    fan_in = layer.hidden_size if is_recurrent(layer) else None  # what torch starts it by
+    assert fan_in is None or isinstance(fan_in, int)
     if read.site.kind == "linear":
         layer = nn.Linear(read.planes, read.site.out_channels, bias=False, device="meta")
-    return beside_module(layer, read, _beside_weight(model, read, plan))
+    return beside_module(layer, read, _beside_weight(model, read, plan, fan_in))
 
 
-def _beside_weight(model: nn.Module, read: Read, plan: Plan) -> nn.Parameter:
+def called_layer(root: nn.Module, read: Read) -> nn.Module:
+    """The layer that is called for a site inside: its own, or the recurrent one of its weight.
+
+    Args:
+        root: The model, operated or not.
+        read: The read of the site.
+
+    Returns:
+        The module in the tree.
+
+    Raises:
+        AttributeError: There is none.
+    """
+    path, _, name = read.site.layer.rpartition(".")
+    owner = root.get_submodule(path)
+    if is_recurrent(owner) and name in input_weights(owner):
+        return owner
+    return root.get_submodule(read.site.layer)
+
+
+def _beside_weight(
+    model: nn.Module, read: Read, plan: Plan, fan_in: int | None = None
+) -> nn.Parameter:
     site = read.site
     shape = (site.out_channels, read.planes, *site.kernel_size)
     if site.kind == "conv_transpose":
         shape = (read.planes, site.out_channels, *site.kernel_size)
-    fan_in = (site.in_channels // site.groups + read.planes) * math.prod(site.kernel_size)
+    if fan_in is None:
+        fan_in = (site.in_channels // site.groups + read.planes) * math.prod(site.kernel_size)
     weight = model.get_parameter(site.weights[0])
     return beside_weight(weight, shape, fan_in=fan_in, init=plan.init)
 

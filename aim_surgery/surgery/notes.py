@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+import torch
 from torch import fx
 
 from aim_surgery.nn.graph_state import NOTE
@@ -29,6 +30,11 @@ class SiteNote(NamedTuple):
         input_index: Position of the input among the node's arguments.
         input_name: Its keyword.
         rows: Whether it is a product W @ x of more than one column: features are rows.
+        layout: The channels-last format of x, None where it is in another.
+        called: Path of the layer whose call the node stands for, where it is a function of W_x
+            that `split` wrote; "" elsewhere.
+        sliced: Name of the node W_x, a slice of the widened weight, where `split` took it apart;
+            "" elsewhere.
     """
 
     site: str
@@ -38,6 +44,9 @@ class SiteNote(NamedTuple):
     input_index: int
     input_name: str
     rows: bool
+    layout: torch.memory_format | None = None
+    called: str = ""
+    sliced: str = ""
 
 
 def note_site(node: fx.Node, note: SiteNote) -> None:

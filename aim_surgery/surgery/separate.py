@@ -13,7 +13,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -21,10 +20,12 @@ from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import plan_of, put_plan
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.beside import input_of, set_input, write_beside
+from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.inside import add_instead
 from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
-from aim_surgery.surgery.notes import SiteNote, note_site, noted_sites
+from aim_surgery.surgery.notes import note_site
+from aim_surgery.surgery.pieces import Pieces, pieces_of
+from aim_surgery.surgery.tidy import erase_unused
 from aim_surgery.surgery.widen import split_weight, widen_layer
 
 
@@ -51,7 +52,7 @@ def separate(gm: nn.Module, why: str) -> None:
         return
     widened = {name: read for name, read in every.items() if not read.site.inside}
     graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
-    found = [_pieces(graph, widened) for graph in graphs]
+    found = [pieces_of(graph, widened) for graph in graphs]
     _check_all_found(widened, found)
     layers = {read.site.layer: read for read in every.values()}
     for read in layers.values():
@@ -72,7 +73,7 @@ def separate(gm: nn.Module, why: str) -> None:
     separated = _separated(plan, why)
     put_plan(gm, separated)
     for read in separated.reads:
-        if read.site.inside:
+        if read.site.inside and read.site.name in every:
             add_instead(gm, read)
     if isinstance(gm, AimGraphModule):
         gm.recompile()
@@ -81,33 +82,7 @@ def separate(gm: nn.Module, why: str) -> None:
 # The graph ----------------------------------------------------------------------------------
 
 
-class _Pieces(NamedTuple):
-    """A site in the graph."""
-
-    node: fx.Node
-    note: SiteNote
-    source: fx.Node  # x
-    view: fx.Node  # m
-    joined: fx.Node | None  # cat[x, m], where its layer is widened
-
-
-def _pieces(graph: fx.Graph, widened: Mapping[str, Read]) -> list[_Pieces]:
-    nodes = {node.name: node for node in graph.nodes}
-    pieces = []
-    for node, note in noted_sites(graph):
-        source, view = nodes.get(note.source), nodes.get(note.view)
-        joined = input_of(node, note) if note.site in widened else None
-        whole = joined is not None if note.site in widened else note.beside in nodes
-        if source is None or view is None or not whole:
-            raise AimSurgeryError(
-                f"{note.site}: this graph has been changed since surgery wrote it, and the pieces "
-                f"of this site are no longer in it: start from what transform returned"
-            )
-        pieces.append(_Pieces(node, note, source, view, joined))
-    return pieces
-
-
-def _check_all_found(widened: Mapping[str, Read], found: Iterable[list[_Pieces]]) -> None:
+def _check_all_found(widened: Mapping[str, Read], found: Iterable[list[Pieces]]) -> None:
     there = {note.site for pieces in found for _, note, *_ in pieces}
     missing = [name for name in widened if name not in there]
     if missing:
@@ -117,11 +92,9 @@ def _check_all_found(widened: Mapping[str, Read], found: Iterable[list[_Pieces]]
         )
 
 
-def _separate_sites(
-    graph: fx.Graph, pieces: Iterable[_Pieces], widened: Mapping[str, Read]
-) -> None:
+def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[str, Read]) -> None:
     sums: dict[fx.Node, fx.Node] = {}  # a site may work right on another one's result
-    for node, note, source, view, joined in pieces:
+    for node, note, source, view, joined, _ in pieces:
         source = sums.get(source, source)
         note = note._replace(source=source.name)
         if joined is not None:
@@ -134,20 +107,8 @@ def _separate_sites(
             )
             sums[node] = total
             note = note._replace(beside=beside.name)
-            _erase_unused(graph, joined, {source, view})
+            erase_unused(joined, {source, view})
         note_site(node, note)
-
-
-def _erase_unused(graph: fx.Graph, node: fx.Node, keep: set[fx.Node]) -> None:
-    """Erase a node that nobody uses, then those that it alone used, and so on up to some."""
-    unused = [node]
-    while unused:
-        node = unused.pop()
-        if node.users or node in keep or node._erased:
-            continue
-        sources = node.all_input_nodes
-        graph.erase_node(node)
-        unused += sources
 
 
 # The modules --------------------------------------------------------------------------------

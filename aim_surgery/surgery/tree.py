@@ -17,6 +17,7 @@ from torch import nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.leaves import is_stock
+from aim_surgery.sites.inside import derived_tensors
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
 _COLLECTIONS = (dict, OrderedDict, set, list)
@@ -37,15 +38,10 @@ def build_tree(
         A module with every parameter and buffer of the model under its old name.
     """
     model = capture.model
-    memo: dict[int, Any] = dict(replaced)
+    memo: dict[int, Any] = {**derived_tensors(model), **replaced}
     if not copy_tensors:
         for tensor in (*model.parameters(), *model.buffers()):
             memo.setdefault(id(tensor), tensor)
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                # a hook computes it before each call (pruning), and `deepcopy` would refuse it
-                memo.setdefault(id(value), value.detach().clone())
     nodes = [node for trace in capture.traces for node in trace.graph.nodes]
     called = {str(node.target) for node in nodes if node.op == "call_module"}
     root = _Builder(called, memo).build(model, "")

@@ -6,13 +6,15 @@ where it comes from: parameters, constants, or the inputs (an *activation*). A p
     y = x · W,   x an activation, W made of parameters and constants only
 
 uses the parameters that W is made of; each of them must read the memory or be listed as left out.
+Where a read is claimed that no widened shape shows and no graph (inside a Python call, a recurrent
+layer), the operated model runs likewise, and W_m's product has to meet an activation in a kernel.
 Nothing here knows of graphs or sites: what `sites.py` overlooks, this file finds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -98,7 +100,7 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
 
     Args:
         model: The original; left unchanged.
-        gm: The operated model; only the shapes of its parameters are looked at.
+        gm: The operated model; left unchanged.
         plan: What was done.
         samples: The inputs.
 
@@ -108,20 +110,32 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
     Raises:
         AimSurgeryError: The original itself does not run on these inputs.
     """
+    unseen_reads = any(read.site.inside and not read.site.widens for read in plan.reads)
     with random_state_kept():
-        used, perhaps, notes = _weights_used(copy_of(model), samples)
+        found = _run(copy_of(model), samples)
+        met = _run(copy_of(gm), samples).met if unseen_reads else None
+    if len(found.refusals) == 2:
+        raise AimSurgeryError(
+            f"the original model does not run on the example inputs ({samples.describe()}): "
+            f"{found.refusals[0]}. Pass example_inputs that it accepts"
+        )
+    used, perhaps, notes = found.used, found.perhaps, [*found.notes]
     operated = dict(gm.named_parameters(remove_duplicate=False))
     original = dict(model.named_parameters(remove_duplicate=False))
-    reads = {name: read for read in plan.reads for name in read.site.weights}
+    reads: dict[str, list[Read]] = {}
+    for read in plan.reads:
+        for name in read.site.weights:
+            reads.setdefault(name, []).append(read)
     reasons = {name: skip.reason for skip in plan.skips for name in skip.weights}
     tied = _tied_names(model)
     covered, skipped, unaccounted = [], [], []
     for name, kernel in used.items():
         names = tied[name]
-        read = next((reads[n] for n in names if n in reads), None)
+        mine = {read.site.name: read for n in names for read in reads.get(n, ())}.values()
         reason = next((reasons[n] for n in names if n in reasons), None)
-        if read is not None:
-            fault = _fault(read, original, operated)
+        if mine:
+            faults = (_fault(read, original, operated, met) for read in mine)
+            fault = next(filter(None, faults), "")
             (unaccounted if fault else covered).append((name, fault))
         elif reason is not None:
             skipped.append((name, reason))
@@ -140,13 +154,20 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
 
 
 def _fault(
-    read: Read, original: Mapping[str, torch.Tensor], operated: Mapping[str, torch.Tensor]
+    read: Read,
+    original: Mapping[str, torch.Tensor],
+    operated: Mapping[str, torch.Tensor],
+    met: Mapping[str, str] | None,
 ) -> str:
     """Why a claimed read is none, "" if it is one."""
     site = read.site
     if not site.widens:
         name = f"{READS}.{site.layer}.weight"
-        return "" if name in operated else f"has no memory weights: {name} is missing"
+        if name not in operated:
+            return f"has no memory weights: {name} is missing"
+        if site.inside and met is not None and name not in met:
+            return f"has memory weights that reach no activation: {name}"
+        return ""
     name = site.weights[0]
     if name not in operated or name not in original:
         return "is missing"
@@ -173,14 +194,28 @@ def _tied_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {name: tuple(group) for group in names.values() for name in group}
 
 
-def _weights_used(
-    model: nn.Module, samples: Samples
-) -> tuple[dict[str, str], dict[str, str], list[str]]:
-    """Parameters that kernels multiply with activations, those that perhaps are, and notes."""
-    used: dict[str, str] = {}
-    perhaps: dict[str, str] = {}
-    notes: list[str] = []
-    refusals: list[str] = []
+@dataclass
+class _Found:
+    """What runs in both modes showed: kernels by the parameter that they are given.
+
+    Attributes:
+        used: Parameters that are multiplied with activations.
+        perhaps: Those that enter as the input of such a weight's product.
+        met: Those whose products, or they themselves, meet an activation in a kernel.
+        refusals: Why it did not run, by mode.
+        notes: What could not be seen.
+    """
+
+    used: dict[str, str] = field(default_factory=dict)
+    perhaps: dict[str, str] = field(default_factory=dict)
+    met: dict[str, str] = field(default_factory=dict)
+    refusals: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _run(model: nn.Module, samples: Samples) -> _Found:
+    """Run a model in both modes and see what its kernels are given."""
+    found = _Found()
     for training in (False, True):
         set_mode(model, training)
         refusal = ""
@@ -192,20 +227,16 @@ def _weights_used(
             except Exception as err:
                 refusal = f"{type(err).__name__}: {err}"
                 continue
-            used |= watch.used
-            perhaps |= watch.perhaps
+            found.used |= watch.used
+            found.perhaps |= watch.perhaps
+            found.met |= watch.met
             refusal = ""
             break
         if refusal:
-            refusals.append(refusal)
+            found.refusals.append(refusal)
             mode = "training" if training else "evaluation"
-            notes.append(f"the audit saw no run in {mode} mode: {refusal.splitlines()[0]}")
-    if len(refusals) == 2:
-        raise AimSurgeryError(
-            f"the original model does not run on the example inputs ({samples.describe()}): "
-            f"{refusals[0]}. Pass example_inputs that it accepts"
-        )
-    return used, perhaps, notes
+            found.notes.append(f"the audit saw no run in {mode} mode: {refusal.splitlines()[0]}")
+    return found
 
 
 # Following storages -------------------------------------------------------------------------
@@ -246,6 +277,7 @@ class _Watch(TorchDispatchMode):
         super().__init__()
         self.used: dict[str, str] = {}
         self.perhaps: dict[str, str] = {}
+        self.met: dict[str, str] = {}
         self._matrices = {n for n, p in model.named_parameters() if p.ndim >= 2}
         self._parameters: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in model.named_parameters():
@@ -279,6 +311,9 @@ class _Watch(TorchDispatchMode):
         if name in _CONSTANTS:
             return _CONSTANT
         origins = [self._origin_of(tensor) for tensor in tensors]
+        if any(origin.activation for origin in origins):
+            for weight in frozenset[str]().union(*(origin.weights for origin in origins)):
+                self.met.setdefault(weight, name)
         operands = _PRODUCTS.get(name)
         if operands is not None:
             values = [arguments[i] for i in operands if i < len(arguments)]

@@ -165,7 +165,9 @@ class _Resize:
         return tensor
 
 
-def samples_for(model: nn.Module, plan: Plan, example_inputs: Inputs | None) -> Samples:
+def samples_for(
+    model: nn.Module, plan: Plan, example_inputs: Inputs | ExampleInputs | None
+) -> Samples:
     """Choose what to run a model on.
 
     Args:
@@ -181,7 +183,9 @@ def samples_for(model: nn.Module, plan: Plan, example_inputs: Inputs | None) -> 
         AimSurgeryError: There are no example inputs, neither given nor in the plan.
     """
     given = example_inputs is not None
-    chosen = ExampleInputs.given(example_inputs) if given else inputs_of_plan(plan.inputs, model)
+    chosen = inputs_of_plan(plan.inputs, model) if example_inputs is None else example_inputs
+    if chosen is not None and not isinstance(chosen, ExampleInputs):
+        chosen = ExampleInputs.given(chosen)
     if chosen is None:
         raise AimSurgeryError(
             "this plan's example inputs hold objects that a plan can't store: pass example_inputs"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -29,7 +30,9 @@ def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Returns:
         The copy.
     """
-    twin = copy.deepcopy(module, derived_tensors(module))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*LeafSpec")  # of torch, about its own programs
+        twin = copy.deepcopy(module, derived_tensors(module))
     twin.zero_grad(set_to_none=True)
     if dtype is not None:
         convert(twin, dtype)

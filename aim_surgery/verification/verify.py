@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from aim_surgery.capture import Inputs, unwrap
+from aim_surgery.capture import Inputs, inputs_of_program, unwrap
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification.coverage import Coverage, check_coverage
@@ -80,7 +81,9 @@ def _plain_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None) -> Verification:
+def verify(
+    model: nn.Module | ExportedProgram, gm: nn.Module, example_inputs: Inputs | None = None
+) -> Verification:
     """Check an operated model against the original.
 
     Runs on copies, in float64 where the model allows it, in the modes that `train()` and `eval()`
@@ -89,10 +92,11 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
     function than the original, and the equivalence check says so.
 
     Args:
-        model: The original; left unchanged.
+        model: The original, a module or an exported program; left unchanged.
         gm: What `transform` or `apply` made of it; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments.
-            Without any, noise of the shapes that the plan was made with, and zeros for integers.
+            Without any, what a program was exported with, else noise of the shapes that the plan
+            was made with, and zeros for integers.
 
     Returns:
         The three results; print it, or look at `ok`.
@@ -116,13 +120,14 @@ def verify(model: nn.Module, gm: nn.Module, example_inputs: Inputs | None = None
             f"what transform, apply or load returned"
         )
     model, _ = unwrap(model)
+    inputs = inputs_of_program(model) if example_inputs is None else example_inputs
     tensors = (t for module in (model, gm) for t in (*module.parameters(), *module.buffers()))
     if any(tensor.is_meta for tensor in tensors):
         raise AimSurgeryError(
             "a model on the meta device has no values to verify: load its weights"
         )
     with switches_kept(), _plain_attention(), torch.inference_mode(False):
-        samples = samples_for(model, plan, example_inputs)
+        samples = samples_for(model, plan, inputs)
         return Verification(
             equivalence=check_equivalence(model, gm, plan, samples),
             coverage=check_coverage(model, gm, plan, samples),

@@ -1,0 +1,5 @@
+"""Forms: the same function of the same parameters, with less work."""
+
+from aim_surgery.lower.forms import lower
+
+__all__ = ["lower"]

@@ -1,0 +1,86 @@
+"""split -> concat: the way back, to what `transform` emits.
+
+conv(x, W_x) + conv(m, W_m)  ->  conv(cat[x, m], [W_x ; W_m])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.fx.node import Argument
+
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.lower.split import POOLS
+from aim_surgery.nn.views import resized
+from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.beside import set_input
+from aim_surgery.surgery.joined import write_joined
+from aim_surgery.surgery.notes import note_site
+from aim_surgery.surgery.pieces import pieces_of
+from aim_surgery.surgery.tidy import erase_unused
+
+
+def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
+    """Join the sites of one graph that `split_sites` took apart.
+
+    Args:
+        graph: The emitted graph; changed in place.
+        plan: What it was operated by.
+        reads: The reads whose layers are widened, by site.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        AimSurgeryError: The graph is no longer what `split_sites` wrote.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    joined: dict[fx.Node, fx.Node] = {}  # what stands for a sum
+    modified = False
+    for node, note, source, view, _, beside in pieces_of(graph, reads):
+        if not note.sliced:
+            continue
+        read = reads[note.site]
+        total = next((user for user in node.users if user.args == (node, beside)), None)
+        if total is None or note.sliced not in nodes:
+            raise AimSurgeryError(
+                f"{note.site}: this graph has been changed since it was split, and its sum is no "
+                f"longer in it: start from what transform returned"
+            )
+        source = joined.get(source, source)
+        varies = plan.varies(read.memory, read.version)
+        with graph.inserting_before(total):
+            cat = write_joined(graph, source, view, None, read, note.layout, varies)
+            if note.called:
+                size = _output_size(node)
+                site = graph.call_module(note.called, (cat,) if size is None else (cat, size))
+            else:
+                weight = graph.get_attr(read.site.weights[0])
+                site = graph.node_copy(node)
+                site.meta = {}
+                set_input(site, note, cat)
+                site.replace_input_with(nodes[note.sliced], weight)
+        total.replace_all_uses_with(site)
+        joined[total] = site
+        plain = note._replace(source=source.name, beside="", called="", sliced="")
+        note_site(site, plain)
+        erase_unused(total)
+        _always_resize(view, len(read.site.spatial))
+        modified = True
+    return modified
+
+
+def _output_size(node: fx.Node) -> Argument | None:
+    """The output size that a transposed convolution was called with, None for none."""
+    added = node.args[5] if len(node.args) > 7 else None
+    return added.args[1] if isinstance(added, fx.Node) else None
+
+
+def _always_resize(view: fx.Node, dims: int) -> None:
+    node = view
+    while node.target in ("to", "reshape", torch.repeat_interleave):
+        node = node.all_input_nodes[0]
+    if node.target is resized:
+        node.target = POOLS[dims - 1]

@@ -1,0 +1,65 @@
+"""A layer's product as a function of its weight: what a call of the layer says, with W given.
+
+    layer(x)  ->  F.conv2d(x, W, bias, stride, padding, dilation, groups)
+
+Options are those of the layer; modes of padding other than zeros become a call of `F.pad`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+from aim_surgery.errors import UnsupportedLayerError
+from aim_surgery.nn.output_padding import output_padding
+
+
+def write_product(
+    graph: fx.Graph,
+    layer: nn.Module,
+    source: fx.Node,
+    weight: fx.Node,
+    bias: fx.Node | None,
+    *,
+    groups: int,
+    output_size: Any = None,
+) -> fx.Node:
+    """Write a layer's product at the graph's point of insertion.
+
+    Args:
+        graph: The emitted graph; changed in place.
+        layer: A convolution or linear layer.
+        source: The node x; with or without batch.
+        weight: The node W.
+        bias: The node of the bias; None for none.
+        groups: Of this product; 1 for the memory's.
+        output_size: Of a transposed convolution, where its call has one.
+
+    Returns:
+        The node of the product.
+
+    Raises:
+        UnsupportedLayerError: The layer is none of torch's.
+    """
+    if isinstance(layer, nn.Linear):
+        return graph.call_function(F.linear, (source, weight, bias))
+    if not isinstance(layer, nn.modules.conv._ConvNd):
+        raise UnsupportedLayerError(f"no function for the call of a {type(layer).__name__}")
+    dims = len(layer.kernel_size)
+    if layer.transposed:
+        padding: Any = layer.output_padding
+        if output_size is not None:
+            geometry = (layer.stride, layer.padding, layer.dilation, layer.kernel_size)
+            padding = graph.call_function(output_padding, (source, output_size, *geometry))
+        options = (layer.stride, layer.padding, padding, groups, layer.dilation)
+        function = getattr(F, f"conv_transpose{dims}d")
+        return graph.call_function(function, (source, weight, bias, *options))
+    padding = layer.padding
+    if layer.padding_mode != "zeros":
+        around = tuple(layer._reversed_padding_repeated_twice)
+        source = graph.call_function(F.pad, (source, around), {"mode": layer.padding_mode})
+        padding = (0,) * dims
+    options = (layer.stride, padding, layer.dilation, groups)
+    return graph.call_function(getattr(F, f"conv{dims}d"), (source, weight, bias, *options))

@@ -1,0 +1,139 @@
+"""concat -> split: what was joined is computed apart and added, with the same parameters.
+
+    conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
+
+W_x and W_m are slices of the widened weight, taken once a forward. A view of the memory that is the
+same for all samples has no batch, so its product is computed once a batch and broadcasts in the
+sum. Depthwise and grouped convolutions keep their own kernels. Products are added in place: nothing
+needs what a product was before.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
+
+from aim_surgery.lower.products import write_product
+from aim_surgery.nn.views import resized
+from aim_surgery.planning import Read
+from aim_surgery.sites.calls import CONV_FUNCTIONS
+from aim_surgery.sites.graph import argument_of
+from aim_surgery.surgery.beside import convolve_alone, set_input
+from aim_surgery.surgery.notes import SiteNote, note_site
+from aim_surgery.surgery.pieces import pieces_of
+from aim_surgery.surgery.tidy import erase_unused
+
+POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+
+
+def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> bool:
+    """Take the sites of one graph apart.
+
+    Args:
+        graph: The emitted graph; changed in place.
+        root: The module that it belongs to; left unchanged.
+        reads: The reads whose layers are widened, by site.
+
+    Returns:
+        Whether anything changed.
+
+    Raises:
+        AimSurgeryError: The graph is no longer what surgery wrote.
+    """
+    slices: dict[str, tuple[fx.Node, fx.Node]] = {}
+    sums: dict[fx.Node, fx.Node] = {}  # a site may work right on another one's result
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    modified = False
+    for node, note, source, view, joined, _ in pieces_of(graph, reads):
+        if joined is None:
+            continue
+        read = reads[note.site]
+        weight = read.site.weights[0]
+        if weight not in slices:
+            slices[weight] = _slices(graph, first, weight, read)
+        own, memory = slices[weight]
+        source = sums.get(source, source)
+        if node.op == "call_module":
+            product, beside = _of_layer(graph, root, node, (source, view), (own, memory))
+            note = note._replace(called=str(node.target))
+        else:
+            product, beside = _of_function(graph, node, note, (source, view), (own, memory))
+        with graph.inserting_after(beside):
+            total = graph.call_method("add_", (product, beside))
+        node.replace_all_uses_with(total, lambda user, own=total: user is not own)
+        if product is not node:
+            graph.erase_node(node)
+        sums[node] = total
+        note_site(product, note._replace(source=source.name, beside=beside.name, sliced=own.name))
+        erase_unused(joined, {source, view})
+        _resize_where_needed(view)
+        modified = True
+    return modified
+
+
+def _slices(graph: fx.Graph, first: fx.Node, weight: str, read: Read) -> tuple[fx.Node, fx.Node]:
+    """W_x and W_m of a widened weight, at the graph's beginning: no `no_grad` region is there."""
+    site, planes = read.site, read.planes
+    method, item = graph.call_method, operator.getitem
+    with graph.inserting_before(first):
+        wide = graph.get_attr(weight)
+        if site.kind != "conv_transpose":
+            sizes = (site.in_channels // site.groups, planes)
+            parts = method("split", (wide, sizes, 1))
+            return graph.call_function(item, (parts, 0)), graph.call_function(item, (parts, 1))
+        each = method("unflatten", (wide, 0, (site.groups, -1)))
+        parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
+        own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
+        turned = method("transpose", (memory, 0, 1))
+        return method("flatten", (own, 0, 1)), method("flatten", (turned, 1, 2))
+
+
+def _of_layer(
+    graph: fx.Graph,
+    root: nn.Module,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node],
+    weights: tuple[fx.Node, fx.Node],
+) -> tuple[fx.Node, fx.Node]:
+    """Both products of a site that is the call of a layer; the call itself is left to be erased."""
+    layer = root.get_submodule(str(node.target))
+    size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+    groups = getattr(layer, "groups", 1)
+    (source, view), (own, memory) = operands, weights
+    with graph.inserting_before(node):
+        bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
+        product = write_product(graph, layer, source, own, bias, groups=groups, output_size=size)
+        beside = write_product(graph, layer, view, memory, None, groups=1, output_size=size)
+    return product, beside
+
+
+def _of_function(
+    graph: fx.Graph,
+    node: fx.Node,
+    note: SiteNote,
+    operands: tuple[fx.Node, fx.Node],
+    weights: tuple[fx.Node, fx.Node],
+) -> tuple[fx.Node, fx.Node]:
+    """Both products of a site that is a function of its weight; the node is the first of them."""
+    (source, view), (own, memory) = operands, weights
+    set_input(node, note, source)
+    wide = argument_of(node, 1, "weight")
+    node.replace_input_with(wide, own)
+    erase_unused(wide)
+    with graph.inserting_before(node.next):
+        if node.target in CONV_FUNCTIONS:
+            return node, convolve_alone(graph, node, view, memory)
+        return node, graph.call_function(F.linear, (view, memory))
+
+
+def _resize_where_needed(view: fx.Node) -> None:
+    """Let planes that have a site's size be seen as they are."""
+    node = view
+    while node.target in ("to", "reshape", torch.repeat_interleave):
+        node = node.all_input_nodes[0]
+    if node.target in POOLS and isinstance(node.args[1], fx.Node):
+        node.target = resized

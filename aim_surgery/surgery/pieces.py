@@ -1,0 +1,53 @@
+"""Finds the pieces of sites in an emitted graph, by what surgery noted down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import fx
+
+from aim_surgery.errors import AimSurgeryError
+from aim_surgery.planning import Read
+from aim_surgery.surgery.beside import input_of
+from aim_surgery.surgery.notes import SiteNote, noted_sites
+
+
+class Pieces(NamedTuple):
+    """A site in the graph."""
+
+    node: fx.Node
+    note: SiteNote
+    source: fx.Node  # x
+    view: fx.Node  # m
+    joined: fx.Node | None  # cat[x, m], where it works on that
+    beside: fx.Node | None  # conv(m, W_m), where it does not
+
+
+def pieces_of(graph: fx.Graph, widened: Mapping[str, Read]) -> list[Pieces]:
+    """Find the pieces of all noted sites.
+
+    Args:
+        graph: An emitted graph.
+        widened: The reads whose layers are widened, by site.
+
+    Returns:
+        The sites, in execution order.
+
+    Raises:
+        AimSurgeryError: A piece is missing.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    pieces = []
+    for node, note in noted_sites(graph):
+        source, view = nodes.get(note.source), nodes.get(note.view)
+        joins = note.site in widened and not note.sliced
+        joined = input_of(node, note) if joins else None
+        beside = None if joins else nodes.get(note.beside)
+        if source is None or view is None or (joined is None and beside is None):
+            raise AimSurgeryError(
+                f"{note.site}: this graph has been changed since surgery wrote it, and the pieces "
+                f"of this site are no longer in it: start from what transform returned"
+            )
+        pieces.append(Pieces(node, note, source, view, joined, beside))
+    return pieces
