@@ -400,6 +400,8 @@ class Detector(nn.Module):
                 raise ValueError("targets are wanted in training")
             losses = []
             for target, own_scores, own in zip(targets, scores, boxes, strict=True):
+                if target["boxes"].dtype != torch.float32:
+                    raise TypeError("boxes must be float32")
                 if (target["boxes"][:, 2:] <= target["boxes"][:, :2]).any():
                     raise ValueError("an empty box")
                 chosen = own[torch.randperm(len(own))[: len(target["boxes"])]]
@@ -445,6 +447,7 @@ def test_a_detector_works_in_both_modes(given: Any) -> None:
     result = aim_surgery.verify(model, gm, (IMAGES, TARGETS))
     assert result.ok, str(result)
     assert result.gradients.mode == "training"
+    assert {c.dtype for c in result.equivalence.comparisons} == {torch.float64}
     cases = {c.case for c in result.equivalence.comparisons if c.what == "outputs"}
     words = ("training, batch 2", "evaluation, batch 1", "evaluation, batch 3", "evaluation, size")
     assert all(any(case.startswith(word) for case in cases) for word in words), cases

@@ -92,7 +92,7 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         dtype = torch.float64
         del pair  # what a model keeps of the first run is of that run's precision
         pair = Pair(copy_of(model, dtype), copy_of(gm, dtype), plan)
-        coarsest, refusal = _coarsest_dtype(pair, samples.to(dtype))
+        converted, coarsest, refusal = _converted(pair, samples, dtype)
         if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
             refusal = ""  # as it does in any type
         if refusal:
@@ -104,7 +104,8 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         elif coarsest != dtype:
             notes.append(f"the original computes partly in {dtype_name(coarsest)} by itself")
         pair.limits = TOLERANCES[coarsest]
-        converted = samples if dtype == own_dtype(model) else samples.to(dtype)
+        if dtype == own_dtype(model):
+            converted = samples
         comparisons = _run_cases(pair, converted, dtype, notes)
     return Equivalence(tuple(comparisons), own, tuple(notes))
 
@@ -199,22 +200,41 @@ class _LowestDtype(TorchDispatchMode):
         return result
 
 
-def _coarsest_dtype(pair: Pair, samples: Samples) -> tuple[torch.dtype, str]:
-    """The precision that the original has when all of it is float64, and why it has none there."""
-    watch, refusal = _LowestDtype(), _FAILS
-    for training in (False, True):
-        pair.base.train(training)
-        try:
-            with watch:
-                nan = _gives_nan(pair.base, samples)
-        except Exception:
-            continue
-        else:
-            refusal = _NAN if nan else ""
+def _converted(
+    pair: Pair, samples: Samples, dtype: torch.dtype
+) -> tuple[Samples, torch.dtype, str]:
+    """Inputs in another precision, such that the most modes run.
+
+    Some models insist on the types of targets, so that only the first argument may be converted.
+
+    Returns:
+        The inputs; the coarsest precision that comes up in the first mode that runs; and why the
+        original has none there, "" where it runs.
+    """
+    best, most = (samples, dtype, _FAILS), 0
+    for first_only in (False, True):
+        converted = samples.to(dtype, first_only=first_only)
+        found = [_lowest_dtype(pair, converted, training) for training in (False, True)]
+        ran = [each for each in found if each is not None]
+        if len(ran) > most:
+            best, most = (converted, *ran[0]), len(ran)
+        if len(ran) == len(found):
             break
-        finally:
-            pair.align_buffers()
-    return watch.lowest, refusal
+    return best
+
+
+def _lowest_dtype(pair: Pair, samples: Samples, training: bool) -> tuple[torch.dtype, str] | None:
+    """The precision that the original has when all of it is float64; None: it doesn't run."""
+    watch = _LowestDtype()
+    pair.base.train(training)
+    try:
+        with watch:
+            nan = _gives_nan(pair.base, samples)
+    except Exception:
+        return None
+    finally:
+        pair.align_buffers()
+    return watch.lowest, _NAN if nan else ""
 
 
 def _gives_nan(model: nn.Module, samples: Samples) -> bool:

@@ -87,11 +87,15 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     with random_state_kept(), torch.enable_grad():
         for dtype in dict.fromkeys((torch.float64, own)):
             twin = copy_of(gm, None if dtype == own else dtype)
-            for training, batch in itertools.product((True, False), batches):
+            inputs = batches
+            if dtype != own:
+                both = itertools.product(batches, (False, True))
+                inputs = tuple(batch.to(dtype, first_only=first) for batch, first in both)
+            for training, batch in itertools.product((True, False), inputs):
                 steps = _Steps(twin, plan)
                 try:
                     twin.train(training)
-                    steps.run(batch if dtype == own else batch.to(dtype))
+                    steps.run(batch)
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
                     reason = f"{type(err).__name__}: {err}".splitlines()[0]
@@ -102,9 +106,7 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
                     break
                 mode = "training" if training else "evaluation"
                 result = steps.result(mode, _why(refusals, mode, dtype))
-                return _without_dead_ends(
-                    result, twin, plan, batch if dtype == own else batch.to(dtype)
-                )
+                return _without_dead_ends(result, twin, plan, batch)
             del twin
     return Gradients("", (), (("the operated model", f"does not train: {refusals[0]}"),), 0.0)
 

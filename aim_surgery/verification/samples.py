@@ -93,9 +93,22 @@ class Samples:
                 if sizes:
                     yield sizes[0], inputs
 
-    def to(self, dtype: torch.dtype) -> Samples:
-        """The same inputs with floating (and complex) tensors in the precision of `dtype`."""
-        return self._map(lambda tensor: cast(tensor, dtype))
+    def to(self, dtype: torch.dtype, *, first_only: bool = False) -> Samples:
+        """The same inputs with floating (and complex) tensors in the precision of `dtype`.
+
+        Args:
+            dtype: A floating type.
+            first_only: Leave all but the first argument as it is: some models insist on the types
+                of what is no activation (targets).
+        """
+        converted = self._map(lambda tensor: cast(tensor, dtype))
+        if not first_only:
+            return converted
+        kwargs = dict(self.kwargs)
+        if not self.args and kwargs:
+            name = next(iter(kwargs))
+            kwargs[name] = converted.kwargs[name]
+        return Samples((*converted.args[:1], *self.args[1:]), kwargs)
 
     def nudged(self, seed: int) -> Samples:
         """The same inputs, each float another by about its rounding error."""

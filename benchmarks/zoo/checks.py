@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,10 +20,10 @@ import aim_surgery
 from aim_surgery.capture import Inputs
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification import Verification
-from aim_surgery.verification.comparison import TOLERANCES
+from aim_surgery.verification.comparison import TOLERANCES, Case, Pair
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
-from aim_surgery.verification.twins import call
+from aim_surgery.verification.twins import call, own_dtype
 from benchmarks.zoo.rows import FULL, LIGHT, Row
 
 _LEAST_PIXELS = (96, 128, 160)  # of images: maps of 3x3 positions where five strides halve them
@@ -111,16 +110,17 @@ def check_light(
     """
     row.checks = LIGHT
     audit(audited, gm, row)
-    model.train(training)
-    gm.train(training)
-    with torch.no_grad():
-        expected, got = (named_leaves(call(module, samples)) for module in (model, gm))
-    row.difference = _finite(_difference(expected, got))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    limit = TOLERANCES.get(dtype, TOLERANCES[torch.float32])[0]
-    if row.difference is None or row.difference > limit:
-        row.errors.append(f"light: outputs differ by {row.difference} (limit {limit})")
-    del expected, got
+    dtype = own_dtype(model)
+    limits = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    notes: list[str] = []
+    case = Case(training, samples, f"batch {samples.batch}", dtype)
+    found = Pair(model, gm, plan_of(gm), limits).compare(case, notes)
+    row.notes += [_first_line(note) for note in notes[:_NOTES]]
+    if isinstance(found, str):
+        row.errors.append(f"light: the original fails: {found}")
+    else:
+        row.difference = _finite(found[0].difference)
+        row.errors += [f"light: {comparison}" for comparison in found if not comparison.ok]
     model.to("meta")
     with gradients_let_go(gm) as finite:
         loss = loss_of(call(gm, samples))
@@ -216,22 +216,6 @@ def _faults(result: Verification) -> list[str]:
 
 def _fault_of_coverage(fault: tuple[str, str]) -> str:
     return f"coverage: {fault[0]} {fault[1]}"
-
-
-def _difference(expected: Mapping[str, Any], got: Mapping[str, Any]) -> float:
-    if expected.keys() != got.keys():
-        return math.inf
-    pairs = ((expected[name], got[name]) for name in expected)
-    return max((_relative(a, b) for a, b in pairs if isinstance(a, torch.Tensor)), default=0.0)
-
-
-def _relative(expected: torch.Tensor, got: torch.Tensor) -> float:
-    if not isinstance(got, torch.Tensor) or expected.shape != got.shape:
-        return math.inf
-    if not expected.numel():
-        return 0.0
-    expected, got = expected.double(), got.double()
-    return float((expected - got).abs().max()) / (float(expected.abs().max()) or 1.0)
 
 
 def _finite(number: float) -> float | None:

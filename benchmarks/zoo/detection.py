@@ -14,8 +14,8 @@ from torch import nn
 
 from aim_surgery.verification.samples import Samples
 
-LEAST, MOST = 128, 192  # pixels of the shorter and the longer side, where a detector resizes
-_HEIGHT, _WIDTH = 128, 160
+LEAST, MOST = 64, 96  # pixels of the shorter and the longer side, where a detector resizes
+_HEIGHT, _WIDTH = 64, 80
 _OBJECTS, _KEYPOINTS = 4, 17
 _SEED = 3
 

@@ -26,7 +26,7 @@ METHOD = (
     "weights. Images and clips are cut to the smallest size of 96, 128, 160 (64, 96) pixels that "
     "both models take, if that is two thirds of the example's or less; the graph stays the one "
     "captured at the full size. Detectors are checked with targets, without which they do not "
-    "train, and are built to resize their images to 128 pixels, where they resize at all.",
+    "train, and are built to resize their images to 64 pixels, where they resize at all.",
     "Light checks where the full ones would take more memory (36 bytes a parameter and six times "
     "the activations of one image) or time (45 training steps) than the limits leave: outputs in "
     "the model's own dtype, one backward of the operated model, the audit on the meta device. On "
