@@ -13,6 +13,9 @@ from torch import fx, nn
 from aim_surgery.capture import Capture
 
 
+_SIZES = (int, float, torch.Size, torch.device, torch.dtype)
+
+
 def weight_sources(
     capture: Capture, graph: fx.Graph, *, sized: bool = False
 ) -> dict[fx.Node, tuple[str, ...]]:
@@ -36,7 +39,7 @@ def weight_sources(
             if all(source in sources for source in inputs):
                 names = (name for source in inputs for name in sources[source])
                 sources[node] = tuple(dict.fromkeys(names))
-            elif sized and isinstance(node.meta.get("val"), int | float | torch.Size):
+            elif sized and isinstance(node.meta.get("val"), _SIZES):
                 sources[node] = ()
         elif sized and all(source in sources for source in node.all_input_nodes):
             table = capture.modules.get(str(node.target)) if node.op == "call_module" else None
