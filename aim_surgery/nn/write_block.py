@@ -31,6 +31,7 @@ from aim_surgery.nn.block_layers import (
     block_parameters,
 )
 from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
+from aim_surgery.nn.views import resized
 
 __all__ = ["WriteBlock", "block_parameters"]
 
@@ -219,9 +220,7 @@ class WriteBlock(nn.Module):
             view = view.reshape(-1, 1, self.planes).expand(samples, features.shape[1], -1)
             return torch.cat([features, view], 2)
         view = view.unsqueeze(0) if view.ndim == self.dims + 1 else view
-        if view.shape[2:] != size:
-            view = _POOLS[self.dims](view, size)
-        view = view.expand(samples, -1, *size)
+        view = resized(view, size).expand(samples, -1, *size)
         layout = _CHANNELS_LAST.get(self.dims, torch.contiguous_format)
         if features.is_contiguous(memory_format=layout) and not features.is_contiguous():
             view = view.contiguous(memory_format=layout)  # else `cat` would change the features'
