@@ -569,5 +569,5 @@ def test_rounding_otherwise_changes_the_last_bits_of_products_alone() -> None:
     with RoundedOtherwise(0):
         product, total = a @ a, a + a
     moved = (product - a @ a).abs().max() / (a @ a).square().mean().sqrt()
-    assert 0 < float(moved) < 10 * torch.finfo(torch.float32).eps
+    assert 0 < float(moved) < 20 * torch.finfo(torch.float32).eps
     assert torch.equal(total, a + a)
