@@ -10,6 +10,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -227,6 +228,33 @@ def test_a_rebound_buffer_stays_a_call_and_the_model_is_left_alone() -> None:
     assert type(vars(nn.Module).get("training")) is not property
     with pytest.raises(CaptureError, match=r"seen is replaced inside forward.*copy_"):
         capture(Rebinds(), torch.randn(3, 2))
+
+
+class Moves(nn.Module):
+    """Takes its table to where the input is, at each call."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(9, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.table = self.table.to(x.device)
+        return self.fc(x) + self.table[: x.shape[1]]
+
+
+def test_a_buffer_may_be_moved() -> None:
+    model, x = Moves(), torch.randn(2, 3, 4)
+    table = model.table
+    gm = aim_surgery.transform(model, x)
+    assert model.table is table
+    assert "table" in model._buffers
+    assert "table" not in vars(model)
+    assert_same(gm(x), model(x), tolerance=1e-6)
+    gm.table.add_(1)  # the graph reads the buffer anew
+    assert_same(gm(x), model(x) + 1, tolerance=1e-6)
 
 
 class Nested(nn.Module):
@@ -471,3 +499,134 @@ def test_objects_that_hold_tensors_are_made_anew() -> None:
             assert mine["name"] == theirs["name"]
             assert_same(mine["keys"], theirs["keys"], tolerance=1e-6)
     assert gm(x)[1] is not gm(x)[1]
+
+
+class OnLayout(nn.Module):
+    """Its slice has other strides than its shape suggests, unless the batch is 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)[:, 0]
+        if not x.is_contiguous():
+            x = x.contiguous()
+        return x.view(-1)
+
+
+def test_the_path_of_any_layout_is_taken_for_every_layout() -> None:
+    model = OnLayout()
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for batch in (1, 2, 5):
+        x = torch.randn(batch, 3, 4)
+        assert_same(gm(x), model(x), tolerance=1e-6)
+    short_cut = aim_surgery.transform(model, torch.randn(1, 3, 4))
+    with pytest.raises(AssertionError, match="is_contiguous"):
+        short_cut(torch.randn(2, 3, 4))
+
+
+@torch.library.custom_op("aim_tests::halves", mutates_args=())
+def halves(x: torch.Tensor) -> torch.Tensor:
+    return x[..., : x.shape[-1] // 2].clone()
+
+
+@halves.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(f"expected bfloat16, got {x.dtype}")
+
+
+class Halving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return halves(self.fc(x))
+
+
+def test_what_only_a_rule_for_shapes_refuses_is_tried_for_real(caplog: Any) -> None:
+    model, x = Halving(), torch.randn(2, 4)
+    before = torch.get_rng_state()
+    captured = capture(model, x)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [n.meta["val"].shape for n in captured.graph.nodes if "halves" in n.name] == [(2, 2)]
+    assert_same(run(captured, x), model(x), tolerance=0)
+    assert not caplog.records
+    with pytest.raises(CaptureError, match="same reduction dim"):
+        capture(model, torch.randn(2, 3))
+
+
+SIZED = {
+    "reshape": lambda x: torch.reshape(x, [x.shape[0], -1]),
+    "narrow": lambda x: torch.narrow(x, 1, 0, x.shape[1] - 1),
+    "roll": lambda x: torch.roll(x, [x.shape[1] // 2], [1]),
+    "broadcast_to": lambda x: torch.broadcast_to(x[:1], (x.shape[0], *x.shape[1:])),
+    "topk": lambda x: torch.topk(x, x.shape[1] // 2, dim=1).values,
+    "tril": lambda x: torch.tril(x, x.shape[1] - 4),
+    "pad": lambda x: F.pad(x, (x.shape[1] % 2, 1)),
+    "len": lambda x: x.reshape(len(x), -1),
+}
+
+
+class BySize(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.fc, self.function = nn.Linear(4, 4), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.fc(x))
+
+
+@pytest.mark.parametrize("which", SIZED)
+def test_sizes_that_functions_are_handed_stay_free(which: str) -> None:
+    model = BySize(SIZED[which])
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for shape in ((2, 3, 4), (1, 6, 4), (5, 4, 4)):
+        x = torch.randn(shape)
+        assert_same(gm(x), model(x), tolerance=1e-6)
+    assert type(torch.reshape) is type(torch.arange)  # put back
+    assert "len" not in globals()
+
+
+class PadsByList(nn.Module):
+    """A list of Python's that a size makes, and that is changed before it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        widths = [(0, 0)] * x.ndim
+        widths[1] = (0, -x.shape[1] % 5)
+        return F.pad(self.fc(x), sum(widths[::-1], ()))
+
+
+def test_a_changed_list_is_asked_after_the_change() -> None:
+    model = PadsByList()
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 4))
+    for length in (3, 5, 7):
+        x = torch.randn(2, length, 4)
+        assert gm(x).shape[1] % 5 == 0
+        assert_same(gm(x), model(x), tolerance=1e-6)
+
+
+class Draws(nn.Module):
+    """Numbers of numpy's in the arithmetic, and a distribution that would check its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale: Any = F.softplus(self.fc(x)) * np.float64(0.5)
+        scale = scale + np.float32(1)
+        return torch.distributions.Normal(x, scale).log_prob(x + 1)
+
+
+def test_distributions_and_numbers_of_numpy() -> None:
+    model, x = Draws(), torch.randn(2, 4)
+    gm = aim_surgery.transform(model, x)
+    assert_same(gm(x), model(x), tolerance=1e-6)
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(x, -torch.ones(4))  # checked again

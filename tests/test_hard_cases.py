@@ -391,7 +391,7 @@ def test_an_output_size_beside() -> None:
     both(model, gm, x, like)
 
 
-def test_a_python_call_with_weights_keeps_them_as_they_are() -> None:
+def test_a_weight_of_a_python_call_that_a_graph_uses_stays_as_it_is() -> None:
     class OnData(Net):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.fc(x)
@@ -403,7 +403,8 @@ def test_a_python_call_with_weights_keeps_them_as_they_are() -> None:
             self.inner, self.last = OnData(), nn.Linear(8, 8)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.inner.fc(self.last(self.inner(x)))
+            x = self.last(self.inner(x))
+            return nn.functional.linear(x, self.inner.fc.weight, self.inner.fc.bias)
 
     model = Shares().double()
     gm = operated(model)

@@ -506,7 +506,7 @@ def test_a_weight_that_others_use_too_stays_as_it_is() -> None:
     assert_same(gm(TOKENS), model(TOKENS))
 
 
-def test_a_layer_called_in_the_graph_and_inside_is_read_once() -> None:
+def test_a_layer_called_in_the_graph_and_inside_reads_by_one_hook() -> None:
     class Outer(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -519,8 +519,62 @@ def test_a_layer_called_in_the_graph_and_inside_is_read_once() -> None:
     gm = transform(model, TOKENS, config=WIDE)
     sites = {read.site.name: read.site for read in gm.plan.reads}
     assert set(sites) == {"inner.layers.0", "inner.layers.1"}
-    assert not sites["inner.layers.0"].widens
-    assert not sites["inner.layers.0"].inside
+    assert sites["inner.layers.0"].inside == "inner"
+    result = aim_surgery.verify(model, gm, TOKENS)
+    assert result.ok, str(result)
+
+
+def test_a_layer_reads_in_both_modes_where_training_alone_looks_at_data() -> None:
+    class LayerDrop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                if self.training and torch.rand([]) < 0.0:
+                    continue
+                x = layer(x).tanh()
+            return x
+
+    model = nn.Sequential(nn.Linear(8, 8), LayerDrop(), nn.Linear(8, 8)).double()
+    gm = transform(model, TOKENS, config=AimConfig(budget=None, memory=48, init="fresh"))
+    names = {f"1.layers.{index}" for index in range(3)}
+    assert {read.site.name for read in gm.plan.reads if read.site.inside == "1"} == names
+    assert_same(gm.train()(TOKENS), gm.eval()(TOKENS))
+    for mode in (True, False):
+        gm.zero_grad()
+        gm.train(mode)(TOKENS).square().sum().backward()
+        for index in range(3):
+            weight = gm.get_parameter(f"1.layers.{index}.weight")
+            assert weight.shape == (8, 8 + read_of(gm, f"1.layers.{index}").planes)
+            assert weight.grad is not None
+            assert bool((weight.grad[:, 8:] != 0).any())
+    same = transform(model, TOKENS, config=WIDE)
+    result = aim_surgery.verify(model, same, TOKENS)
+    assert result.ok, str(result)
+    loaded = copy.deepcopy(same)
+    assert_same(loaded.train()(TOKENS), model.train()(TOKENS))
+    aim_surgery.freeze_base(same)
+    assert_same(same.eval()(TOKENS), model.eval()(TOKENS))
+
+
+def test_a_layer_whose_calls_give_no_tensor_is_left_out() -> None:
+    class Router(nn.Linear):
+        def forward(self, input: Tensor) -> Any:
+            y = F.linear(input, self.weight)
+            return (y * 2 if self.training and y.sum() > 1e9 else y,)
+
+    class First(nn.Identity):
+        def forward(self, input: Any) -> Tensor:
+            return input[0]
+
+    model = nn.Sequential(nn.Linear(8, 8), Router(8, 8), First(), nn.Linear(8, 8)).double().eval()
+    gm = transform(model, TOKENS, config=WIDE)
+    assert {read.site.name for read in gm.plan.reads} == {"0", "3"}
+    (skip,) = gm.plan.skips
+    assert skip.weights == ("1.weight",)
+    assert skip.reason == "calls of this Router take or give something else than a float tensor"
     result = aim_surgery.verify(model, gm, TOKENS)
     assert result.ok, str(result)
 

@@ -12,6 +12,7 @@ from torch import nn
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, plan, transform
 from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
 from aim_surgery.verification.coverage import check_coverage
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
@@ -51,7 +52,7 @@ class Einsum(nn.Module):
         self.mix = nn.Parameter(torch.randn(6, 4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bi,io->bo", self.linear(x), self.mix)
+        return torch.einsum("bi,io->ob", self.linear(x), self.mix).T
 
 
 class Tied(nn.Module):
@@ -558,3 +559,70 @@ def test_a_frozen_base_passes_with_a_note() -> None:
     with torch.no_grad():
         next(p for p in gm.parameters() if not p.requires_grad).add_(1)
     assert not verify(net, gm, IMAGES).ok
+
+
+class NanInDouble(nn.Module):
+    """A mask that only float32 holds: cast down from float64 it is minus infinity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        mask = torch.full_like(x, torch.finfo(x.dtype).min).float()
+        return (x.float() + mask).softmax(-1).to(x.dtype)
+
+
+def test_nan_in_float64_alone_is_no_fault_of_the_operation() -> None:
+    model, x = NanInDouble(), torch.randn(2, 4)
+    result = verify(model, transform(model, (x,)), (x,))
+    assert "the original gives NaN in float64: compared in float32" in result.notes
+    assert {c.dtype for c in result.equivalence.comparisons} == {torch.float32}
+    assert result.equivalence.ok
+    assert result.gradients.mode == "training"
+
+
+def test_nan_in_every_type_is_compared_as_it_is() -> None:
+    class Nan(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * torch.tensor([1.0, torch.nan], dtype=input.dtype)
+
+    model, x = Nan(4, 2), torch.randn(2, 4)
+    result = verify(model, transform(model, (x,)), (x,))
+    assert {c.dtype for c in result.equivalence.comparisons} == {torch.float64}
+
+
+class Codebook(nn.Module):
+    """Looks up what a product chose: gradients reach the table, and not the product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Linear(4, 4), nn.Embedding(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        chosen = (x @ self.table.weight.T).argmax(-1)
+        return x + self.table(chosen)
+
+
+def test_a_product_that_only_chooses_gets_no_gradient() -> None:
+    model, x = Codebook(), torch.randn(3, 4)
+    gm = transform(model, (x,))
+    result = verify(model, gm, (x,))
+    assert result.ok, str(result)
+    assert result.gradients.unreached == ()
+    dead = "what they are added to passes no gradient on: aim.reads.table.weight"
+    assert dead in result.notes
+
+
+def test_a_read_that_is_not_added_is_still_named() -> None:
+    model, x = Codebook(), torch.randn(3, 4)
+    model.forward = lambda x: model.first(x) @ model.table.weight.T  # type: ignore[method-assign]
+    gm = transform(model, (x,))
+    product = next(node for node, note in noted_sites(gm.graph) if note.site == "table")
+    (total,) = product.users
+    total.replace_all_uses_with(product)  # without the memory's part
+    gm.recompile()
+    unreached = dict(verify(model, gm, (x,)).gradients.unreached)
+    assert "aim.reads.table.weight" in unreached

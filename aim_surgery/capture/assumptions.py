@@ -24,6 +24,13 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
+_STAY = (
+    torch.Tensor,
+    list,
+    dict,
+    set,
+)  # what takes time to compute, or may change before it is asked
+
 Question = Literal["bool", "int", "index", "float", "len", "keys", "value", "given"]
 
 ANSWERS: dict[Question, Callable[[Any], Any]] = {
@@ -79,9 +86,19 @@ def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
     """
     variable = _depends_on_call(graph)
     for assumption in assumptions:
-        if assumption.node in variable:
+        if assumption.node in variable and not _asks_for_layout(assumption):
             _hoist(graph, assumption.node)
             _insert_check(graph, assumption)
+
+
+def _asks_for_layout(assumption: Assumption) -> bool:
+    """Whether the graph holds what is done to any tensor, in place of a short cut for one layout.
+
+    Strides depend on the batch size, and the operation itself changes some.
+    """
+    node = assumption.node
+    asked = node.op == "call_method" and node.target == "is_contiguous"
+    return asked and assumption.question == "bool" and not assumption.answer
 
 
 def _insert_check(graph: fx.Graph, assumption: Assumption) -> None:
@@ -122,7 +139,7 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> None:
         source = pending.pop()
         if source.op == "placeholder" or source in chain:
             continue
-        if source.op == "call_module" or isinstance(source.meta.get("val"), torch.Tensor):
+        if source.op == "call_module" or isinstance(source.meta.get("val"), _STAY):
             return
         chain.append(source)
         pending.extend(source.all_input_nodes)

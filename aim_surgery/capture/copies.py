@@ -37,11 +37,11 @@ def is_shape_only(tensor: torch.Tensor) -> bool:
     return bool((tensor == tensor.flatten()[0]).all())
 
 
-def noise_like(tensor: torch.Tensor) -> torch.Tensor:
-    """Floats between 0 and 1; zeros for what is no float."""
+def noise_like(tensor: torch.Tensor, integer: int = 0) -> torch.Tensor:
+    """Floats between 0 and 1; one integer for what is no float."""
     if tensor.dtype.is_floating_point:
         return torch.rand(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+    return torch.full(tensor.shape, integer, dtype=tensor.dtype, device=tensor.device)
 
 
 def own_values(tensor: torch.Tensor) -> torch.Tensor:

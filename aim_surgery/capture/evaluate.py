@@ -99,7 +99,7 @@ class Evaluator:
             return self._call_module(self._modules[str(node.target)], args, kwargs)
         except DATA_DEPENDENT:
             raise
-        except (RuntimeError, ValueError, IndexError) as err:
+        except (RuntimeError, ValueError, IndexError, NotImplementedError) as err:
             return self._without_fakes(node, args, kwargs, err)
         finally:
             self.busy = before
@@ -145,18 +145,27 @@ class Evaluator:
 
     def _run_for_real(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         with torch.no_grad(), random_state_kept():
-            args, kwargs = tree_map_only(torch.Tensor, self._real, (args, kwargs))
             self.for_real = True
             try:
-                output = function(*args, **kwargs)
+                output = self._on(function, 0, args, kwargs)
+            except Exception as err:
+                try:
+                    output = self._on(function, 1, args, kwargs)
+                except Exception:
+                    raise err from None
             finally:
                 self.for_real = False
         return self.values.of_all(output)
 
-    def _real(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor that a fake one stands for, copied; noise where there is none."""
-        source = self.values.source_of(tensor)
-        return noise_like(tensor) if source is None else own_values(source)
+    def _on(self, function: Callable[..., Any], integer: int, args: Any, kwargs: Any) -> Any:
+        """Its result for copies of real tensors where fakes stand for some, and noise elsewhere."""
+
+        def real(tensor: torch.Tensor) -> torch.Tensor:
+            source = self.values.source_of(tensor)
+            return noise_like(tensor, integer) if source is None else own_values(source)
+
+        args, kwargs = tree_map_only(torch.Tensor, real, (args, kwargs))
+        return function(*args, **kwargs)
 
 
 def _method(name: str) -> Callable[..., Any]:

@@ -8,7 +8,12 @@ What escapes `torch.fx`, and what is done about it:
 * attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
   for the input's size does no harm); hooks that it registers: taken off;
 * `next(self.parameters()).dtype`, a constant to fx: asked of a proxy, so that it stays free;
-* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value;
+* sizes handed to torch's own functions: `torch.reshape(x, [n, -1])` would ask a proxy for its int
+  before it asks whose call it is: recorded;
+* caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
+* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value; `len(x)` of a tensor,
+  which has to be an int: a size in the graph;
+* what `torch.distributions` check of their arguments' values: not checked;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
 * numbers drawn from a random state without any tensor: refused.
@@ -21,8 +26,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import random
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,11 +35,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F  # noqa: N812
+from torch import fx, nn
 from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.aten import recorded_operators
+from aim_surgery.capture.caches import nothing_remembered, packages_of
 from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -42,6 +50,12 @@ from aim_surgery.errors import CaptureError
 
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
+
+# Functions of torch's that take sizes, places or lengths. Methods don't ask.
+_SIZED = (
+    *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
+    *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+)
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
 
@@ -80,8 +94,10 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 _regions_stay_python(tracer),
                 _messages_assume_nothing(tracer),
                 _undone_changes(tracer),
+                nothing_remembered(tracer),
                 _parameters_by_proxy(tracer),
-                _instances_by_value(tracer.model),
+                _builtins_by_value(tracer),
+                _silent_checks(),
                 _unmoved_random_state(tracer),
                 warnings.catch_warnings(),
                 torch.enable_grad(),
@@ -197,10 +213,15 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
-    def wrapper(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
+    def record_sized(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def wrapper(function: Callable[..., Any], record: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
         def recorded(*args: Any, **kwargs: Any) -> Any:
-            return record(factory, args, kwargs)
+            return record(function, args, kwargs)
 
         return recorded
 
@@ -212,13 +233,16 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
         if callable(value) and isinstance(value, type(torch.arange)) and value in FACTORIES
     }
     originals |= {"finfo": torch.finfo, "iinfo": torch.iinfo}  # these ask a dtype, maybe a proxy's
-    for name, value in originals.items():
-        setattr(torch, name, wrapper(value))
+    patched = [(torch, name, value, record) for name, value in originals.items()]
+    patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
+    patched.append((F, "pad", F.pad, record_sized))
+    for home, name, value, how in patched:
+        setattr(home, name, wrapper(value, how))
     try:
         yield
     finally:
-        for name, value in originals.items():
-            setattr(torch, name, value)
+        for home, name, value, _ in patched:
+            setattr(home, name, value)
 
 
 def _numpy_state() -> tuple[Any, ...]:
@@ -227,8 +251,8 @@ def _numpy_state() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _instances_by_value(model: nn.Module) -> Iterator[None]:
-    """Let `isinstance` see a proxy's value, in the packages that the model's classes come from."""
+def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
+    """Let `isinstance` and `len` see a proxy's value, in the packages of the model's classes."""
 
     def by_value(instance: Any, classes: Any) -> bool:
         if type(instance) is ValueProxy:
@@ -238,21 +262,42 @@ def _instances_by_value(model: nn.Module) -> Iterator[None]:
     def is_tensor(instance: Any) -> bool:
         return by_value(instance, torch.Tensor)
 
-    kinds = {type(module) for module in model.modules()}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "builtins"}
-    inside = tuple(f"{package}." for package in packages)
-    modules = [m for n, m in list(sys.modules.items()) if n in packages or n.startswith(inside)]
-    spaces = [vars(module) for module in modules if "isinstance" not in vars(module)]
+    def length(collection: Any) -> Any:
+        known = type(collection) is ValueProxy and not tracer.evaluating and not tracer.elsewhere
+        if known and isinstance(collection.aim_value, torch.Tensor) and collection.aim_value.ndim:
+            return collection.shape[0]
+        return len(collection)
+
+    instead = {"isinstance": by_value, "len": length}
+    spaces = [vars(file) for file in packages_of(tracer.model)]
+    patched = [(space, name) for space in spaces for name in instead if name not in space]
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
-    for space in spaces:
-        space["isinstance"] = by_value
+    for space, name in patched:
+        space[name] = instead[name]
     try:
         yield
     finally:
         torch.is_tensor = original
-        for space in spaces:
-            del space["isinstance"]
+        for space, name in patched:
+            del space[name]
+
+
+@contextlib.contextmanager
+def _silent_checks() -> Iterator[None]:
+    """Take no checks of distributions for branches, and log no rule for shapes that refuses.
+
+    A refusal of the former is an error, never another result; of the latter, it is tried for real.
+    """
+    validates = torch.distributions.Distribution._validate_args
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    torch.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(validates)
+        log.disabled = disabled
 
 
 @contextlib.contextmanager
@@ -271,7 +316,8 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
         if is_proxy and any(name in home for home in registered):
             if tracer.is_in_place(value, of=(module, name)):
                 return  # `self.steps += 1`: the buffer itself has been changed
-            if tracer.holds_data(value, of=(module, name)):
+            moved = _is_moved(value, f"{path}.{name}".removeprefix("."))
+            if not moved and tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
         tracer.changes.note(module, name)
         if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
@@ -292,6 +338,13 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
         tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
+
+
+def _is_moved(proxy: ValueProxy, name: str) -> bool:
+    """Whether a value is that very attribute on another device: `self.table.to(x.device)`."""
+    node = proxy.node
+    source = node.args[0] if node.op == "call_method" and node.target == "to" else None
+    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
 
 
 def _rebound(name: str) -> str:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -296,6 +297,8 @@ class ValueTracer(fx.Tracer):
             return {key: self.create_arg(value) for key, value in a.items()}
         if isinstance(a, torch.Tensor):
             return self._tensor_node(a)
+        if isinstance(a, np.generic):
+            return a.item()  # generated code would name it `np.float64(...)`
         if isinstance(a, nn.Module):
             return self.create_node("get_attr", self.path_of(a) or "", (), {})
         if isinstance(a, tuple | list | set | slice):

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
+from aim_surgery.sites.products import Product, find_product
 from aim_surgery.sites.samples import Samples, find_samples
 from aim_surgery.sites.site import Kind, Site
 
@@ -47,6 +48,7 @@ class Call:
     input_name: str  # its keyword
     weight_first: bool = False  # a product W @ x, whose features are rows
     weight: fx.Node | None = None  # its weight, where the layer is no module of the graph
+    product: Product | None = None  # where its weight is no plain matrix
 
     @property
     def source(self) -> fx.Node:
@@ -108,6 +110,8 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
         name = f"{layer}@{seen[layer]}" if seen[layer] else layer
         seen[layer] += 1
         axis, windows = samples.at(call.source, call.channel_axis(call.source))
+        if call.product is not None and not call.product.aligned:
+            axis, windows = None, 1
         site = replace(site, name=name, layer=layer, sample_axis=axis, windows=windows)
         calls.append(replace(call, site=site))
     return tuple(calls)
@@ -223,7 +227,7 @@ def _function_call(
 ) -> Call | None:
     found = _operands(node, weights)
     if found is None:
-        return None
+        return _product_call(weights, node)
     kind, source, weight = found.kind, found.source, found.weight
     names = weights.get(weight)
     if not names or not is_float(source):
@@ -248,6 +252,17 @@ def _function_call(
     first = found.weight_first
     site = _site(layer, kind, features, groups, kernel, source, node, names, why, rows=first)
     return Call(site, node, found.index, found.name, first, weight)
+
+
+def _product_call(weights: dict[fx.Node, tuple[str, ...]], node: fx.Node) -> Call | None:
+    found = find_product(node)
+    names = weights.get(found.weight) if found is not None else None
+    if found is None or not names or found.source in weights or not is_float(found.source):
+        return None
+    sizes = (found.inputs, math.prod(found.features))
+    layer, why = names[0].removesuffix(".weight"), "it is no product with a plain matrix"
+    site = _site(layer, "linear", sizes, 1, (), found.source, node, names, why)
+    return Call(site, node, found.index, found.name, weight=found.weight, product=found)
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from torch import fx
+
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import find_calls
-from aim_surgery.sites.inside import find_inside
+from aim_surgery.sites.inside import find_inside, path_of
 from aim_surgery.sites.recurrent import find_recurrent
 from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import find_unread
@@ -23,15 +25,21 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     Returns:
         The sites in execution order (those of the other mode's graph, if there is one, behind, and
         those inside Python calls last), and the weights that take part in products but are read by
-        no site. A layer that is called in a graph and inside a Python call reads in the graph.
+        no site. A layer that is called in a graph and inside a Python call, as where training
+        alone looks at data, reads through its hook everywhere; one whose weight the graph gives to
+        a function reads there.
     """
     sites: dict[str, Site] = {}
     unread: dict[str, Skip] = {}
     paths = python_calls(capture)
     inside, rest, both = _inside(capture, paths)
+    hooked = {site.layer for site in inside}
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
-        found = {call.node: (_left_alone(call.site, both),) for call in calls}
+        found: dict[fx.Node, tuple[Site, ...]] = {}
+        for call in calls:
+            if call.site.layer not in hooked:
+                found[call.node] = (_left_alone(call.site, both),)
         found |= find_recurrent(capture, trace.graph)
         for site in (s for node in trace.graph.nodes for s in found.get(node, ())):
             sites.setdefault(site.name, site)
@@ -65,8 +73,14 @@ def _inside(
     capture: Capture, paths: dict[str, str]
 ) -> tuple[tuple[Site, ...], tuple[Skip, ...], frozenset[str]]:
     if "inside" not in capture.findings:
-        calls = (call for trace in capture.traces for call in find_calls(capture, trace.graph))
-        taken = frozenset(weight for call in calls for weight in call.site.weights)
+        calls = [call for trace in capture.traces for call in find_calls(capture, trace.graph)]
+        functions = {call.site.layer for call in calls if call.node.op != "call_module"}
+        taken = frozenset(
+            weight
+            for call in calls
+            if call.site.layer in functions or path_of(call.site.layer, paths) is None
+            for weight in call.site.weights
+        )
         capture.findings["inside"] = find_inside(capture, paths, taken)
     return capture.findings["inside"]
 

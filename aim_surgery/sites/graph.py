@@ -12,13 +12,18 @@ from torch import fx, nn
 
 from aim_surgery.capture import Capture
 
+_SIZES = (int, float, torch.Size, torch.device, torch.dtype)
 
-def weight_sources(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
+
+def weight_sources(
+    capture: Capture, graph: fx.Graph, *, sized: bool = False
+) -> dict[fx.Node, tuple[str, ...]]:
     """Nodes that depend on no input, with the parameters they are made of.
 
     Args:
         capture: The captured model that the graph belongs to.
         graph: One of its graphs.
+        sized: Whether to count those that depend on sizes of inputs, too, and rows of tables.
 
     Returns:
         Qualified names of parameters by node; () for what is made of buffers and constants alone.
@@ -33,6 +38,12 @@ def weight_sources(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str
             if all(source in sources for source in inputs):
                 names = (name for source in inputs for name in sources[source])
                 sources[node] = tuple(dict.fromkeys(names))
+            elif sized and isinstance(node.meta.get("val"), _SIZES):
+                sources[node] = ()
+        elif sized and all(source in sources for source in node.all_input_nodes):
+            table = capture.modules.get(str(node.target)) if node.op == "call_module" else None
+            if isinstance(table, nn.Embedding):
+                sources[node] = (f"{node.target}.weight",)
     return sources
 
 

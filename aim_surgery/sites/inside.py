@@ -54,12 +54,14 @@ class _Runs:
 
     Attributes:
         seen: Layers that were called inside a Python call.
+        odd: Layers whose calls took or gave something else than a float tensor.
         elsewhere: Functions that took a layer's weight while the layer was not being called.
         failures: Why a mode did not run, in one line.
         calls: How often each of them was called in the first mode in which it was.
     """
 
     seen: dict[str, _Seen] = field(default_factory=dict)
+    odd: set[str] = field(default_factory=set)
     elsewhere: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
@@ -73,7 +75,7 @@ def find_inside(
     Args:
         capture: The captured model.
         paths: Qualified names of the Python calls, "" for the whole model, with why they are such.
-        taken: Weights that sites of a graph read already.
+        taken: Weights that sites of a graph read, and that no hook is to read.
 
     Returns:
         One site for each layer that was called, in the order of the calls; the weights in there
@@ -85,9 +87,7 @@ def find_inside(
     modules, own = capture.modules, frozenset(layers.values())
     closed = all(is_closed(modules[path], own) for path in paths)
     runs = _Runs() if closed else _run(capture, layers, paths)
-    within = [
-        name for name in layers if name not in runs.seen and _path_of(name, paths) is not None
-    ]
+    within = [name for name in layers if name not in runs.seen and path_of(name, paths) is not None]
     sites: list[Site] = []
     skips: list[Skip] = []
     read: set[str] = set(taken)
@@ -140,7 +140,7 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     layer = capture.modules.get(site.layer)
     if layer is None or not _may_read(layer):
         return "the model has no such layer"
-    if _path_of(site.layer, paths) is None and _path_of(site.inside, paths) is None:
+    if path_of(site.layer, paths) is None and path_of(site.inside, paths) is None:
         return "it is in no Python call"
     weights = weights_of(capture, site.layer)
     if weights != site.weights:
@@ -158,7 +158,8 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     return f"the plan was made where it could be widened: {why}" if why else ""
 
 
-def _path_of(name: str, paths: Mapping[str, str]) -> str | None:
+def path_of(name: str, paths: Mapping[str, str]) -> str | None:
+    """The Python call that a module is in, by their qualified names; None where in none."""
     return next((p for p in paths if name == p or not p or name.startswith(f"{p}.")), None)
 
 
@@ -203,6 +204,9 @@ def _why_not(name: str, layer: nn.Module, seen: _Seen | None, runs: _Runs) -> st
         return "" if name else "it is the whole model: put it into a module, or use emit='graph'"
     if name in runs.elsewhere:
         return f"{runs.elsewhere[name]} uses its weight without calling the layer"
+    if name in runs.odd:
+        kind = type(layer).__name__
+        return f"calls of this {kind} take or give something else than a float tensor"
     why = f": {runs.failures[0]}" if runs.failures else ""
     return f"this {type(layer).__name__} was not called when the model was run{why}"
 
@@ -353,11 +357,13 @@ class _Watch(TorchFunctionMode):
             x = args[0] if args else kwargs.get("input")
             if isinstance(x, PackedSequence):
                 x = x.data
-            if name in self._runs.seen or not self._stack or not _is_feature(x):
+            if name in self._runs.seen or not self._stack:
                 return
             if is_recurrent(layer):  # gives a tensor or a tuple
                 output = x
-            if _is_feature(output):
+            if not (_is_feature(x) and _is_feature(output)):
+                self._runs.odd.add(name)
+            else:
                 path = self._stack[-1]
                 self._runs.seen[name] = _Seen(tuple(x.shape), tuple(output.shape), path)
 
@@ -415,7 +421,7 @@ def _examples(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> Iterator[Skip]:
     """Matrices in a Python call that belong to no layer with a place for a hook."""
     for name, module in capture.modules.items():
-        path = _path_of(name, paths)
+        path = path_of(name, paths)
         if path is None or isinstance(module, NOT_PRODUCTS):
             continue
         weights = tuple(

@@ -18,6 +18,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import CONV_FUNCTIONS, LAYER_TYPES
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.products import GROUPED
 from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip
 
@@ -31,6 +32,7 @@ _PRODUCTS = (
     torch.bmm,
     torch.baddbmm,
     torch.einsum,
+    *GROUPED,
     torch.tensordot,
     torch.mv,
     torch.inner,
@@ -61,7 +63,7 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
         One `Skip` for each call; a site elsewhere may read some of its weights.
     """
     reasons = {call.path: call.reason for trace in capture.traces for call in trace.opaque}
-    weights = weight_sources(capture, graph)
+    weights = weight_sources(capture, graph, sized=True)
     for node in graph.nodes:
         if node in sites:
             continue

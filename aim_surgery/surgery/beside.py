@@ -53,6 +53,8 @@ def write_beside(
         weight = graph.call_method("to", (weight, view))
     if read.site.kind == "linear":
         product = graph.call_function(F.linear, (view, weight))
+        if len(note.features) > 1:
+            product = graph.call_method("unflatten", (product, -1, note.features))
         return graph.call_method("unsqueeze", (product, -1)) if note.rows else product
     return convolve_alone(graph, node, view, weight)
 

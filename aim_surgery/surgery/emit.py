@@ -109,8 +109,10 @@ class GraphWriter:
         result = None if read.site.widens else self.copy(node, copied)
         shape, view = self._seen(source, read, value, -2 if rows else -1)
         index, name = call.input_index, call.input_name
+        features = call.product.features if call.product is not None else ()
         layout = channels_last_format(value)
-        note = SiteNote(read.site.name, source.name, view.name, "", index, name, rows, layout)
+        places = (index, name, rows, features, layout)
+        note = SiteNote(read.site.name, source.name, view.name, "", *places)
         if result is None:
             varies = self._plan.varies(read.memory, read.version)
             joined = write_joined(self.graph, source, view, shape, read, layout, varies)

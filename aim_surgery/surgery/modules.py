@@ -145,7 +145,7 @@ def add_aim(root: nn.Module, model: nn.Module, plan: Plan, calls: Calls) -> AimM
     aim, writes = AimModules(), nn.Module()
     for memory in plan.memories:
         aim.add_module(memory.name, _memory_layer(memory, where))
-    planned = {read.site.name: read for read in plan.reads}
+    planned = {read.site.name: read for read in plan.reads if not read.site.inside}
     beside: dict[str, list[Call]] = {}
     for call in (call for found in calls.values() for call in found):
         read = planned.get(call.site.name)

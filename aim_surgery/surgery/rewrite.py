@@ -106,7 +106,7 @@ def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
             raise PlanError(
                 f"{site.name}: the plan was made for {made_for}, the model has {has}: plan again"
             )
-    layers = {read.site.layer for read in plan.reads}
+    layers = {read.site.layer for read in plan.reads if not read.site.inside}
     names = {read.site.name for read in plan.reads}
     for site in sites.values():
         if site.layer in layers and site.name not in names:
@@ -158,7 +158,7 @@ def _rewrite(
     home: torch.Tensor,
 ) -> fx.Graph:
     """Copy a captured graph, with the reads and writes in it."""
-    planned = {read.site.name: read for read in plan.reads}
+    planned = {read.site.name: read for read in plan.reads if not read.site.inside}
     reads = {
         call.node: (call, planned[call.site.name]) for call in calls if call.site.name in planned
     }

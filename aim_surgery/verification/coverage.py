@@ -41,6 +41,7 @@ _PRODUCTS: dict[str, tuple[int, ...]] = {
     "mkldnn_convolution": (0, 1), "cudnn_convolution": (0, 1),
     "miopen_convolution": (0, 1), "mkldnn_linear": (0, 1), "linear": (0, 1),
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mv": (0, 1),
+    "_grouped_mm": (0, 1),
     "addmm": (1, 2), "_addmm_activation": (1, 2), "addmv": (1, 2), "addbmm": (1, 2),
     "baddbmm": (1, 2), "addmm_": (1, 2), "baddbmm_": (1, 2), "_trilinear": (0, 2, 1),
     "scaled_dot_product_attention": (0, 1, 2),

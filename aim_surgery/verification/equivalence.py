@@ -20,10 +20,11 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair, dtype_name
-from aim_surgery.verification.samples import Samples
-from aim_surgery.verification.twins import call, convert, copy_of, own_dtype
+from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.twins import call, copy_of, own_dtype
 
 _REFUSAL = "this input breaks what the graph was captured with"
+_FAILS, _NAN = "does not run", "gives NaN"
 _GRADIENT_BATCH = 2
 _OTHER_BATCHES = (3, 1)
 
@@ -89,15 +90,15 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         notes: list[str] = []
         own = _compare_own(pair, samples, notes)
         dtype = torch.float64
-        for twin in (pair.base, pair.operated):
-            convert(twin, dtype)
-        converted, coarsest = _converted(pair, samples, dtype)
-        if coarsest is None:
+        del pair  # what a model keeps of the first run is of that run's precision
+        pair = Pair(copy_of(model, dtype), copy_of(gm, dtype), plan)
+        converted, coarsest, refusal = _converted(pair, samples, dtype)
+        if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
+            refusal = ""  # as it does in any type
+        if refusal:
             dtype = coarsest = own_dtype(model)
             if dtype != torch.float64:
-                notes.append(
-                    f"the original does not run in float64: compared in {dtype_name(dtype)}"
-                )
+                notes.append(f"the original {refusal} in float64: compared in {dtype_name(dtype)}")
             del pair
             pair = Pair(copy_of(model), copy_of(gm), plan)
         elif coarsest != dtype:
@@ -201,33 +202,42 @@ class _LowestDtype(TorchDispatchMode):
 
 def _converted(
     pair: Pair, samples: Samples, dtype: torch.dtype
-) -> tuple[Samples, torch.dtype | None]:
-    """Inputs in another precision, such that the most modes run; and the original's precision then.
+) -> tuple[Samples, torch.dtype, str]:
+    """Inputs in another precision, such that the most modes run.
 
     Some models insist on the types of targets, so that only the first argument may be converted.
-    The precision is the coarsest that comes up in the first mode that runs, None where none does.
+
+    Returns:
+        The inputs; the coarsest precision that comes up in the first mode that runs; and why the
+        original has none there, "" where it runs.
     """
-    best, most = (samples, None), 0
+    best, most = (samples, dtype, _FAILS), 0
     for first_only in (False, True):
         converted = samples.to(dtype, first_only=first_only)
         found = [_lowest_dtype(pair, converted, training) for training in (False, True)]
-        ran = [lowest for lowest in found if lowest is not None]
+        ran = [each for each in found if each is not None]
         if len(ran) > most:
-            best, most = (converted, ran[0]), len(ran)
+            best, most = (converted, *ran[0]), len(ran)
         if len(ran) == len(found):
             break
     return best
 
 
-def _lowest_dtype(pair: Pair, samples: Samples, training: bool) -> torch.dtype | None:
+def _lowest_dtype(pair: Pair, samples: Samples, training: bool) -> tuple[torch.dtype, str] | None:
     """The precision that the original has when all of it is float64; None: it doesn't run."""
     watch = _LowestDtype()
+    pair.base.train(training)
     try:
-        pair.base.train(training)
-        with torch.no_grad(), watch:
-            call(pair.base, _small(samples))
+        with watch:
+            nan = _gives_nan(pair.base, samples)
     except Exception:
         return None
     finally:
         pair.align_buffers()
-    return watch.lowest
+    return watch.lowest, _NAN if nan else ""
+
+
+def _gives_nan(model: nn.Module, samples: Samples) -> bool:
+    with torch.no_grad():
+        leaves = named_leaves(call(model, _small(samples))).values()
+    return any(isinstance(leaf, torch.Tensor) and bool(leaf.isnan().any()) for leaf in leaves)

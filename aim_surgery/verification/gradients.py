@@ -3,23 +3,29 @@
 With W_m = 0, the first step moves W_m (its gradient is made of the memory's values) and not yet the
 memory (its gradient is made of W_m); the second moves both. So two steps are taken on a copy, and
 every new tensor has to get a gradient in one of them, finite in both.
+
+A product that only chooses (the nearest entry of a codebook) passes no gradient on, and
+what is added to it gets none either, though its weight may get one elsewhere: that is noted.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, memory_path
+from aim_surgery.surgery.notes import SiteNote
 from aim_surgery.verification.samples import Samples, named_leaves
-from aim_surgery.verification.twins import call, copy_of, split_entries
+from aim_surgery.verification.twins import call, copy_of, own_dtype, split_entries
 
 _BATCH = 2
 _STEPS = 2
@@ -73,15 +79,16 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     Returns:
         What was reached, in training mode or, if the model doesn't run there, in evaluation mode.
     """
-    refusals = []
+    refusals: list[str] = []
+    own = own_dtype(gm)
     small = samples.take(min(samples.batch, _BATCH))
     # where the first axis of some input is not the batch (a mask), a small batch does not fit
     batches = (small, samples) if small is not samples else (samples,)
     with random_state_kept(), torch.enable_grad():
-        for dtype in (torch.float64, None):
-            twin = copy_of(gm, dtype)
+        for dtype in dict.fromkeys((torch.float64, own)):
+            twin = copy_of(gm, None if dtype == own else dtype)
             inputs = batches
-            if dtype is not None:
+            if dtype != own:
                 both = itertools.product(batches, (False, True))
                 inputs = tuple(batch.to(dtype, first_only=first) for batch, first in both)
             for training, batch in itertools.product((True, False), inputs):
@@ -91,11 +98,97 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
                     steps.run(batch)
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
-                    refusals.append(f"{type(err).__name__}: {err}".splitlines()[0])
+                    reason = f"{type(err).__name__}: {err}".splitlines()[0]
+                    refusals.append(reason)
                     continue
-                return steps.result("training" if training else "evaluation", refusals)
+                if dtype != own and steps.broken:
+                    refusals.append(steps.broken[0])
+                    break
+                mode = "training" if training else "evaluation"
+                result = steps.result(mode, _why(refusals, mode, dtype))
+                return _without_dead_ends(result, twin, plan, batch)
             del twin
     return Gradients("", (), (("the operated model", f"does not train: {refusals[0]}"),), 0.0)
+
+
+def _without_dead_ends(
+    result: Gradients, twin: nn.Module, plan: Plan, samples: Samples
+) -> Gradients:
+    """Take out of the unreached what is added to products that pass no gradient on."""
+    if not result.unreached or not isinstance(twin, fx.GraphModule):
+        return result
+    watch = _Products(twin)
+    try:
+        _distance_to_noise(call(watch, samples), seed=0).backward()
+    except Exception:
+        return result
+    finally:
+        twin.zero_grad(set_to_none=True)
+    sites: dict[str, list[str]] = {}
+    for read in plan.reads:
+        if not read.site.widens and not read.site.inside:
+            sites.setdefault(f"{READS}.{read.site.layer}.weight", []).append(read.site.name)
+    dead = [
+        name
+        for name, _ in result.unreached
+        if name in sites
+        and watch.met.issuperset(sites[name])
+        and watch.live.isdisjoint(sites[name])
+    ]
+    if not dead:
+        return result
+    left = tuple(item for item in result.unreached if item[0] not in dead)
+    note = f"what they are added to passes no gradient on: {_listed(dead)}"
+    return replace(result, unreached=left, notes=(*result.notes, note))
+
+
+class _Products(nn.Module):
+    """Runs an emitted graph node by node, and sees which sites' own products get gradients."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__()
+        self._gm = gm
+        self.met: set[str] = set()
+        self.live: set[str] = set()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """Call it as the model is called."""
+        inputs = [node for node in self._gm.graph.nodes if node.op == "placeholder"]
+        given = dict(zip((str(node.target) for node in inputs), args, strict=False)) | kwargs
+        defaults = {str(node.target): node.args[0] for node in inputs if node.args}
+        values = {**defaults, **given}
+        return _Run(self).run(*(values[str(node.target)] for node in inputs))
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, products: _Products) -> None:
+        super().__init__(products._gm)
+        self._products = products
+
+    def run_node(self, n: fx.Node) -> object:
+        result = super().run_node(n)
+        note = n.meta.get(NOTE)
+        if isinstance(note, SiteNote) and isinstance(result, torch.Tensor):
+            self._products.met.add(note.site)
+            if result.requires_grad:
+                result.register_hook(functools.partial(self._see, note.site))
+        return result
+
+    def _see(self, site: str, gradient: torch.Tensor) -> None:
+        if bool((gradient != 0).any()):
+            self._products.live.add(site)
+
+
+def _why(refusals: list[str], mode: str, dtype: torch.dtype) -> list[str]:
+    """Why the steps were not taken in training mode, in float64, or with a small batch."""
+    if not refusals:
+        return []
+    if mode != "training":
+        return [f"no step in training mode: {refusals[0]}"]
+    if dtype != torch.float64:
+        own = str(dtype).removeprefix("torch.")
+        return [f"steps taken in {own}, not in float64: {refusals[0]}"]
+    return [f"steps taken with the whole batch: {refusals[0]}"]
 
 
 @dataclass
@@ -152,9 +245,7 @@ class _Steps:
         return take
 
     def result(self, mode: str, refusals: list[str]) -> Gradients:
-        notes = [f"no step in training mode: {refusals[0]}"] if mode != "training" else []
-        if refusals and not notes:
-            notes.append(f"the steps are in the model's own dtype or batch: {refusals[0]}")
+        notes = list(refusals)
         reached, unreached, idle, cancelled = [], [], [], []
         for name, original in self._new_tensors():
             seen = self._seen.get(name)
@@ -180,7 +271,7 @@ class _Steps:
                 f"only rounding reaches them in {mode} mode (norms and softmax take away what "
                 f"all samples or positions share): {_listed(cancelled)}"
             )
-        notes += self._broken()
+        notes += self.broken
         share = float(self._floats.double().mean())
         return Gradients(mode, tuple(reached), tuple(unreached), share, tuple(notes))
 
@@ -198,7 +289,9 @@ class _Steps:
             elif name in self._widened:
                 yield name, name
 
-    def _broken(self) -> list[str]:
+    @property
+    def broken(self) -> list[str]:
+        """The original's own gradients that are not finite."""
         new = {name for name, _ in self._new_tensors()}
         bad = [name for name, seen in self._seen.items() if not seen.finite and name not in new]
         return [f"gradients that are not finite: {_listed(bad)}"] if bad else []

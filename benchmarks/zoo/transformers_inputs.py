@@ -100,3 +100,75 @@ def llava() -> Keywords:
 def series() -> Keywords:
     """Three time series."""
     return {"past_values": torch.randn(BATCH, 32, 3)}
+
+
+def tokens_alone() -> Keywords:
+    """A sentence, without a mask."""
+    return {"input_ids": text()["input_ids"]}
+
+
+def larger_image() -> Keywords:
+    """An image for networks that halve it many times."""
+    return image(2 * PIXELS)
+
+
+def image_to_text() -> Keywords:
+    """An image and the beginning of its description."""
+    return image() | {"decoder_input_ids": text(8)["input_ids"]}
+
+
+def page() -> Keywords:
+    """Words, their boxes on a page, and the page."""
+    return layout() | image()
+
+
+def points() -> Keywords:
+    """An image and a point in it."""
+    return image() | {"input_points": torch.tensor([[[[10.0, 10.0]]], [[[20.0, 5.0]]]])}
+
+
+def channel() -> Keywords:
+    """A waveform with an axis of channels."""
+    return {"input_values": torch.randn(BATCH, 1, 4000)}
+
+
+def frames() -> Keywords:
+    """Filter banks, frames before bins."""
+    return {"input_features": torch.randn(BATCH, 32, 16)}
+
+
+def queried() -> Keywords:
+    """A sentence with places for four queries (token 3), and an image."""
+    found = text(24) | image()
+    found["input_ids"][:, 1:5] = 3
+    return found
+
+
+def patches() -> Keywords:
+    """Sixteen patches with their rows and columns, and the beginning of a description."""
+    places = torch.stack([torch.arange(16) // 4, torch.arange(16) % 4], -1).float() + 1
+    values = torch.cat([places.expand(BATCH, 16, 2), torch.randn(BATCH, 16, 48)], -1)
+    return {"flattened_patches": values, "decoder_input_ids": text(8)["input_ids"]}
+
+
+def past_and_future() -> Keywords:
+    """A series with its past, and what is known of its future."""
+    return {
+        "past_values": torch.randn(BATCH, 40),
+        "past_time_features": torch.randn(BATCH, 40, 2),
+        "past_observed_mask": torch.ones(BATCH, 40),
+        "future_values": torch.randn(BATCH, 8),
+        "future_time_features": torch.randn(BATCH, 8, 2),
+    }
+
+
+def trajectory() -> Keywords:
+    """Five steps of states, actions and rewards."""
+    return {
+        "states": torch.randn(BATCH, 5, 6),
+        "actions": torch.randn(BATCH, 5, 3),
+        "rewards": torch.randn(BATCH, 5, 1),
+        "returns_to_go": torch.randn(BATCH, 5, 1),
+        "timesteps": torch.arange(5).repeat(BATCH, 1),
+        "attention_mask": torch.ones(BATCH, 5, dtype=torch.int64),
+    }

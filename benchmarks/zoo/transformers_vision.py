@@ -1,0 +1,256 @@
+"""Small configurations of transformers: images and clips."""
+
+from benchmarks.zoo import transformers_inputs as inputs
+from benchmarks.zoo.transformers_entries import Entry, vision
+from benchmarks.zoo.transformers_inputs import PIXELS
+from benchmarks.zoo.transformers_options import DETR, IMAGE, RESNET, STAGES, SWIN
+
+IMAGES = {
+    "vit": vision("ViTForImageClassification", **IMAGE),
+    "deit": vision("DeiTForImageClassification", **IMAGE),
+    "beit": vision("BeitForImageClassification", **IMAGE, use_relative_position_bias=True),
+    "dinov2": vision("Dinov2ForImageClassification", **IMAGE),
+    "swin": vision("SwinForImageClassification", **SWIN),
+    "swinv2": vision("Swinv2ForImageClassification", **SWIN),
+    "convnext": vision("ConvNextForImageClassification", num_stages=2, **STAGES),
+    "convnextv2": vision("ConvNextV2ForImageClassification", num_stages=2, **STAGES),
+    "resnet": vision("ResNetForImageClassification", embedding_size=16, **STAGES),
+    "regnet": vision("RegNetForImageClassification", embedding_size=16, **STAGES, groups_width=8),
+    "mobilenet_v2": vision("MobileNetV2ForImageClassification", depth_multiplier=0.35),
+    "mobilevit": vision(
+        "MobileViTForImageClassification",
+        hidden_sizes=[16, 24, 32],
+        neck_hidden_sizes=[8, 8, 16, 16, 24, 32, 48],
+        num_attention_heads=4,
+    ),
+    "segformer": vision(
+        "SegformerForSemanticSegmentation",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        sr_ratios=[2, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[3, 3],
+        strides=[4, 2],
+        num_attention_heads=[2, 4],
+        mlp_ratios=[2, 2],
+        decoder_hidden_size=16,
+    ),
+    "poolformer": vision(
+        "PoolFormerForImageClassification",
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        hidden_sizes=[16, 32],
+        patch_sizes=[7, 3],
+        strides=[4, 2],
+        padding=[2, 1],
+    ),
+    "focalnet": vision(
+        "FocalNetForImageClassification",
+        image_size=PIXELS,
+        patch_size=4,
+        embed_dim=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        focal_levels=[2, 2],
+        focal_windows=[3, 3],
+    ),
+    "vit_mae": vision(
+        "ViTMAEForPreTraining",
+        **IMAGE,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+    ),
+    "dpt": vision(
+        "DPTForDepthEstimation",
+        **{**IMAGE, "num_hidden_layers": 4},
+        is_hybrid=False,
+        backbone_out_indices=[0, 1, 2, 3],
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+    ),
+    "detr": vision("DetrForObjectDetection", **DETR),
+    "conditional_detr": vision("ConditionalDetrForObjectDetection", **DETR),
+    "yolos": vision(
+        "YolosForObjectDetection",
+        **{**IMAGE, "image_size": [PIXELS, PIXELS]},
+        num_detection_tokens=5,
+    ),
+    "upernet": vision(
+        "UperNetForSemanticSegmentation",
+        hidden_size=16,
+        auxiliary_in_channels=16,
+        pool_scales=[1, 2],
+        use_auxiliary_head=False,
+        backbone_config={
+            "model_type": "convnext",
+            "num_stages": 2,
+            **STAGES,
+            "out_features": ["stage1", "stage2"],
+        },
+    ),
+    "videomae": Entry(
+        "vision", "VideoMAEForVideoClassification", inputs.video, {**IMAGE, "num_frames": 4}
+    ),
+    "timesformer": Entry(
+        "vision", "TimesformerForVideoClassification", inputs.video, {**IMAGE, "num_frames": 4}
+    ),
+    "vivit": Entry(
+        "vision",
+        "VivitForVideoClassification",
+        inputs.video,
+        {**IMAGE, "num_frames": 4, "tubelet_size": [2, 8, 8]},
+    ),
+    "dinov2_registers": vision("Dinov2WithRegistersForImageClassification", **IMAGE),
+    "dinov3_vit": vision("DINOv3ViTModel", **IMAGE),
+    "dinov3_convnext": vision(
+        "DINOv3ConvNextModel", hidden_sizes=[8, 16, 16, 32], depths=[1, 1, 1, 1]
+    ),
+    "data2vec_vision": vision(
+        "Data2VecVisionForImageClassification", **IMAGE, use_relative_position_bias=True
+    ),
+    "vit_msn": vision("ViTMSNForImageClassification", **IMAGE),
+    "ijepa": vision("IJepaForImageClassification", **IMAGE),
+    "levit": vision(
+        "LevitForImageClassification",
+        image_size=32,
+        hidden_sizes=[16, 24, 32],
+        num_attention_heads=[2, 2, 2],
+        depths=[1, 1, 1],
+        key_dim=[8, 8, 8],
+        mlp_ratio=[2, 2, 2],
+        attention_ratio=[2, 2, 2],
+    ),
+    "pvt": vision(
+        "PvtForImageClassification",
+        image_size=32,
+        hidden_sizes=[8, 16, 16, 32],
+        num_attention_heads=[1, 2, 2, 4],
+        depths=[1, 1, 1, 1],
+        sequence_reduction_ratios=[2, 2, 1, 1],
+    ),
+    "pvt_v2": vision(
+        "PvtV2ForImageClassification",
+        image_size=32,
+        hidden_sizes=[8, 16, 16, 32],
+        num_attention_heads=[1, 2, 2, 4],
+        depths=[1, 1, 1, 1],
+        sr_ratios=[2, 2, 1, 1],
+    ),
+    "efficientnet": vision(
+        "EfficientNetForImageClassification",
+        image_size=32,
+        width_coefficient=0.25,
+        depth_coefficient=0.25,
+        hidden_dim=320,
+    ),
+    "mobilenet_v1": vision(
+        "MobileNetV1ForImageClassification", depth_multiplier=0.25, image_size=32
+    ),
+    "swiftformer": vision(
+        "SwiftFormerForImageClassification",
+        image_size=32,
+        embed_dims=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+    ),
+    "bit": vision(
+        "BitForImageClassification",
+        embedding_size=16,
+        hidden_sizes=[16, 32],
+        depths=[1, 1],
+        num_groups=4,
+    ),
+    "donut_swin": vision("DonutSwinModel", **SWIN),
+    "maskformer_swin": vision("MaskFormerSwinModel", **SWIN),
+    "swin2sr": vision(
+        "Swin2SRForImageSuperResolution",
+        image_size=32,
+        embed_dim=16,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+    ),
+    "glpn": vision(
+        "GLPNForDepthEstimation",
+        num_encoder_blocks=4,
+        depths=[1] * 4,
+        sr_ratios=[2, 1, 1, 1],
+        hidden_sizes=[8, 16, 16, 32],
+        num_attention_heads=[1, 2, 2, 4],
+        decoder_hidden_size=16,
+    ),
+    "deformable_detr": vision(
+        "DeformableDetrForObjectDetection",
+        **{**DETR, "num_feature_levels": 2, "encoder_n_points": 2, "decoder_n_points": 2},
+    ),
+    "table_transformer": vision("TableTransformerForObjectDetection", **DETR),
+    "dab_detr": vision("DabDetrForObjectDetection", **{**DETR, "hidden_size": 32}),
+    "vitdet": vision(
+        "VitDetBackbone",
+        **{k: v for k, v in IMAGE.items() if k != "intermediate_size"},
+        window_block_indices=[0],
+        window_size=2,
+        use_relative_position_embeddings=True,
+    ),
+    "sam": Entry(
+        "vision",
+        "SamModel",
+        inputs.points,
+        {
+            "vision_config": {
+                **IMAGE,
+                "output_channels": 16,
+                "num_pos_feats": 8,
+                "global_attn_indexes": [1],
+                "window_size": 2,
+                "mlp_dim": 64,
+            },
+            "prompt_encoder_config": {
+                "hidden_size": 16,
+                "image_size": 32,
+                "patch_size": 8,
+                "image_embedding_size": 4,
+                "mask_input_channels": 4,
+            },
+            "mask_decoder_config": {
+                "hidden_size": 16,
+                "num_attention_heads": 2,
+                "num_hidden_layers": 1,
+                "mlp_dim": 32,
+                "iou_head_hidden_dim": 16,
+            },
+        },
+    ),
+    "superpoint": vision(
+        "SuperPointForKeypointDetection",
+        encoder_hidden_sizes=[8, 8, 16, 16],
+        decoder_hidden_size=16,
+        descriptor_decoder_dim=16,
+    ),
+    "mobilevitv2": Entry(
+        "vision",
+        "MobileViTV2ForImageClassification",
+        inputs.larger_image,
+        {"width_multiplier": 0.25, "image_size": 64},
+    ),
+    "depth_anything": vision(
+        "DepthAnythingForDepthEstimation",
+        backbone_config={
+            "model_type": "dinov2",
+            **IMAGE,
+            "num_hidden_layers": 4,
+            "out_features": ["stage1", "stage2", "stage3", "stage4"],
+            "reshape_hidden_states": False,
+        },
+        patch_size=8,
+        reassemble_hidden_size=32,
+        neck_hidden_sizes=[8, 8, 16, 16],
+        fusion_hidden_size=16,
+        head_hidden_size=8,
+    ),
+    "rt_detr_resnet": vision("RTDetrResNetBackbone", **RESNET),
+    "vitpose_backbone": vision(
+        "VitPoseBackbone", **{**IMAGE, "image_size": [PIXELS, PIXELS], "patch_size": [8, 8]}
+    ),
+}
