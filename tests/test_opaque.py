@@ -19,7 +19,7 @@ from aim_surgery.capture import capture
 from aim_surgery.cli import app
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
-from aim_surgery.verification.comparison import Case, Pair
+from aim_surgery.verification.comparison import Case, Pair, RoundedOtherwise
 from aim_surgery.verification.samples import Samples
 from tests.cases import assert_same
 
@@ -562,3 +562,12 @@ def test_a_difference_as_small_as_what_rounding_does_is_no_fault() -> None:
     found, notes = compared(Cancels(1.0), Cancels(1 + 1e-3), x)
     assert not found.ok
     assert not notes
+
+
+def test_rounding_otherwise_changes_the_last_bits_of_products_alone() -> None:
+    a = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    with RoundedOtherwise(0):
+        product, total = a @ a, a + a
+    moved = (product - a @ a).abs().max() / (a @ a).square().mean().sqrt()
+    assert 0 < float(moved) < 20 * torch.finfo(torch.float32).eps
+    assert torch.equal(total, a + a)

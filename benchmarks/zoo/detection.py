@@ -17,6 +17,7 @@ from aim_surgery.verification.samples import Samples
 LEAST, MOST = 64, 96  # pixels of the shorter and the longer side, where a detector resizes
 _HEIGHT, _WIDTH = 64, 80
 _OBJECTS, _KEYPOINTS = 4, 17
+_SIDE = 6  # pixels of an object: few anchors match one so small, and each costs a mask
 _SEED = 3
 
 
@@ -35,8 +36,8 @@ def with_targets() -> Samples:
 
 def _target(height: int, width: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     size = torch.tensor([width, height])
-    start = torch.rand(_OBJECTS, 2, generator=generator) * size / 2
-    extent = 4 + torch.rand(_OBJECTS, 2, generator=generator) * (size / 2 - 8)
+    extent = _SIDE * (1 + torch.rand(_OBJECTS, 2, generator=generator))
+    start = torch.rand(_OBJECTS, 2, generator=generator) * (size - 2 * _SIDE)
     masks = torch.zeros(_OBJECTS, height, width, dtype=torch.uint8)
     for mask, (x, y), (w, h) in zip(masks, start.int(), extent.int(), strict=True):
         mask[y : y + h, x : x + w] = 1
