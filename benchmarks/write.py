@@ -9,13 +9,10 @@ says where the extra time goes.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
-import torch.nn.functional as F  # noqa: N812
-from torch import nn
 
 import aim_surgery
 from aim_surgery import AimConfig
@@ -24,45 +21,15 @@ from benchmarks.breakdown import least, parts_of, profiled
 from benchmarks.lunkad2021.model import CLASSES, KerasResNet50
 from benchmarks.lunkad2021.operation import original_plan, reference
 from benchmarks.measure import Report, Rounds, Row, Section
+from benchmarks.steps import IMAGE, MLP, Case, training_step
 
 BASE = "base"
 WRITES = ("sample", "batch", "none")
 LIMITS = {("resnet50", 8, "sample"): 1.35, ("resnet50", 8, "batch"): 1.25}
-IMAGE = (3, 224, 224)
 PROFILED = "resnet50"
 PROFILES = 8
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model and its batch.
-
-    Attributes:
-        name: Of a torchvision model, or `MLP`.
-        batch: Samples a step.
-        size: Of one sample.
-        steps: Steps that are timed together, so that a turn is not over at once.
-    """
-
-    name: str
-    batch: int
-    size: tuple[int, ...] = IMAGE
-    steps: int = 1
-
-    def build(self) -> nn.Module:
-        """The base, in training mode."""
-        if self.name == MLP:
-            sizes = (784, 512, 512, 512, 10)
-            layers = [
-                layer
-                for ins, outs in itertools.pairwise(sizes)
-                for layer in (nn.Linear(ins, outs), nn.ReLU())
-            ]
-            return nn.Sequential(*layers[:-1]).train()
-        return aim_surgery.build(f"torchvision:{self.name}").train()
-
-
-MLP = "MLP 784-512-512-512-10"
 CASES = (
     Case("resnet50", 8),
     Case("vgg16_bn", 8),
@@ -142,8 +109,8 @@ def case_rows(case: Case, pairs: int, threads: int) -> list[Row]:
     for write in WRITES:
         config = AimConfig(write=write)
         models[write] = aim_surgery.transform(base, config=config).train()
-    x, y = _data(case)
-    steps = {name: _step(model, x, y, case.steps) for name, model in models.items()}
+    x, y = case.data()
+    steps = {name: training_step(model, x, y, case.steps) for name, model in models.items()}
     rounds = measure.take_rounds(steps, rounds=pairs)
     return [
         _row(
@@ -172,7 +139,7 @@ def lunkad_rows(pairs: int, threads: int) -> list[Row]:
     operated = aim_surgery.apply(base, original_plan(base)).train()
     x, y = torch.randn(LUNKAD_BATCH, *IMAGE), torch.randint(CLASSES, (LUNKAD_BATCH,))
     models = {BASE: base, "lunkad2021": operated, "control": control}
-    steps = {name: _step(model, x, y, 1) for name, model in models.items()}
+    steps = {name: training_step(model, x, y, 1) for name, model in models.items()}
     rounds = measure.take_rounds(steps, rounds=pairs)
     names = {BASE: "its base, same resolution", "control": "its control, half the resolution"}
     return [
@@ -195,23 +162,6 @@ def _quoted() -> Row:
     return Row("the author's own: AiM-ResNet50 ÷ control", ratio, None, note=note)
 
 
-def _data(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    classes = 10 if case.name == MLP else 1000
-    return torch.randn(case.batch, *case.size), torch.randint(classes, (case.batch,))
-
-
-def _step(model: nn.Module, x: torch.Tensor, y: torch.Tensor, steps: int) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-    def run() -> None:
-        for _ in range(steps):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-
-    return run
-
-
 # Profile ------------------------------------------------------------------------------------
 
 
@@ -230,8 +180,8 @@ def profile_section(case: Case, profiles: int, threads: int) -> Section:
     torch.manual_seed(measure.SEED)
     base = case.build()
     models = {BASE: base, "default": aim_surgery.transform(base).train()}
-    x, y = _data(case)
-    steps = {name: _step(model, x, y, 1) for name, model in models.items()}
+    x, y = case.data()
+    steps = {name: training_step(model, x, y, 1) for name, model in models.items()}
     parts = {name: parts_of(m, m.get_submodule("conv1")) for name, m in models.items()}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for step in steps.values():
