@@ -146,7 +146,8 @@ def test_opaque_submodules_are_named_with_their_reason() -> None:
     row = Row("timm", "opaque")
     describe_operated(model, aim_surgery.transform(model), None, row)
     assert row.captured == "partly opaque"
-    ((path, reason),) = row.opaque
+    ((reason, path, count),) = row.opaque
+    assert count == 1
     assert path == "1"
     assert reason
 

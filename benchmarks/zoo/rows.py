@@ -31,7 +31,8 @@ class Row:
         device: "cpu", or "meta" where the memory is too small for the weights.
         parameters: Of the original.
         captured: "traced", "partly opaque", "kept whole" (its own forward stays Python) or "not".
-        opaque: Submodules that stay Python calls, with the reason where one is known.
+        opaque: Why submodules stay Python calls ("" where no reason is known), the first path of
+            each reason, and how many there are.
         inputs: The example inputs in words.
         found: Where they come from.
         nodes: Of the emitted graph.
@@ -63,7 +64,7 @@ class Row:
     device: str = "cpu"
     parameters: int = 0
     captured: str = NOT
-    opaque: list[list[str]] = field(default_factory=list)
+    opaque: list[tuple[str, str, int]] = field(default_factory=list)
     inputs: str = ""
     found: str = ""
     nodes: int = 0

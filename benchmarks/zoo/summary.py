@@ -15,6 +15,8 @@ from benchmarks.zoo.libraries import Library
 from benchmarks.zoo.rows import FULL, LIGHT, NOT, PARTLY, TRACED, WHOLE, Row
 
 RATIO_LIMIT = 1.5
+SMALL_GRAPH, LARGE_GRAPH = 1000, 4000
+LINEAR_LIMIT = 1.5
 SLOWEST = 20
 _EXAMPLES = 6
 _WIDEST = 240
@@ -103,6 +105,9 @@ def totals(rows: Sequence[Row], library: Library, names: Sequence[str]) -> list[
         text = f"{median:.2f} (largest {most:.1f})"
         name = "time of transform ÷ forward and backward, median"
         found.append(Total(name, text, f"≤ {RATIO_LIMIT}", median <= RATIO_LIMIT))
+    linear = _time_per_node(rows)
+    if linear is not None:
+        found.append(linear)
     for name, key in (("difference", "own dtype"), ("difference64", "float64")):
         values = [value for row in rows if (value := getattr(row, name)) is not None]
         if values:
@@ -110,6 +115,27 @@ def totals(rows: Sequence[Row], library: Library, names: Sequence[str]) -> list[
     hours = sum(row.total_seconds for row in rows) / 3600
     found.append(Total("time of all models, one after the other", f"{hours:.2f} h"))
     return found
+
+
+def _time_per_node(rows: Sequence[Row]) -> Total | None:
+    """Whether the operation is linear in nodes: large graphs take no longer a node than small."""
+    each = sorted(
+        (row.nodes, 1e3 * row.transform_seconds / row.nodes)
+        for row in rows
+        if row.nodes and row.transform_seconds
+    )
+    small = [time for nodes, time in each if nodes <= SMALL_GRAPH]
+    large = [time for nodes, time in each if nodes >= LARGE_GRAPH]
+    if not small or not large:
+        return None
+    medians = statistics.median(small), statistics.median(large)
+    nodes, largest = each[-1]
+    text = (
+        f"{medians[0]:.2f} ms to {SMALL_GRAPH:,} nodes, {medians[1]:.2f} ms from {LARGE_GRAPH:,} "
+        f"on, {largest:.2f} ms at {nodes:,}"
+    )
+    ok = max(medians[1], largest) <= LINEAR_LIMIT * medians[0]
+    return Total("time of transform a node, medians", text, f"≤ {LINEAR_LIMIT} of the first", ok)
 
 
 def _count(name: str, count: int, of: int, limit: float | None = None) -> Total:
@@ -205,7 +231,10 @@ def write(
     reasons = Counter[str]()
     for row in chosen:
         reasons.update(row.left_out)
-    opaque = Counter(reason or "no reason noted" for row in chosen for _, reason in row.opaque)
+    opaque: Counter[str] = Counter()
+    for row in chosen:
+        for reason, _, count in row.opaque:
+            opaque[reason or "no reason noted"] += count
     slowest = sorted(chosen, key=lambda row: -row.total_seconds)[:SLOWEST]
     content = {
         "library": name,

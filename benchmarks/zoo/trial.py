@@ -8,6 +8,7 @@ import resource
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def describe_operated(model: nn.Module, gm: nn.Module, inputs: Inputs | None, ro
     row.reads, row.skips = len(plan.reads), len(plan.skips)
     if not isinstance(gm, fx.GraphModule):
         row.captured = WHOLE
-        row.opaque = [["", next((note for note in plan.notes if "own forward stays" in note), "")]]
+        why = next((note for note in plan.notes if "own forward stays" in note), "")
+        row.opaque = [(why, "", 1)]
         return
     row.nodes = len(gm.graph.nodes)
     paths = list(dict.fromkeys(opaque_calls(gm)))
@@ -213,7 +215,9 @@ def describe_operated(model: nn.Module, gm: nn.Module, inputs: Inputs | None, ro
     if paths:
         traces = capture(model, inputs).traces
         reasons = {call.path: call.reason for trace in traces for call in trace.opaque}
-        row.opaque = [[path, reasons.get(path, "")] for path in paths]
+        counts = Counter(reasons.get(path, "") for path in paths)
+        first = {reasons.get(path, ""): path for path in reversed(paths)}
+        row.opaque = [(reason, first[reason], count) for reason, count in counts.items()]
 
 
 def opaque_calls(gm: fx.GraphModule) -> Iterator[str]:
