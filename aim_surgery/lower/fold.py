@@ -1,18 +1,18 @@
 """fold: the form for inference, in which constant memory is no longer computed.
 
-Every tensor t of the folded graph stands for the value T = t + o, where o, the offset, is a constant map
-without batch. A read adds the constant W_m m to the offset of what its layer gives, and what
+Every tensor t of the folded graph stands for the value T = t + o, where o, the offset, is a constant
+map without batch. A read adds the constant W_m m to the offset of what its layer gives, and what
 follows carries it on, at no cost as long as there is a rule (`fold_rules`):
 
     product       W(t + o) + b         = (W t + b) + W o
-    batch norm    s (t + o) + c        = (s t + c) + s o
-    relu          max(t + o, 0)        = max(t, -o) + o       one pass, as before: -o is stored
+    batch norm    s (t + o) + c        = s t + (s o + c)      one pass, as before; o is gone
+    relu          max(t + o, 0)        = max(t, -o) + o       one pass, as before; -o is stored
     sum, concatenation, average pooling, flatten, resize, ...: of t and of o
 
 An offset that is the same at all positions goes into the bias of the product that it is added to
 (linear layers, convolutions on 1x1). Where somebody needs T itself (max pooling, other activations,
-an update block, the output), o is added once: by the batch norm right before, as s t + (c + o), or
-by one more addition. A plain convolutional network with ReLU so costs what its base costs.
+an update block, the output), or o has grown to several times T and would take digits off it, o is
+added once.
 
     maps of other sizes     The maps belong to the sizes of the example. For others they are computed
                             by a second graph (the recipe) over the same layers, once for each size.
@@ -26,10 +26,12 @@ In: an operated model in evaluation mode. Out: another, of one graph.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
@@ -41,14 +43,17 @@ from aim_surgery.lower.fold_norms import fold_batch_norms
 from aim_surgery.lower.fold_rules import rule_of
 from aim_surgery.lower.fold_watch import Watched, watch
 from aim_surgery.lower.forms import rewrite_as
+from aim_surgery.lower.split import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, operated_in
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
 from aim_surgery.nn.recurrent import GateMemory
 from aim_surgery.planning import Plan, inputs_of_plan
+from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
+from aim_surgery.surgery.pieces import pieces_of
 from aim_surgery.surgery.separate import separate
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -108,6 +113,7 @@ def _fold_graph(
 ) -> tuple[str, ...]:
     graph = twin._graphs[False]
     twin._install({True: graph, False: graph})
+    _save_work(graph)
     if batch_norm:
         fold_batch_norms(graph, twin)
     inputs, watched = _watched(twin, graph, example_inputs)
@@ -127,10 +133,24 @@ def _fold_graph(
     return _unfolded(writer)
 
 
+def _save_work(graph: fx.Graph) -> None:
+    """What `split` does for sums and views; some will stay."""
+    for node, note, _, view, _, beside in pieces_of(graph, {}):
+        total = next((user for user in node.users if user.args == (node, beside)), None)
+        if total is None:
+            raise AimSurgeryError(
+                f"{note.site}: this graph has been changed since surgery wrote it, and its sum is "
+                f"no longer in it: start from what transform returned"
+            )
+        if node.op == "call_module" or node.target is F.linear or node.target in CONV_FUNCTIONS:
+            total.target = operator.iadd
+        resize_where_needed(view)
+
+
 def _watched(
     twin: AimGraphModule, graph: fx.Graph, example_inputs: Inputs | None
 ) -> tuple[tuple[Any, ...], Watched]:
-    """Run on the example; without one, on zeros of the sizes and, if need be, another dtype."""
+    """Run on the example; without one, on noise of the sizes and, if need be, another dtype."""
     if example_inputs is not None:
         inputs = _bound(graph, ExampleInputs.given(example_inputs))
         return inputs, watch(graph, twin, inputs)
@@ -141,15 +161,24 @@ def _watched(
             "this model's example inputs hold objects that its plan can't store: pass "
             "example_inputs to fold"
         )
-    inputs = _bound(graph, example)
+    inputs = _with_noise(_bound(graph, example), None)
     try:
         return inputs, watch(graph, twin, inputs)
-    except (RuntimeError, TypeError, ValueError):
-        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), torch.float32)
-        cast_inputs: Any = tree_map_only(
-            Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, inputs
-        )
-        return cast_inputs, watch(graph, twin, cast_inputs)
+    except (RuntimeError, TypeError, ValueError):  # it may be of another dtype now
+        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
+        inputs = _with_noise(inputs, dtype)
+        return inputs, watch(graph, twin, inputs)
+
+
+def _with_noise(inputs: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        return torch.randn(x.shape, generator=generator).to(x.device, dtype or x.dtype)
+
+    return tree_map_only(Tensor, noise, inputs)
 
 
 def _bound(graph: fx.Graph, inputs: ExampleInputs) -> tuple[Any, ...]:

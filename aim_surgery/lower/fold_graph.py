@@ -5,7 +5,8 @@
 `FoldWriter` goes through the graph once. What is made of the memory alone becomes a part. A call
 that has a rule (`fold_rules`) carries offsets on; before any other, the offset is added. Which it
 will be is known before a node is written, so an offset is added as soon as one of those who use it
-needs the sum, once, and in a batch norm or convolution's own pass where there is one.
+needs the sum, once. Offsets that grow beyond the values themselves are added, too: their sum would
+have fewer digits than the original.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of
+
+_LARGEST = 4.0  # times the value itself: t = T - o has as many digits less than T
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,6 +199,11 @@ class FoldWriter:
             self._rules[node] = self._rule_of(self, node)
         return self._rules[node]
 
+    def is_new(self, t: fx.Node) -> bool:
+        """Whether a node gives a tensor of its own that nobody has looked at."""
+        given = t.target in (at_least, within, operator.add)
+        return _is_product(self, t) or (given and not t.users)
+
     # One node ---------------------------------------------------------------------------------
 
     def _written(self, node: fx.Node) -> Live | Part | None:
@@ -249,9 +257,10 @@ class FoldWriter:
             offset = self.parts.call_method("unsqueeze", (offset, 0))
         if self._goes_into_bias(live.t, offset):
             return Live(live.t)
-        if not self.wants_sum(node):
-            return Live(live.t, offset)
-        return self.use(node, plus, live.t, [offset], _is_new(self, live.t))
+        peak = float(offset.value.abs().max()) if offset.value.numel() else 0.0
+        if self.wants_sum(node) or not peak <= _LARGEST * self.watched.seen[node].peak:
+            return self.use(node, plus, live.t, [offset], self.is_new(live.t))
+        return Live(live.t, offset)
 
     def _goes_into_bias(self, t: fx.Node, offset: Part) -> bool:
         """Add an offset that is the same at all positions to a bias, where there may be one."""
@@ -349,12 +358,6 @@ def _is_product(writer: FoldWriter, t: fx.Node) -> bool:
     if layer is not None:
         return isinstance(layer, nn.modules.conv._ConvNd | nn.Linear)
     return t.target is F.linear or t.target in CONV_FUNCTIONS
-
-
-def _is_new(writer: FoldWriter, t: fx.Node) -> bool:
-    """Whether a node gives a tensor that nobody else looks at, and nobody will."""
-    clamped = t.target in (at_least, within, operator.add)
-    return _is_product(writer, t) or (clamped and not t.users)
 
 
 def _dims(t: fx.Node, layer: nn.Module | None) -> int:

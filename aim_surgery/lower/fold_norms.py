@@ -90,7 +90,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
 
 def _products(node: fx.Node) -> list[fx.Node]:
     """The products that a node is the sum of, the layer's own first."""
-    if node.target is not operator.add or len(node.args) != 2:
+    if node.target not in (operator.add, operator.iadd) or len(node.args) != 2:
         return [node]
     site, beside = node.args
     note = site.meta.get(NOTE) if isinstance(site, fx.Node) else None

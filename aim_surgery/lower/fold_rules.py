@@ -1,7 +1,7 @@
 """Rules: which calls carry an offset on, and what becomes of it.
 
     product       W(t + o) + b         = (W t + b) + W o
-    batch norm    s (t + o) + c        = (s t + c) + s o          in evaluation
+    batch norm    s (t + o) + c        = s t + (s o + c)          in evaluation
     relu          max(t + o, 0)        = max(t, -o) + o           relu6, hardtanh alike
     sum           (t + o) + (t' + o')  = (t + t') + (o + o')
     linear        f(t + o)             = f(t) + f(o)              pooling, flatten, resize, scaling
@@ -203,25 +203,17 @@ def _matmul(writer: FoldWriter, node: fx.Node) -> Live:
 
 
 def _batch_norm(writer: FoldWriter, node: fx.Node) -> Live:
+    """S (t + o) + c = s t + (s o + c): the pass that it takes anyway, and no offset any more."""
     layer: Any = writer.layer_of(node)
-    scale, shift = affine(layer)
     lead = (1, -1, *(1,) * (_ndim(writer, node) - 2))
-    wide, added = Part(scale.view(lead)), Part(shift.view(lead))
-    offset = writer.parts.call_function(operator.mul, (_own_offset(writer, node), wide))
-    if not _wants_sum_at_norm(writer, node):
-        return Live(writer.copy(node), offset)
-    offset = writer.parts.call_function(operator.add, (offset, added))
-    source = writer.env[_source(node)]
-    assert isinstance(source, Live)
-    return writer.use(node, scaled_plus, source.t, [offset, wide])
-
-
-def _wants_sum_at_norm(writer: FoldWriter, node: fx.Node) -> bool:
-    """Whether somebody needs the sum who comes right behind, or behind one clamp."""
-    if writer.wants_sum(node):
-        return True
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user is not None and writer.rule(user) is _clamp and writer.wants_sum(user)
+    scale, shift = (Part(values.view(lead)) for values in affine(layer))
+    offset = writer.parts.call_function(operator.mul, (_own_offset(writer, node), scale))
+    offset = writer.parts.call_function(operator.add, (offset, shift))
+    source = _source(node)
+    entry = writer.env[source]
+    assert isinstance(entry, Live)
+    last = len(source.users) == 1 and writer.is_new(entry.t)
+    return writer.use(node, scaled_plus, entry.t, [offset, scale], last)
 
 
 def _clamp(writer: FoldWriter, node: fx.Node) -> Live:

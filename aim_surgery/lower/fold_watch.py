@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.graph import argument_of, called_name
 
 _POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
@@ -37,6 +39,7 @@ class Seen:
         shape: Of a tensor; None for anything else.
         dtype: Of a tensor.
         channels_last: Whether the tensor is in a channels-last format, and in no other.
+        peak: The largest absolute value of a tensor of floating numbers; else 0.
         plain: Whether there is no tensor in it.
         value: Of a constant, and of what is plain; else None.
     """
@@ -44,6 +47,7 @@ class Seen:
     shape: tuple[int, ...] | None
     dtype: torch.dtype | None
     channels_last: bool
+    peak: float
     plain: bool
     value: Any
 
@@ -87,6 +91,7 @@ class _Watching(fx.Interpreter):
         super().__init__(root, graph=graph)
         self.extra_traceback = False
         self._watched = watched
+        self._apart: set[fx.Node] = set()
         self._holders: dict[int, list[fx.Node]] = {}
         self._order = {node: index for index, node in enumerate(graph.nodes)}
 
@@ -105,11 +110,13 @@ class _Watching(fx.Interpreter):
         if self._is_fixed(n, result):
             watched.fixed.add(n)
         tensor = isinstance(result, Tensor)
+        floating = tensor and result.is_floating_point()
         plain = not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         watched.seen[n] = Seen(
             tuple(result.shape) if tensor else None,
             result.dtype if tensor else None,
             tensor and _channels_last(result),
+            float(result.abs().max()) if floating and result.numel() else 0.0,
             plain,
             result if plain or n in watched.constant else None,
         )
@@ -129,15 +136,21 @@ class _Watching(fx.Interpreter):
 
     def _is_fixed(self, node: fx.Node, result: Any) -> bool:
         """Whether its sizes are the same whatever comes in, but for the first axis of tensors."""
-        fixed = self._watched.fixed
+        fixed, seen = self._watched.fixed, self._watched.seen
         sources = [n for n in node.all_input_nodes if n not in self._watched.constant]
-        if node.op == "call_module":
-            layer = self.submodules[str(node.target)]
+        layer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        alone = isinstance(layer, Memory) and not node.args
+        if isinstance(layer, WriteBlock) and layer.per == "batch":
+            sources = [node.args[2]]  # in evaluation, it looks at no features
+        if alone or (sources and all(n in self._apart or seen[n].plain for n in sources)):
+            self._apart.add(node)  # made of the memory and of sizes
+            return fixed.issuperset(sources)
+        if layer is not None:
             if isinstance(layer, _POOL_TYPES):
                 return _all_numbers(layer.output_size)
             return _is_stock(layer) and bool(sources) and fixed.issuperset(sources)
-        if node.target in _POOLS:
-            return _all_numbers(argument_of(node, 1, "output_size"))
+        if node.target in _POOLS and _all_numbers(argument_of(node, 1, "output_size")):
+            return True
         if called_name(node) == "mean" and isinstance(result, Tensor):
             axes = argument_of(node, 1, "dim")
             axes = (axes,) if isinstance(axes, int) else axes

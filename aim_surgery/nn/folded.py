@@ -152,7 +152,7 @@ def at_least(t: Tensor, maps: Sequence[Tensor], low: int, inplace: bool = False)
         A tensor like `t`.
     """
     least = _cast(maps[low], t)
-    return t.clamp_min_(least) if inplace else t.clamp_min(least)
+    return torch.maximum(t, least, out=t) if inplace and _untracked(t) else t.clamp_min(least)
 
 
 def within(t: Tensor, maps: Sequence[Tensor], low: int, high: int, inplace: bool = False) -> Tensor:
@@ -188,7 +188,9 @@ def plus(t: Tensor, maps: Sequence[Tensor], index: int, inplace: bool = False) -
     return t.add_(added) if inplace else t + added
 
 
-def scaled_plus(t: Tensor, maps: Sequence[Tensor], index: int, scale: int) -> Tensor:
+def scaled_plus(
+    t: Tensor, maps: Sequence[Tensor], index: int, scale: int, inplace: bool = False
+) -> Tensor:
     """Scale · t + map.
 
     Args:
@@ -196,11 +198,13 @@ def scaled_plus(t: Tensor, maps: Sequence[Tensor], index: int, scale: int) -> Te
         maps: All maps.
         index: Which one is added.
         scale: Which one multiplies.
+        inplace: Whether `t` may be overwritten.
 
     Returns:
         A tensor like `t`.
     """
-    return torch.addcmul(_cast(maps[index], t), t, _cast(maps[scale], t))
+    out = t if inplace and _untracked(t) else None
+    return torch.addcmul(_cast(maps[index], t), t, _cast(maps[scale], t), out=out)
 
 
 def chosen(maps: Sequence[Tensor], index: int) -> Tensor:
@@ -228,3 +232,9 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 def _cast(value: Tensor, t: Tensor) -> Tensor:
     return value if value.dtype == t.dtype else value.to(t.dtype)
+
+
+def _untracked(t: Tensor) -> bool:
+    """Whether a result may be written into a tensor: not where autograd or a compiler looks on."""
+    tracked = torch.is_grad_enabled() and t.requires_grad
+    return not tracked and not torch.compiler.is_compiling()
