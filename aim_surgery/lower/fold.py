@@ -1,7 +1,7 @@
 """fold: the form for inference, in which constant memory is no longer computed.
 
-Every tensor t of the folded graph stands for the value T = t + o, where o, the offset, is a constant
-map without batch. A read adds the constant W_m m to the offset of what its layer gives, and what
+Every tensor t of the folded graph stands for the value T = t + o. The offset o is a constant map
+without batch. A read adds the constant W_m m to the offset of what its layer gives, and what
 follows carries it on, at no cost as long as there is a rule (`fold_rules`):
 
     product       W(t + o) + b         = (W t + b) + W o
@@ -14,11 +14,11 @@ An offset that is the same at all positions goes into the bias of the product th
 an update block, the output), or o has grown to several times T and would take digits off it, o is
 added once.
 
-    maps of other sizes     The maps belong to the sizes of the example. For others they are computed
-                            by a second graph (the recipe) over the same layers, once for each size.
-    per-sample memory       What a sample wrote is no constant: reads after such a write keep their
-                            sum of two products; offsets from before it go through W_x all the same.
-    per-batch memory        In evaluation, that is a constant: the running average.
+    maps of other sizes    The maps belong to the sizes of the example. For others they are computed
+                           by a second graph (the recipe) over the same layers, once for each size.
+    per-sample memory      What a sample wrote is no constant: reads after such a write keep their
+                           sum of two products; offsets from before it go through W_x all the same.
+    per-batch memory       In evaluation, that is a constant: the running average.
 
 In: an operated model in evaluation mode. Out: another, of one graph.
 """
@@ -44,7 +44,7 @@ from aim_surgery.lower.fold_rules import rule_of
 from aim_surgery.lower.fold_watch import Watched, watch
 from aim_surgery.lower.forms import rewrite_as
 from aim_surgery.lower.split import resize_where_needed
-from aim_surgery.nn.aim_modules import AimModules, operated_in
+from aim_surgery.nn.aim_modules import AimModules, operated_in, plan_of, put_plan
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
@@ -64,8 +64,8 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
 
     The result computes what `gm` computes in evaluation mode. Layers of the base keep their names
     and the shapes that they had before the operation (a bias may be new); maps are buffers under
-    `aim.maps`. It is never trained again: its parameters ask for no gradients, and it stays in
-    evaluation mode whatever `train` says.
+    `aim.maps`. It is never trained again: its parameters ask for no gradients, and a `GraphModule`
+    stays in evaluation mode whatever `train` says.
 
     Args:
         gm: An operated model in evaluation mode, in any form; left unchanged.
@@ -105,6 +105,7 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
         if isinstance(twin, AimGraphModule):
             notes = (*notes, *_fold_graph(twin, example_inputs, batch_norm=batch_norm))
         _finish(twin, notes)
+        put_plan(twin, plan_of(inner))
     return cast(_Model, twin)
 
 
@@ -292,6 +293,7 @@ def _finish(twin: nn.Module, notes: tuple[str, ...]) -> None:
     assert isinstance(aim, AimModules)
     _drop_unused(twin, aim)
     aim.form = "folded"
+    twin.eval()
     twin.requires_grad_(False)
     vars(twin)["notes"] = notes
     if isinstance(twin, AimGraphModule):

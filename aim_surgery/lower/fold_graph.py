@@ -196,7 +196,8 @@ class FoldWriter:
     def rule(self, node: fx.Node) -> Rule | None:
         """The rule of a node."""
         if node not in self._rules:
-            self._rules[node] = self._rule_of(self, node)
+            refused = node in self.watched.changing  # what it changes holds the value itself
+            self._rules[node] = None if refused else self._rule_of(self, node)
         return self._rules[node]
 
     def is_new(self, t: fx.Node) -> bool:

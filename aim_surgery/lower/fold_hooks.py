@@ -26,8 +26,8 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
     for path, layer in root.named_modules():
         if isinstance(vars(layer).get("forward"), GateMemory):
             notes.append(
-                f"{path}: a recurrent layer inside a Python call reads the memory at each call, one "
-                f"small product for each gate"
+                f"{path}: a recurrent layer reads the memory at each call, one small product for "
+                f"each gate"
             )
         for hook in [*layer._forward_hooks.values()]:
             if not isinstance(hook, AddMemory):

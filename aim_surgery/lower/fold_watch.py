@@ -60,6 +60,7 @@ class Watched:
     constant: set[fx.Node] = field(default_factory=set)
     fixed: set[fx.Node] = field(default_factory=set)
     shared: set[fx.Node] = field(default_factory=set)  # changed in place, and looked at after
+    changing: set[fx.Node] = field(default_factory=set)  # what changes them
 
 
 def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
@@ -132,7 +133,8 @@ class _Watching(fx.Interpreter):
         now = self._order[node]
         holders = self._holders.get(storage, [])
         if any(self._order[user] > now for holder in holders for user in holder.users):
-            self._watched.shared.update(holders, (node,))
+            self._watched.shared.update(holders)
+            self._watched.changing.add(node)
 
     def _is_fixed(self, node: fx.Node, result: Any) -> bool:
         """Whether its sizes are the same whatever comes in, but for the first axis of tensors."""
@@ -157,7 +159,8 @@ class _Watching(fx.Interpreter):
             kept = argument_of(node, 2, "keepdim", default=False)
             numbers = isinstance(axes, tuple | list) and _all_numbers(axes)
             ndim = result.ndim if kept is True else 0
-            return numbers and {a % ndim for a in axes if ndim} == {*range(2, ndim)} and ndim > 2  # type: ignore[union-attr]
+            spatial = {*range(2, ndim)}
+            return numbers and ndim > 2 and {axis % ndim for axis in axes} == spatial
         if not sources or not fixed.issuperset(sources):
             return False
         if node.target is getattr and node.args[1] == "shape":
