@@ -14,7 +14,7 @@ from aim_surgery.errors import (
     PlanError,
     UnsupportedLayerError,
 )
-from aim_surgery.lower import lower
+from aim_surgery.lower import fold, lower
 from aim_surgery.notebook import (
     disable,
     freeze_base,
@@ -40,6 +40,7 @@ __all__ = [
     "apply",
     "build",
     "disable",
+    "fold",
     "freeze_base",
     "load",
     "lower",

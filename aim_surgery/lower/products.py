@@ -7,29 +7,37 @@ Options are those of the layer; modes of padding other than zeros become a call 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch.nn.functional as F  # noqa: N812
-from torch import fx, nn
+from torch import nn
 
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.output_padding import output_padding
 
 
+class Writer(Protocol):
+    """What writes calls: an `fx.Graph`, or something that has its methods."""
+
+    def call_function(self, the_function: Any, args: Any, kwargs: Any = None, /) -> Any:
+        """Write the call of a function."""
+        ...
+
+
 def write_product(
-    graph: fx.Graph,
+    graph: Writer,
     layer: nn.Module,
-    source: fx.Node,
-    weight: fx.Node,
-    bias: fx.Node | None,
+    source: Any,
+    weight: Any,
+    bias: Any,
     *,
     groups: int,
     output_size: Any = None,
-) -> fx.Node:
+) -> Any:
     """Write a layer's product at the graph's point of insertion.
 
     Args:
-        graph: The emitted graph; changed in place.
+        graph: The emitted graph, which is changed in place, or another that writes calls.
         layer: A convolution or linear layer.
         source: The node x; with or without batch.
         weight: The node W.

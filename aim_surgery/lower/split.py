@@ -70,7 +70,7 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
         sums[node] = total
         note_site(product, note._replace(source=source.name, beside=beside.name, sliced=own.name))
         erase_unused(joined, {source, view})
-        _resize_where_needed(view)
+        resize_where_needed(view)
         modified = True
     return modified
 
@@ -130,8 +130,12 @@ def _of_function(
         return node, graph.call_function(F.linear, (view, memory))
 
 
-def _resize_where_needed(view: fx.Node) -> None:
-    """Let planes that have a site's size be seen as they are."""
+def resize_where_needed(view: fx.Node) -> None:
+    """Let planes that have a site's size be seen as they are.
+
+    Args:
+        view: What a site sees of the memory; the graph changes in place.
+    """
     node = view
     while node.target in ("to", "reshape", torch.repeat_interleave):
         node = node.all_input_nodes[0]

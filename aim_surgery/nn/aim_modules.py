@@ -15,7 +15,7 @@ class AimModules(nn.Module):
 
     Attributes:
         plan: The plan of a model that keeps its own class; a `GraphModule` holds it itself.
-        form: How sites are written: "concat" or "split".
+        form: How sites are written: "concat", "split" or "folded".
     """
 
     plan: Any = None
@@ -44,7 +44,7 @@ def operated_in(gm: nn.Module) -> nn.Module:
         The operated model itself.
 
     Raises:
-        AimSurgeryError: There is none.
+        AimSurgeryError: There is none, or it is folded.
     """
     inner = gm
     while plan_of(inner) is None:
@@ -55,7 +55,18 @@ def operated_in(gm: nn.Module) -> nn.Module:
                 f"or load returned"
             )
         inner = wrapped
+    if is_folded(inner):
+        raise AimSurgeryError(
+            "this model is folded: its memory has become constants, for inference alone. Use the "
+            "model that was given to fold"
+        )
     return inner
+
+
+def is_folded(gm: Any) -> bool:
+    """Whether a module is what `fold` returned."""
+    added = gm._modules.get("aim") if isinstance(gm, nn.Module) else None
+    return isinstance(added, AimModules) and added.form == "folded"
 
 
 def put_plan(module: nn.Module, plan: Any) -> None:

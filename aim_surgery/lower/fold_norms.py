@@ -1,0 +1,124 @@
+"""conv -> batch norm becomes one convolution, memory or not.
+
+    s (W_x x + b + W_m m) + c  =  (s W_x) x + (s b + c) + (s W_m) m
+
+In evaluation scale s and shift c are constants, one a channel. Both weights are scaled, so a sum of
+two products stays one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from aim_surgery.nn.graph_state import NOTE
+from aim_surgery.surgery.notes import SiteNote
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
+          nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+def affine(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a batch norm in evaluation, (C,) each."""
+    with torch.no_grad():
+        scale = (layer.running_var + layer.eps).rsqrt()
+        scale = scale if layer.weight is None else layer.weight * scale
+        shift = -layer.running_mean * scale
+        return scale, shift if layer.bias is None else layer.bias + shift
+
+
+def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
+    """Merge each batch norm in evaluation into the convolution that it alone follows.
+
+    Args:
+        graph: A graph in which each read is a sum of two products; changed in place.
+        root: The module that it belongs to; weights and biases change, merged norms go.
+
+    Returns:
+        How many were merged.
+    """
+    calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
+    looked_at = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n.users}
+    owners = Counter(
+        id(p)
+        for _, module in root.named_modules(remove_duplicate=False)
+        for p in module._parameters.values()
+        if p is not None
+    )
+
+    def alone(node: fx.Node) -> nn.modules.conv._ConvNd | None:
+        """The convolution that a node calls, where nothing else has to do with its tensors."""
+        layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, _CONVS) or not _is_stock(layer) or calls[str(node.target)] > 1:
+            return None
+        for name in ("weight", "bias"):
+            tensor = layer._parameters.get(name)
+            if getattr(layer, name) is not tensor or f"{node.target}.{name}" in looked_at:
+                return None
+            if tensor is not None and owners[id(tensor)] > 1:
+                return None
+        return layer
+
+    merged = 0
+    for node in list(graph.nodes):
+        norm = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(norm, _NORMS) or not _is_stock(norm) or norm.training:
+            continue
+        if norm.running_mean is None or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        products = _products(source)
+        layers = [alone(product) for product in products]
+        if len(source.users) > 1 or None in layers:
+            continue
+        scale, shift = affine(norm)
+        for layer, product in zip(layers, products, strict=True):
+            assert layer is not None
+            _scale(layer, scale, shift if product is products[0] else None)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        if calls[str(node.target)] == 1:
+            root.delete_submodule(str(node.target))
+        merged += 1
+    return merged
+
+
+def _products(node: fx.Node) -> list[fx.Node]:
+    """The products that a node is the sum of, the layer's own first."""
+    if node.target not in (operator.add, operator.iadd) or len(node.args) != 2:
+        return [node]
+    site, beside = node.args
+    note = site.meta.get(NOTE) if isinstance(site, fx.Node) else None
+    reads = (
+        isinstance(note, SiteNote) and isinstance(beside, fx.Node) and note.beside == beside.name
+    )
+    if reads and len(site.users) == len(beside.users) == 1:  # type: ignore[union-attr]
+        return [site, beside]  # type: ignore[list-item]
+    return [node]
+
+
+def _scale(layer: Any, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
+    """Scale a convolution's output; add a shift, with its scaled bias."""
+    weight = layer._parameters["weight"].detach()
+    rest = (1,) * len(layer.kernel_size)
+    if layer.transposed:
+        each = scale.view(layer.groups, 1, -1, *rest)
+        wide = (weight.unflatten(0, (layer.groups, -1)) * each).flatten(0, 1)
+    else:
+        wide = weight * scale.view(-1, 1, *rest)
+    layer._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
+    if shift is not None:
+        bias = layer._parameters.get("bias")
+        shift = shift if bias is None else bias.detach() * scale + shift
+        layer._parameters["bias"] = nn.Parameter(shift.to(weight), requires_grad=False)
+
+
+def _is_stock(layer: nn.Module) -> bool:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks
+    kind = next(kind for kind in (*_CONVS, *_NORMS) if isinstance(layer, kind))
+    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not hooks

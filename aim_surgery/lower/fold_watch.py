@@ -1,0 +1,223 @@
+"""One run of the graph to be folded, to see the sizes, layouts and storages of what it computes.
+
+Besides, it tells which nodes are constant (made of the model's tensors alone), which have the same
+sizes whatever comes in (all behind a global pooling), and which tensors somebody changes in place
+while others still look at them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.write_block import WriteBlock
+from aim_surgery.sites.graph import argument_of, called_name
+
+_POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_POOL_TYPES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
+# an output of the input's sizes, or of some that follow from those without the batch
+_KEEPING = frozenset(
+    ("add", "sub", "mul", "div", "truediv", "iadd", "imul", "relu", "relu6", "hardswish", "silu",
+     "gelu", "sigmoid", "hardsigmoid", "tanh", "dropout", "conv1d", "conv2d", "conv3d", "linear",
+     "batch_norm", "leaky_relu", "mish", "elu", "hardtanh")
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the run saw of a node.
+
+    Attributes:
+        shape: Of a tensor; None for anything else.
+        dtype: Of a tensor.
+        channels_last: Whether the tensor is in a channels-last format, and in no other.
+        peak: The largest absolute value of a tensor of floating numbers; else 0.
+        plain: Whether there is no tensor in it.
+        value: Of a constant, and of what is plain; else None.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    channels_last: bool
+    peak: float
+    plain: bool
+    value: Any
+
+
+@dataclass
+class Watched:
+    """What the run saw of a graph."""
+
+    seen: dict[fx.Node, Seen] = field(default_factory=dict)
+    constant: set[fx.Node] = field(default_factory=set)
+    fixed: set[fx.Node] = field(default_factory=set)
+    shared: set[fx.Node] = field(default_factory=set)  # changed in place, and looked at after
+    changing: set[fx.Node] = field(default_factory=set)  # what changes them
+
+
+def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
+    """Run a graph.
+
+    Args:
+        graph: The graph; left unchanged.
+        root: The module that it belongs to; buffers that the run changes are put back.
+        inputs: One value for each placeholder.
+
+    Returns:
+        What there was to see.
+    """
+    watched = Watched()
+    before = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            _Watching(root, graph, watched).run(*inputs)
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+    finally:
+        del before
+    return watched
+
+
+class _Watching(fx.Interpreter):
+    def __init__(self, root: nn.Module, graph: fx.Graph, watched: Watched) -> None:
+        super().__init__(root, graph=graph)
+        self.extra_traceback = False
+        self._watched = watched
+        self._apart: set[fx.Node] = set()
+        self._holders: dict[int, list[fx.Node]] = {}
+        self._order = {node: index for index, node in enumerate(graph.nodes)}
+
+    def run_node(self, n: fx.Node) -> Any:
+        changed = _changed(n, self.submodules)
+        storages = {*_storages(self.env[changed])} if changed is not None else set()
+        result = super().run_node(n)
+        watched = self._watched
+        if n.op == "get_attr" or (
+            n.op.startswith("call_")
+            and n.all_input_nodes
+            and changed is None
+            and watched.constant.issuperset(n.all_input_nodes)
+        ):
+            watched.constant.add(n)
+        if self._is_fixed(n, result):
+            watched.fixed.add(n)
+        tensor = isinstance(result, Tensor)
+        floating = tensor and result.is_floating_point()
+        plain = not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        watched.seen[n] = Seen(
+            tuple(result.shape) if tensor else None,
+            result.dtype if tensor else None,
+            tensor and _channels_last(result),
+            float(result.abs().max()) if floating and result.numel() else 0.0,
+            plain,
+            result if plain or n in watched.constant else None,
+        )
+        for storage in storages:
+            self._note_change(n, storage)
+        for storage in _storages(result):
+            holders = self._holders.get(storage, [])
+            alive = any(h in self.env and storage in _storages(self.env[h]) for h in holders)
+            self._holders[storage] = [*holders, n] if alive else [n]
+        return result
+
+    def _note_change(self, node: fx.Node, storage: int) -> None:
+        now = self._order[node]
+        holders = self._holders.get(storage, [])
+        if any(self._order[user] > now for holder in holders for user in holder.users):
+            self._watched.shared.update(holders)
+            self._watched.changing.add(node)
+
+    def _is_fixed(self, node: fx.Node, result: Any) -> bool:
+        """Whether its sizes are the same whatever comes in, but for the first axis of tensors."""
+        fixed, seen = self._watched.fixed, self._watched.seen
+        sources = [n for n in node.all_input_nodes if n not in self._watched.constant]
+        layer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        alone = isinstance(layer, Memory) and not node.args
+        if isinstance(layer, WriteBlock) and layer.per == "batch":
+            sources = [node.args[2]]  # in evaluation, it looks at no features
+        if alone or (sources and all(n in self._apart or seen[n].plain for n in sources)):
+            self._apart.add(node)  # made of the memory and of sizes
+            return fixed.issuperset(sources)
+        if layer is not None:
+            if isinstance(layer, _POOL_TYPES):
+                return _all_numbers(layer.output_size)
+            return _is_stock(layer) and bool(sources) and fixed.issuperset(sources)
+        if node.target in _POOLS and _all_numbers(argument_of(node, 1, "output_size")):
+            return True
+        if called_name(node) == "mean" and isinstance(result, Tensor):
+            axes = argument_of(node, 1, "dim")
+            axes = (axes,) if isinstance(axes, int) else axes
+            kept = argument_of(node, 2, "keepdim", default=False)
+            numbers = isinstance(axes, tuple | list) and _all_numbers(axes)
+            ndim = result.ndim if kept is True else 0
+            spatial = {*range(2, ndim)}
+            return numbers and ndim > 2 and {axis % ndim for axis in axes} == spatial
+        if not sources or not fixed.issuperset(sources):
+            return False
+        if node.target is getattr and node.args[1] == "shape":
+            return True
+        if node.target is operator.getitem and isinstance(self.env[sources[0]], torch.Size):
+            return _without_first(node.args[1], len(self.env[sources[0]]))
+        return isinstance(result, Tensor) and called_name(node) in _KEEPING
+
+
+def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The argument that a node changes in place, where it does."""
+    if not node.op.startswith("call_") or not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.op == "call_module":
+        changes = getattr(modules[str(node.target)], "inplace", False) is True
+    else:
+        name = called_name(node)
+        changes = name.endswith("_") and not name.endswith("__")
+        changes |= node.target is operator.setitem or node.target in _IN_PLACE
+        changes |= argument_of(node, _WITH_FLAG.get(node.target, 99), "inplace") is True
+    return node.args[0] if changes else None
+
+
+_IN_PLACE = frozenset(
+    getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
+                 "xor", "lshift", "rshift")
+)  # fmt: skip
+_WITH_FLAG: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.hardswish: 1, F.silu: 1, F.hardsigmoid: 1, F.mish: 1,
+              F.leaky_relu: 2, F.elu: 2, F.hardtanh: 3, F.dropout: 3}  # fmt: skip
+
+
+def _storages(value: Any) -> Iterator[int]:
+    for leaf in (value,) if isinstance(value, Tensor) else tree_leaves(value):
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided and leaf.numel():
+            yield leaf.untyped_storage().data_ptr()
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    if layout is None or tensor.is_contiguous():
+        return False
+    return tensor.is_contiguous(memory_format=layout)
+
+
+def _all_numbers(sizes: Any) -> bool:
+    sizes = (sizes,) if not isinstance(sizes, tuple | list) else sizes
+    return all(isinstance(size, int) for size in sizes)
+
+
+def _is_stock(layer: nn.Module) -> bool:
+    return type(layer).__module__.startswith("torch.nn.modules.") and not layer._forward_hooks
+
+
+def _without_first(index: Any, ndim: int) -> bool:
+    """Whether an index into a shape leaves out its first entry."""
+    if isinstance(index, int):
+        return index % ndim != 0
+    whole = isinstance(index, slice) and isinstance(index.start, int) and index.step is None
+    return whole and index.start % ndim != 0 and -ndim < index.start
