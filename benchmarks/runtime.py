@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.optimization import fuse
 
 import aim_surgery
 from aim_surgery import AimConfig
@@ -26,6 +27,8 @@ from benchmarks.measure import Report, Row
 from benchmarks.steps import MLP, Case, inference, training_step
 
 BASE = "base"
+FUSED = "base, norms folded"
+WITH_NORMS = "folded with norms"
 READS = AimConfig(write="none")
 WRITES = AimConfig()
 FLOATS = 50_176
@@ -46,7 +49,7 @@ TRAINING = (
     Case(MLP, 32, (784,), steps=100),
 )
 INFERENCE = tuple(
-    replace(case, steps=3 * case.steps)
+    replace(case, steps=case.steps if case.batch == 32 else 3 * case.steps)
     for case in (*TRAINING[:3], *TRAINING[4:8], *TRAINING[9:], Case("vgg16_bn", 1))
 )
 QUICK = (Case("resnet50", 2), Case(MLP, 32, (784,), steps=20))
@@ -55,6 +58,11 @@ LIMITS = {
     ("training", "resnet50", 32, "split, no writes"): 1.05,
     ("training", "resnet50", 32, "split, full reads"): 1.12,
     ("training", "resnet50", 32, "split, default"): 1.20,
+    ("inference", "resnet50", 1, "folded, no writes"): 1.00,
+    ("inference", "resnet50", 32, "folded, no writes"): 1.00,
+    ("inference", "resnet50", 1, "folded with norms, no writes"): 1.08,
+    ("inference", "resnet50", 32, "folded with norms, no writes"): 1.08,
+    ("inference", "resnet50", 32, "folded with norms, full reads"): 1.10,
 }
 
 METHOD = (
@@ -64,6 +72,9 @@ METHOD = (
     "A training step: zero_grad, forward in training mode, cross entropy, backward, SGD with "
     "momentum. Inference: forwards in evaluation mode under `inference_mode`. float32, random "
     "weights and noise, eager.",
+    "Folded: `fold(gm)` against the base as it is; folded with norms: `fold(gm, batch_norm=True)` "
+    "against the base after `torch.fx.experimental.optimization.fuse`, which merges norms into "
+    "convolutions, too.",
     "default: `transform(model)`; no writes: `write='none'` at the same budget (the reads get more "
     f"planes then); full reads: `budget=None, memory={FLOATS:_}, write='none'`. by hand: the same "
     "reads as full reads, written as a module around each convolution. LoRA: peft, "
@@ -135,27 +146,37 @@ def case_rows(mode: str, case: Case, pairs: int, threads: int) -> list[Row]:
     for name in sides:
         if name == BASE:
             continue
+        other = FUSED if name.startswith(WITH_NORMS) else BASE
         limit = LIMITS.get((mode, case.name, case.batch, name))
-        title = f"{mode}, {case.name}, batch {case.batch}: {name} ÷ base"
-        row = measure.ratio_row(title, rounds.pairs(name, BASE), limit, (name, BASE))
-        fastest = min(rounds.seconds[name]) / min(rounds.seconds[BASE])
+        title = f"{mode}, {case.name}, batch {case.batch}: {name} ÷ {other}"
+        row = measure.ratio_row(title, rounds.pairs(name, other), limit, (name, other))
+        fastest = min(rounds.seconds[name]) / min(rounds.seconds[other])
         rows.append(replace(row, note=f"{row.note}; fastest ÷ fastest {fastest:.3f}"))
     return rows
 
 
-def _variants(base: nn.Module, case: Case, mode: str) -> Iterable[tuple[str, nn.Module]]:
-    for words, config in (("no writes", READS), ("default", WRITES)):
+def _variants(base: nn.Module, case: Case, mode: str) -> Iterator[tuple[str, nn.Module]]:
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in base.modules())
+    if mode == "inference" and norms:
+        yield FUSED, fuse(base)
+    configs = {"no writes": READS, "default": WRITES}
+    if case.name == "resnet50":
+        configs["full reads"] = FULL
+    for words, config in configs.items():
         gm = aim_surgery.transform(base, config=config)
         yield f"concat, {words}", gm
-        yield f"split, {words}", aim_surgery.lower(copy.deepcopy(gm), "split")
+        if mode == "training":
+            yield f"split, {words}", aim_surgery.lower(copy.deepcopy(gm), "split")
+            continue
+        gm.eval()
+        yield f"split, {words}", aim_surgery.lower(gm, "split")
+        yield f"folded, {words}", aim_surgery.fold(gm)
+        if norms:
+            yield f"{WITH_NORMS}, {words}", aim_surgery.fold(gm, batch_norm=True)
     if case.name == "resnet50":
-        gm = aim_surgery.transform(base, config=FULL)
-        yield "concat, full reads", gm
-        yield "split, full reads", aim_surgery.lower(copy.deepcopy(gm), "split")
         yield "by hand, full reads", with_memory_by_hand(base, FLOATS, case.size)
     if case.name in ("resnet50", "vit_b_16"):
-        adapted = _lora(base)
-        yield "LoRA", adapted
+        yield "LoRA", _lora(base)
         if mode == "inference":
             yield "LoRA, merged", _lora(base).merge_and_unload()
 
