@@ -137,7 +137,8 @@ class FoldWriter:
 
     def as_part(self, argument: Any) -> Any:
         """An argument with its nodes as parts; they are all known, or parts."""
-        return map_arg(argument, self._part)
+        part: Any = self._part
+        return map_arg(argument, part)
 
     def spread(self, offset: Part, node: fx.Node) -> Part:
         """An offset of a node, repeated along all axes but that of the samples."""

@@ -66,7 +66,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
 
     merged = 0
     for node in list(graph.nodes):
-        norm = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        norm: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not isinstance(norm, _NORMS) or not _is_stock(norm) or norm.training:
             continue
         if norm.running_mean is None or not isinstance(node.args[0], fx.Node):
@@ -77,13 +77,12 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
         if len(source.users) > 1 or None in layers:
             continue
         scale, shift = affine(norm)
-        for layer, product in zip(layers, products, strict=True):
-            assert layer is not None
-            _scale(layer, scale, shift if product is products[0] else None)
+        for layer, added in zip(layers, (shift, None), strict=False):
+            _scale(layer, scale, added)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
         if calls[str(node.target)] == 1:
-            root.delete_submodule(str(node.target))
+            root.delete_submodule(str(node.target))  # pyright: ignore[reportCallIssue]
         merged += 1
     return merged
 
@@ -102,7 +101,7 @@ def _products(node: fx.Node) -> list[fx.Node]:
     return [node]
 
 
-def _scale(layer: Any, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
+def _scale(layer: Any, scale: torch.Tensor, shift: Any) -> None:
     """Scale a convolution's output; add a shift, with its scaled bias."""
     weight = layer._parameters["weight"].detach()
     rest = (1,) * len(layer.kernel_size)
@@ -111,7 +110,7 @@ def _scale(layer: Any, scale: torch.Tensor, shift: torch.Tensor | None) -> None:
         wide = (weight.unflatten(0, (layer.groups, -1)) * each).flatten(0, 1)
     else:
         wide = weight * scale.view(-1, 1, *rest)
-    layer._parameters["weight"] = nn.Parameter(wide, requires_grad=False)
+    layer._parameters["weight"] = nn.Parameter(wide.to(weight), requires_grad=False)
     if shift is not None:
         bias = layer._parameters.get("bias")
         shift = shift if bias is None else bias.detach() * scale + shift

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
+from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of, called_name
 
 _POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
@@ -29,6 +30,9 @@ _KEEPING = frozenset(
      "gelu", "sigmoid", "hardsigmoid", "tanh", "dropout", "conv1d", "conv2d", "conv3d", "linear",
      "batch_norm", "leaky_relu", "mish", "elu", "hardtanh")
 )  # fmt: skip
+_KEEPING_MODULES = frozenset(
+    ("conv", "linear", "batchnorm", "activation", "pooling", "dropout", "normalization")
+)
 
 
 @dataclass(frozen=True)
@@ -143,24 +147,15 @@ class _Watching(fx.Interpreter):
         layer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
         alone = isinstance(layer, Memory) and not node.args
         if isinstance(layer, WriteBlock) and layer.per == "batch":
-            sources = [node.args[2]]  # in evaluation, it looks at no features
+            sources = [cast(fx.Node, node.args[2])]  # in evaluation, it looks at no features
         if alone or (sources and all(n in self._apart or seen[n].plain for n in sources)):
             self._apart.add(node)  # made of the memory and of sizes
             return fixed.issuperset(sources)
+        if _pools_to_numbers(node, layer, result):
+            # a convolution fixes the channels; without one, this may be the length of a sequence
+            return any(self._convolves(user) for user in node.users)
         if layer is not None:
-            if isinstance(layer, _POOL_TYPES):
-                return _all_numbers(layer.output_size)
             return _is_stock(layer) and bool(sources) and fixed.issuperset(sources)
-        if node.target in _POOLS and _all_numbers(argument_of(node, 1, "output_size")):
-            return True
-        if called_name(node) == "mean" and isinstance(result, Tensor):
-            axes = argument_of(node, 1, "dim")
-            axes = (axes,) if isinstance(axes, int) else axes
-            kept = argument_of(node, 2, "keepdim", default=False)
-            numbers = isinstance(axes, tuple | list) and _all_numbers(axes)
-            ndim = result.ndim if kept is True else 0
-            spatial = {*range(2, ndim)}
-            return numbers and ndim > 2 and {axis % ndim for axis in axes} == spatial
         if not sources or not fixed.issuperset(sources):
             return False
         if node.target is getattr and node.args[1] == "shape":
@@ -168,6 +163,26 @@ class _Watching(fx.Interpreter):
         if node.target is operator.getitem and isinstance(self.env[sources[0]], torch.Size):
             return _without_first(node.args[1], len(self.env[sources[0]]))
         return isinstance(result, Tensor) and called_name(node) in _KEEPING
+
+    def _convolves(self, node: fx.Node) -> bool:
+        layer = self.submodules.get(str(node.target)) if node.op == "call_module" else None
+        return isinstance(layer, nn.modules.conv._ConvNd) or node.target in CONV_FUNCTIONS
+
+
+def _pools_to_numbers(node: fx.Node, layer: nn.Module | None, result: Any) -> bool:
+    """Whether all positions are averaged to a number of them that is given."""
+    if isinstance(layer, _POOL_TYPES):
+        return _all_numbers(layer.output_size)
+    if node.target in _POOLS:
+        return _all_numbers(argument_of(node, 1, "output_size"))
+    if called_name(node) != "mean" or not isinstance(result, Tensor):
+        return False
+    axes: Any = argument_of(node, 1, "dim")
+    axes = (axes,) if isinstance(axes, int) else axes
+    kept = argument_of(node, 2, "keepdim", default=False) is True
+    if not kept or not isinstance(axes, tuple | list) or not _all_numbers(axes):
+        return False
+    return result.ndim > 2 and {axis % result.ndim for axis in axes} == {*range(2, result.ndim)}
 
 
 def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
@@ -189,8 +204,11 @@ _IN_PLACE = frozenset(
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or",
                  "xor", "lshift", "rshift")
 )  # fmt: skip
-_WITH_FLAG: dict[Any, int] = {F.relu: 1, F.relu6: 1, F.hardswish: 1, F.silu: 1, F.hardsigmoid: 1, F.mish: 1,
-              F.leaky_relu: 2, F.elu: 2, F.hardtanh: 3, F.dropout: 3}  # fmt: skip
+_WITH_FLAG: dict[Any, int] = {
+    **dict.fromkeys((F.relu, F.relu6, F.hardswish, F.silu, F.hardsigmoid, F.mish), 1),
+    **dict.fromkeys((F.leaky_relu, F.elu), 2),
+    **dict.fromkeys((F.hardtanh, F.dropout), 3),
+}
 
 
 def _storages(value: Any) -> Iterator[int]:
@@ -212,7 +230,8 @@ def _all_numbers(sizes: Any) -> bool:
 
 
 def _is_stock(layer: nn.Module) -> bool:
-    return type(layer).__module__.startswith("torch.nn.modules.") and not layer._forward_hooks
+    module = type(layer).__module__.removeprefix("torch.nn.modules.")
+    return module in _KEEPING_MODULES and not layer._forward_hooks
 
 
 def _without_first(index: Any, ndim: int) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.graph_state import graph_from_state, graph_state
@@ -71,13 +71,17 @@ class Maps(nn.Module):
     def forward(self, *inputs: Any) -> tuple[Tensor, ...]:
         """Give the maps for inputs of the model; without inputs, those that fit all."""
         if self.recipe is None or self._sizes(inputs) == self.planned:
-            return tuple(self._buffers.values())  # type: ignore[return-value]
+            return self._stored()
         if torch.compiler.is_exporting():
             raise AimSurgeryError(
                 f"the maps of this folded model belong to inputs of sizes {self.planned}, and an "
                 f"export can't compute others: fold with example_inputs of the size to export"
             )
-        return self._elsewhere(inputs)
+        elsewhere: Any = self._elsewhere
+        return elsewhere(inputs)
+
+    def _stored(self) -> tuple[Tensor, ...]:
+        return tuple(self._buffers.values())  # type: ignore[arg-type]
 
     def _sizes(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """All that maps may depend on: sizes, but for the samples', and literals."""
@@ -106,11 +110,11 @@ class Maps(nn.Module):
         return found
 
     def _computed(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
-        maps: list[Any] = [*self._buffers.values()]
+        maps = [*self._stored()]
         device = maps[0].device.type
         off = torch.autocast(device, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), off:  # they outlive this call
-            copies = torch.utils._pytree.tree_map_only(Tensor, torch.clone, tuple(inputs))
+            copies = tree_map_only(Tensor, torch.clone, tuple(inputs))
             assert self.recipe is not None
             found = fx.Interpreter(self._shell[0], graph=self.recipe).run(*copies)
             for index, value in zip(self.sized, found, strict=True):
