@@ -42,8 +42,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.aten import recorded_operators
-from aim_surgery.capture.caches import nothing_remembered, packages_of
+from aim_surgery.capture.caches import nothing_remembered
 from aim_surgery.capture.decompose import packed_calls_open
+from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
 from aim_surgery.errors import CaptureError
@@ -252,7 +253,7 @@ def _numpy_state() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
-    """Let `isinstance` and `len` see a proxy's value, in the packages of the model's classes."""
+    """Let `isinstance` and `len` see a proxy's value, in the packages whose code the model runs."""
 
     def by_value(instance: Any, classes: Any) -> bool:
         if type(instance) is ValueProxy:
