@@ -21,8 +21,9 @@ from typing import Any
 from torch import nn
 
 _ENTRIES = ("forward", "__call__", "__init__")
-# torch is patched by name; numpy has no Python that would run on proxies
-_LEFT_OUT = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names})
+# torch is patched by name; numpy has no Python that would run on proxies; we are no part of models
+_OURS = __name__.partition(".")[0]
+_LEFT_OUT = frozenset({"torch", "numpy", "builtins", _OURS, *sys.stdlib_module_names})
 
 
 def packages_of(model: nn.Module) -> list[types.ModuleType]:

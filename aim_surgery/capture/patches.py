@@ -28,6 +28,7 @@ import contextlib
 import functools
 import logging
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch._functorch import utils as functorch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
@@ -134,6 +136,7 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
     """Autocast regions and hand-written backward passes: a graph of calls can't hold either."""
     enter = torch.autocast.__enter__
     apply: Any = vars(torch.autograd.Function)["apply"]  # the classmethod itself, to be put back
+    unwrap = functorch.unwrap_dead_wrappers
 
     def enter_region(region: torch.autocast) -> Any:
         if tracer.evaluating or tracer.elsewhere:
@@ -147,13 +150,23 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
             return args[0](*args[2:])  # (function, preserve_rng_state, *its arguments)
         raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
 
+    def check_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`f = Swish.apply`, taken before the trace, is torch's own, which asks this."""
+        recorded = any(type(leaf) is ValueProxy for leaf in args) and not tracer.evaluating
+        if recorded and not tracer.elsewhere:
+            cls = sys._getframe(1).f_locals["cls"]
+            raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
+        return unwrap(args)
+
     torch.autocast.__enter__ = enter_region  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(apply_function)  # type: ignore[assignment]
+    functorch.unwrap_dead_wrappers = check_arguments
     try:
         yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
+        functorch.unwrap_dead_wrappers = unwrap
 
 
 @contextlib.contextmanager
