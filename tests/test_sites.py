@@ -156,7 +156,7 @@ class Unusual(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x, _ = self.lstm(x)
         x, _ = self.attention(x, x, x)
-        x = torch.einsum("btc,cd->dbt", x, self.mixing).permute(1, 2, 0)
+        x = torch.einsum("bct,cd->dbt", x.mT, self.mixing).permute(1, 2, 0)
         kernel = self.fc(x.mean((0, 1))).view(1, 1, 4)
         return F.conv1d(x.reshape(-1, 1, 4), kernel)
 
