@@ -30,7 +30,8 @@ class Features:
 
     def __init__(self, capture: Capture, graph: fx.Graph) -> None:
         self.graph = graph
-        calls = find_calls(capture, graph)
+        # what rows of a table give is no features
+        calls = [call for call in find_calls(capture, graph) if call.table is None]
         self.samples = samples_of(capture, graph, calls)
         tables = embeddings(capture, graph)
         starts = {node: node.meta["val"].ndim - 1 for node in tables}

@@ -18,7 +18,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.memory import Memory
-from aim_surgery.nn.recurrent import input_weights, is_recurrent
+from aim_surgery.nn.recurrent import is_recurrent, linear_calls
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan, Read, Write
@@ -231,7 +231,7 @@ def called_layer(root: nn.Module, read: Read) -> nn.Module:
     """
     path, _, name = read.site.layer.rpartition(".")
     owner = root.get_submodule(path)
-    if is_recurrent(owner) and name in input_weights(owner):
+    if is_recurrent(owner) and name in linear_calls(owner):
         return owner
     return root.get_submodule(read.site.layer)
 
