@@ -49,10 +49,11 @@ class Einsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
-        self.mix = nn.Parameter(torch.randn(6, 4))
+        self.mix = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bi,io->ob", self.linear(x), self.mix).T
+        x = self.linear(x)
+        return torch.einsum("bi,io,bo->b", x, self.mix, x)
 
 
 class Tied(nn.Module):
@@ -626,3 +627,29 @@ def test_a_read_that_is_not_added_is_still_named() -> None:
     gm.recompile()
     unreached = dict(verify(model, gm, (x,)).gradients.unreached)
     assert "aim.reads.table.weight" in unreached
+
+
+class Sparse(nn.Module):
+    """A graph's adjacency: a buffer and outputs that are no strided tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.linear(torch.sparse.mm(self.get_buffer("adjacency"), x))
+        return scores, scores.detach().relu().to_sparse()
+
+
+def test_sparse_tensors_are_compared() -> None:
+    model, x = Sparse(), torch.randn(4, 6)
+    gm = transform(model, x, config=FULL)
+    assert verify(model, gm, x).ok
+    with torch.no_grad():
+        gm.get_parameter("linear.bias").add_(1)
+    assert {"output[0]", "output[1]"} <= {
+        offender.partition(" ")[0]
+        for item in verify(model, gm, x).equivalence.offenders
+        for offender in item.offenders
+    }

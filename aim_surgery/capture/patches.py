@@ -54,10 +54,16 @@ from aim_surgery.errors import CaptureError
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
-# Functions of torch's that take sizes, places or lengths. Methods don't ask.
+# Functions of torch's that take sizes, places, lengths or groups. Methods don't ask.
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
     *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+)
+
+_SIZED_F = (
+    *("pad", "one_hot", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
 )
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
@@ -249,7 +255,7 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     originals |= {"finfo": torch.finfo, "iinfo": torch.iinfo}  # these ask a dtype, maybe a proxy's
     patched = [(torch, name, value, record) for name, value in originals.items()]
     patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
-    patched.append((F, "pad", F.pad, record_sized))
+    patched += [(F, name, getattr(F, name), record_sized) for name in _SIZED_F]
     for home, name, value, how in patched:
         setattr(home, name, wrapper(value, how))
     try:
