@@ -46,7 +46,7 @@ def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: b
         The tree whose names the emitted graphs use.
     """
     root = build_tree(capture, widened_weights(capture.model, plan), copy_tensors=copy_tensors)
-    for name, read in _widened(plan).items():
+    for name, read in widened_reads(plan).items():
         if not read.site.inside:  # there, callers may ask how wide the layer's input is
             widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
     add_aim(root, capture.model, plan, calls)
@@ -64,14 +64,15 @@ def widened_weights(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
         New parameters, by the identity of those that they stand for.
     """
     replaced: dict[int, torch.Tensor] = {}
-    for name, read in _widened(plan).items():
+    for name, read in widened_reads(plan).items():
         weight, site = model.get_parameter(name), read.site
         wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
         replaced[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
     return replaced
 
 
-def _widened(plan: Plan) -> dict[str, Read]:
+def widened_reads(plan: Plan) -> dict[str, Read]:
+    """The reads of layers that are widened, by the qualified name of the weight."""
     return {read.site.weights[0]: read for read in plan.reads if read.site.widens}
 
 
