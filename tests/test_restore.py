@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from aim_surgery import (
     memory_parameters,
     restore,
 )
-from aim_surgery.surgery.state_dict import restore_state_dict, widen_state_dict
+from aim_surgery.checkpoint.back import fold_checkpoint, restore_checkpoint
+from aim_surgery.surgery.state_dict import memory_in_use, restore_state_dict, widen_state_dict
 from tests.cases import CASES, Case, SmallNet, Tied, largest_difference
 
 CASE_IDS = pytest.mark.parametrize("case", CASES, ids=str)
@@ -260,3 +262,35 @@ def test_a_state_dict_of_another_shape_is_refused() -> None:
         restore_state_dict(model.state_dict(), gm.plan)
     with pytest.raises(CheckpointError, match="expected the weight of the original model"):
         widen_state_dict(gm.state_dict(), gm.plan)
+
+
+def test_what_is_in_use_can_be_told_without_a_model() -> None:
+    _, gm = small(write="none")
+    state = gm.state_dict()
+    assert memory_in_use(state, gm.plan) == ()
+    state["head.weight"][0, -1] = float("nan")
+    assert memory_in_use(state, gm.plan) == ("head",)
+    state["aim.memory.bias"].copy_(-state["aim.memory.weight"].squeeze(1))
+    assert memory_in_use(state, gm.plan) == ()  # W_m · 0, and nothing is written
+    _, gm = small(init="fresh")
+    state = gm.state_dict()
+    state["aim.memory.bias"].copy_(-state["aim.memory.weight"].squeeze(1))
+    written = tuple(r.site.layer for r in gm.plan.reads if r.version > 0)
+    assert memory_in_use(state, gm.plan) == written != ()
+    with pytest.raises(CheckpointError, match=r"head.weight.*got NoneType"):
+        memory_in_use({k: v for k, v in state.items() if k != "head.weight"}, gm.plan)
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_files_are_restored_and_folded(tmp_path: Path, emit: Any) -> None:
+    torch.manual_seed(0)
+    model = SmallNet().double().eval()
+    gm = aim_surgery.transform(model, IMAGE, config=config(init="fresh"), emit=emit)
+    aim_surgery.save(gm, tmp_path / "aim.safetensors")
+    base = restore_checkpoint(tmp_path / "aim.safetensors", model)
+    assert_equal([base(IMAGE)], [model(IMAGE)])
+    assert base.restored.difference > 1e-6
+    folded = fold_checkpoint(tmp_path / "aim.safetensors", model)
+    assert largest_difference(folded(IMAGE), gm(IMAGE)) < 1e-12
+    with pytest.raises(CheckpointError, match="no such file"):
+        fold_checkpoint(tmp_path / "none.safetensors", model)

@@ -189,7 +189,21 @@ class _Search:
             )
         return list(parameters.shapes)
 
+    def _check_order(self) -> None:
+        """Each group by itself must fit into the model's order."""
+        for index, keys in enumerate(self._keys):
+            rest = iter(self._names)
+            for key in keys:
+                allowed = self._allowed[key]
+                if not any(allowed is None or self._shapes[name] in allowed for name in rest):
+                    raise CheckpointError(
+                        f"the optimizer's state does not fit the model's parameters in their "
+                        f"order, from number {key} in group {index} on; {_REMEDY}"
+                    )
+
     def roles(self, *, all_keys: bool) -> dict[Any, Role]:
+        """The role of each key; of those with an entry at least."""
+        self._check_order()
         by_shape: dict[Shape, set[Role]] = {}
         for name in self._names:
             by_shape.setdefault(self._shapes[name], set()).add(self._role(name))

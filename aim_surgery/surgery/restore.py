@@ -12,7 +12,7 @@ Elsewhere outputs change, and `Restored` says by how much.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,11 +27,12 @@ from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import detach_reads
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input
-from aim_surgery.surgery.modules import AIM, beside_path, memory_path, widened_reads
+from aim_surgery.surgery.modules import AIM, memory_path, widened_reads
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.surgery.outputs import Unmeasured, difference_of
 from aim_surgery.surgery.pieces import Pieces, pieces_of
 from aim_surgery.surgery.separate import check_weight
+from aim_surgery.surgery.state_dict import memory_in_use
 from aim_surgery.surgery.tidy import erase_unused
 from aim_surgery.surgery.widen import split_weight, widen_layer
 
@@ -227,7 +228,11 @@ def _is_new(node: fx.Node) -> bool:
 def _lost(
     gm: nn.Module, base: nn.Module, plan: Plan, example_inputs: Inputs | None, *, measure: bool
 ) -> Restored:
-    in_use = tuple(dict.fromkeys(read.site.layer for read in _read_in_use(gm, plan)))
+    disabled = {m.name for m in plan.memories if not gm.get_submodule(memory_path(m.name)).enabled}
+    of = {read.site.layer: read.memory for read in plan.reads}
+    in_use = tuple(
+        layer for layer in memory_in_use(gm.state_dict(), plan) if of[layer] not in disabled
+    )
     if not in_use:
         return Restored((), 0.0, "nothing to measure")
     if not measure:
@@ -236,26 +241,3 @@ def _lost(
         return Restored(in_use, *difference_of(gm, base, plan, example_inputs))
     except Unmeasured as err:
         return Restored(in_use, None, f"not measured: {err}")
-
-
-@torch.no_grad()
-def _read_in_use(gm: nn.Module, plan: Plan) -> Iterable[Read]:
-    """The reads whose conv(m, W_m) may be other than zero."""
-    empty = {memory.name: _is_zero(gm, memory.name) for memory in plan.memories}
-    disabled = {m.name: not gm.get_submodule(memory_path(m.name)).enabled for m in plan.memories}
-    for read in plan.reads:
-        if disabled[read.memory] or (empty[read.memory] and read.version == 0):
-            continue
-        site = read.site
-        if site.widens:
-            wide = gm.get_parameter(site.weights[0])
-            _, memory = split_weight(wide, read.planes, kind=site.kind, groups=site.groups)
-        else:
-            memory = gm.get_submodule(beside_path(read)).get_parameter("weight")
-        if memory.is_meta or bool(memory.any()):  # any: NaN counts
-            yield read
-
-
-def _is_zero(gm: nn.Module, name: str) -> bool:
-    memory = gm.get_submodule(memory_path(name))()
-    return not memory.is_meta and not bool(memory.any())

@@ -6,6 +6,7 @@
     restore_state_dict(widen_state_dict(state)) = state
 
 Both are `widen_weight` and `split_weight` by name. A part of a state dict (one shard) will do.
+`memory_in_use` tells what is lost on the way back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from aim_surgery.errors import CheckpointError
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.modules import AIM, widened_reads
+from aim_surgery.surgery.modules import AIM, beside_path, memory_path, widened_reads
 from aim_surgery.surgery.widen import input_size, split_weight, widen_weight
 
 
@@ -98,6 +99,50 @@ def restore_state_dict(state_dict: Mapping[str, Any], plan: Plan) -> dict[str, A
             (path, version) for path, version in versions.items() if not is_new(path)
         )
     return restored
+
+
+def memory_in_use(state_dict: Mapping[str, Tensor], plan: Plan) -> tuple[str, ...]:
+    """Find the layers that have something from the memory: conv(m, W_m) is not zero for all m.
+
+    Args:
+        state_dict: Of the operated model, whole.
+        plan: Its plan.
+
+    Returns:
+        Their names, in the order of the plan; none where `restore_state_dict` gives what computes
+        the same. On the meta device, nobody can tell, and all layers are named.
+
+    Raises:
+        CheckpointError: A weight has another shape than the plan says, or there is none.
+    """
+    empty = {
+        memory.name for memory in plan.memories if _is_empty(memory_path(memory.name), state_dict)
+    }
+    found: dict[str, None] = {}
+    for read in plan.reads:
+        if read.site.layer in found or (read.memory in empty and read.version == 0):
+            continue
+        site = read.site
+        name = site.weights[0] if site.widens else f"{beside_path(read)}.weight"
+        weight = state_dict.get(name)
+        if site.widens or weight is None:
+            _check(name, weight, read, operated=True)
+        assert weight is not None
+        if site.widens:
+            _, weight = split_weight(weight, read.planes, kind=site.kind, groups=site.groups)
+        if weight.is_meta or bool(weight.any()):  # NaN counts
+            found[site.layer] = None
+    return tuple(found)
+
+
+def _is_empty(path: str, state_dict: Mapping[str, Tensor]) -> bool:
+    """Whether a memory is zeros before any write."""
+    weight, bias = (state_dict.get(f"{path}.{name}") for name in ("weight", "bias"))
+    state = state_dict.get(f"{path}.state")
+    if weight is None or bias is None or weight.is_meta:
+        return False
+    value = weight.sum(1) + bias
+    return not bool(value.any()) and (state is None or not bool(state.any()))
 
 
 def is_new(name: str) -> bool:
