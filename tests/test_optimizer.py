@@ -71,9 +71,9 @@ def hf_adafactor(parameters: Any, **options: Any) -> optim.Optimizer:
 def timm_optimizer(name: str, **options: Any) -> Make:
     def make(parameters: Any) -> optim.Optimizer:
         import_torchvision()
-        import timm.optim
+        from timm.optim._optim_factory import create_optimizer_v2
 
-        return timm.optim.create_optimizer_v2(list(parameters), opt=name, **options)
+        return create_optimizer_v2(list(parameters), opt=name, **options)
 
     return make
 
@@ -285,10 +285,11 @@ def test_new_parameters_go_where_the_caller_says() -> None:
     gm = operated(model, frozen=False)
     count = len(list(gm.aim.parameters()))
     sizes = [len(group["params"]) for group in state["param_groups"]]
-    for new_group, expected in (
+    choices: tuple[tuple[Any, list[int]], ...] = (
         (0, [sizes[0] + count, sizes[1]]), (-1, [sizes[0], sizes[1] + count]),
         ("own", [*sizes, count]), ({"lr": 0.5}, [*sizes, count]),
-    ):  # fmt: skip
+    )  # fmt: skip
+    for new_group, expected in choices:
         carried = carry_optimizer(state, model, gm, new_group=new_group)
         assert [len(group["params"]) for group in carried["param_groups"]] == expected
         flat = [key for group in carried["param_groups"] for key in group["params"]]
@@ -451,8 +452,8 @@ def test_back_from_a_trained_one(new_group: Any) -> None:
     model, state, _ = started(lambda g: optim.AdamW(g, lr=1e-2), decay_groups)
     gm = operated(model, frozen=False)
     carried = carry_optimizer(state, model, gm, new_group=new_group)
+    optimizer = optim.AdamW(decay_groups(gm), lr=1e-2)
     if new_group is None:
-        optimizer = optim.AdamW(decay_groups(gm), lr=1e-2)
         optimizer.load_state_dict(carried)
         train(gm, optimizer, BATCHES[STEPS:])
         carried = optimizer.state_dict()

@@ -66,7 +66,7 @@ def test_the_original_comes_back(case: Case, form: Any, emit: Any, init: Any) ->
     model, x = case.model(), case.input()
     gm = aim_surgery.transform(model, x, config=config(init=init), emit=emit, form=form)
     keys, code = list(gm.state_dict()), getattr(gm, "code", "")
-    base = restore(gm)
+    base: Any = restore(gm)
     fresh = case.model()
     for parameter in fresh.parameters():
         parameter.data.zero_()
@@ -119,7 +119,7 @@ def test_what_was_trained_in_the_base_stays_and_the_difference_is_told(form: Any
 def test_after_freeze_base_the_base_is_the_original_and_is_trained_again(emit: Any) -> None:
     torch.manual_seed(0)
     model = SmallNet().double()
-    model.stem.bias.requires_grad_(False)
+    model.get_parameter("stem.bias").requires_grad_(False)
     expected = [outputs(model, IMAGE), copy.deepcopy(model.state_dict())]
     gm = aim_surgery.transform(model, IMAGE, config=config(), emit=emit)
     freeze_base(freeze_base(gm), statistics=True)
@@ -189,7 +189,7 @@ def test_recurrent_layers_and_layers_in_python_calls_lose_their_hooks() -> None:
             gm = aim_surgery.transform(
                 model, x, config=config(init="fresh"), emit=emit, form=form  # type: ignore[arg-type]
             )  # fmt: skip
-            base = restore(gm)
+            base: Any = restore(gm)
             assert len(base.restored.in_use) == len({r.site.layer for r in _plan(gm).reads})
             assert_equal(outputs(base, x), outputs(model, x))
             for module in base.modules():

@@ -317,7 +317,7 @@ def _places(
 ) -> list[tuple[str, int]]:
     """The group of each new parameter."""
     if new_group == "own" or isinstance(new_group, Mapping):
-        options = {} if isinstance(new_group, str) else dict(new_group)
+        options = dict(new_group) if isinstance(new_group, Mapping) else {}
         if {"params", "param_names"} & set(options):
             raise CheckpointError("new_group: give options (lr=...), not parameters")
         named = {"param_names": []} if "param_names" in groups[-1] else {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -118,7 +118,7 @@ def restore(gm: _Model, example_inputs: Inputs | None = None, *, measure: bool =
                 widen_layer(twin.get_submodule(name.rpartition(".")[0]), -read.planes)
         _drop_memory(twin)
     vars(twin)["restored"] = _lost(inner, twin, plan, example_inputs, measure=measure)
-    return twin
+    return cast(_Model, twin)
 
 
 # The modules --------------------------------------------------------------------------------
