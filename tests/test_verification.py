@@ -653,3 +653,29 @@ def test_sparse_tensors_are_compared() -> None:
         for item in verify(model, gm, x).equivalence.offenders
         for offender in item.offenders
     }
+
+
+class ChangesItsState(nn.Module):
+    """In evaluation, backward stops half-way: a tensor that it needs was changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        if not self.training:
+            state = hidden.sigmoid()
+            hidden = hidden * state.square()
+            state += 1
+        return self.last(hidden)
+
+
+def test_a_backward_that_fails_leaves_no_gradients_for_the_next_case() -> None:
+    model, x = ChangesItsState(), torch.randn(3, 4)
+    result = verify(model, transform(model, x), x)
+    assert result.ok, str(result)
+    assert any("the original fails in backward" in note for note in result.notes)
+    assert any(
+        c.what == "gradients" and "training" in c.case for c in result.equivalence.comparisons
+    )

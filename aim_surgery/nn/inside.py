@@ -212,7 +212,9 @@ class AddMemory(_Hook):
     ) -> Tensor:
         """Add the memory's part; it has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
-        view, dims = self.view.for_input(x), len(self.view.spatial)
+        # a layer may be moved to another dtype inside the call (a router's), its W_m is not
+        weight = self.beside.get_parameter("weight")
+        view, dims = self.view.for_input(x).to(weight.dtype), len(self.view.spatial)
         if not dims:
             return output + self.beside(view).to(output.dtype)
         size = list(output.shape[-dims:])

@@ -261,6 +261,7 @@ class Pair:
         try:
             loss.backward()
         except Exception as err:
+            self.base.zero_grad(set_to_none=True)  # what came before it failed
             note = f"gradients not compared, the original fails in backward: {reason_of(err)}"
             if note not in notes:
                 notes.append(note)
