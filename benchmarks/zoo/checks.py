@@ -102,8 +102,7 @@ def check_light(
 ) -> None:
     """Compare evaluation in the model's own dtype and training in float64; one backward.
 
-    A detector is compared in its own dtype in training mode alone: it insists on the types of its
-    targets, and may find nothing in evaluation mode.
+    A detector is compared in training in both, as in evaluation it may find nothing.
 
     Args:
         model: The original; loses its weights, so that there is room for the backward.
@@ -120,10 +119,10 @@ def check_light(
     found = _compare_light(pair, Case(detects, samples, _batch(samples), dtype), row, notes)
     if found:
         row.difference = _finite(found[0].difference)
-    if not detects:
-        samples, dtype, refusal = _in_float64(pair, samples)
-        if refusal:
-            notes.append(f"training compared in {dtype}: the original {refusal} in float64")
+    samples, dtype, refusal = _in_float64(pair, samples)
+    if refusal:
+        notes.append(f"training compared in {dtype}: the original {refusal} in float64")
+    if not (detects and refusal):  # else it has been compared
         found += _compare_light(pair, Case(True, samples, _batch(samples), dtype), row, notes)
     row.notes += [_first_line(note) for note in notes[:_NOTES]]
     if not found:
