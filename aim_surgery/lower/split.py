@@ -84,7 +84,9 @@ def _slices(graph: fx.Graph, first: fx.Node, weight: str, read: Read) -> tuple[f
         if site.kind != "conv_transpose":
             sizes = (site.in_channels // site.groups, planes)
             parts = method("split", (wide, sizes, 1))
-            return graph.call_function(item, (parts, 0)), graph.call_function(item, (parts, 1))
+            own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
+            # a convolution would copy the slice to work on it, and once more in backward
+            return method("clone", (own,)) if site.kind == "conv" else own, memory
         each = method("unflatten", (wide, 0, (site.groups, -1)))
         parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
         own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
