@@ -24,7 +24,7 @@ from aim_surgery._version import __version__
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.read import FORMAT_KEY, load_into, read_safetensors
 from aim_surgery.errors import CheckpointError
-from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan
@@ -55,10 +55,15 @@ def save(
         model_args: The factory's keyword arguments; must be JSON.
 
     Raises:
-        CheckpointError: The folder is missing or can't be written, the disk is full, or the model
-            holds something that safetensors can't.
+        CheckpointError: The folder is missing or can't be written, the disk is full, the model
+            holds something that safetensors can't, or it is folded.
     """
     path = Path(path)
+    if is_folded(gm):
+        raise CheckpointError(
+            f"{path}: this model is folded, and no plan rebuilds it: save the model that was given "
+            f"to fold, and fold what load returns; torch.export.save or torch.save keep it as it is"
+        )
     plan = gm.plan if isinstance(gm, AimGraphModule) else plan_of(gm)
     if plan is None:
         raise CheckpointError(

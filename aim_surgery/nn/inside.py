@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.stand_in import StandIn
+from aim_surgery.nn.views import averaged
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -121,13 +122,13 @@ class View:
         dims, floats = len(self.spatial), memory.shape[1]
         if not dims:
             if self.planes < floats:
-                memory = F.adaptive_avg_pool1d(memory, self.planes)
+                memory = averaged(memory, self.planes)
             return memory.reshape(self.planes)
         size = math.prod(self.spatial)
         available = -(-floats // size)
         planes = F.pad(memory, (0, available * size - floats)).reshape(1, available, size)
         if self.planes < available:
-            planes = F.adaptive_avg_pool2d(planes, (self.planes, size))
+            planes = averaged(planes, self.planes)
         planes = planes.reshape(self.planes, *self.spatial)
         return _POOLS[dims](planes, x.shape[-dims:])
 

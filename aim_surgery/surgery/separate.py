@@ -24,9 +24,11 @@ from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.inside import add_instead
 from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
 from aim_surgery.surgery.notes import note_site
-from aim_surgery.surgery.pieces import Pieces, pieces_of
+from aim_surgery.surgery.pieces import Pieces, pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
 from aim_surgery.surgery.widen import input_size, split_weight, widen_layer
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def separate(gm: nn.Module, why: str) -> None:
@@ -134,6 +136,9 @@ def check_weight(gm: nn.Module, read: Read) -> None:
             f"{site.weights[0]}: expected the widened weight with {inputs} input channels, got "
             f"{has}: do this before the layer is parametrized, pruned or sharded"
         )
+    layer = gm.get_submodule(path)
+    if isinstance(layer, _LAYERS) and not site.inside:
+        refuse_changed(layer, path)
 
 
 def _split_layer(gm: nn.Module, read: Read, *, called: bool) -> nn.Module:
