@@ -163,7 +163,7 @@ def _restore_graph(graph: fx.Graph, plan: Plan) -> None:
             set_input(pieces.node, pieces.note, source)
             erase_unused(pieces.joined, {source})
         else:
-            total = _sum_of(pieces)
+            total = pieces.total()
             site = _whole(graph, pieces, source, nodes, reads)
             alone[total] = site
             total.replace_all_uses_with(site)
@@ -182,16 +182,6 @@ def _restore_graph(graph: fx.Graph, plan: Plan) -> None:
     graph.lint()
 
 
-def _sum_of(pieces: Pieces) -> fx.Node:
-    total = next((u for u in pieces.node.users if u.args == (pieces.node, pieces.beside)), None)
-    if total is None:
-        raise AimSurgeryError(
-            f"{pieces.note.site}: this graph has been changed since surgery wrote it, and its sum "
-            f"is no longer in it: start from what transform returned"
-        )
-    return total
-
-
 def _whole(
     graph: fx.Graph,
     pieces: Pieces,
@@ -206,9 +196,7 @@ def _whole(
         return node
     with graph.inserting_before(node):
         if note.called:
-            # an output size, which only transposed convolutions take, became an output padding
-            added = node.args[5] if len(node.args) > 7 else None
-            size = (added.args[1],) if isinstance(added, fx.Node) else ()
+            size = () if pieces.output_size is None else (pieces.output_size,)
             return graph.call_module(note.called, (source, *size))
         weight = graph.get_attr(reads[note.site].site.weights[0])
         site = graph.node_copy(node)
