@@ -745,3 +745,26 @@ def test_buffers_are_left_out_only_where_rounding_moves_them_as_far(dtype) -> No
     assert needed == (dtype == torch.float32)
     defect, _ = compared(wrong)
     assert any("running_mean" in text for text in defect.offenders)
+
+
+class Caches(nn.Module):
+    """A table that forward rebuilds for another size; `persistent`: state dicts hold it."""
+
+    def __init__(self, *, persistent: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("table", torch.zeros(1), persistent=persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.table.shape[0] != x.shape[1]:
+            self.table = torch.arange(x.shape[1]) / 10
+        return self.linear(x) * self.table[:, None]
+
+
+def test_caches_that_forward_replaces_are_not_compared_but_what_state_dicts_keep_is() -> None:
+    for persistent in (False, True):
+        model, x = Caches(persistent=persistent), torch.randn(2, 5, 6)
+        result = verify(model, transform(copy.deepcopy(model), x, config=FULL), x)
+        assert result.ok is not persistent, str(result)
+        named = any("replaces them" in note and "table" in note for note in result.notes)
+        assert named is not persistent

@@ -188,7 +188,7 @@ class Pair:
                 found[0] = replace(found[0], judged=False)
                 notes.append(f"{case}: no outputs are left that would say anything")
         if case.training is not False:
-            differences = self._buffer_differences()
+            differences = self._buffer_differences(case, notes)
             if differences:
                 found.append(self._compare_buffers(case, before, differences, notes))
         return found
@@ -239,7 +239,8 @@ class Pair:
     @torch.no_grad()
     def _put_buffers(self, values: Sequence[torch.Tensor]) -> None:
         for buffer, value in zip(self.base.buffers(), values, strict=True):
-            buffer.copy_(value)
+            if buffer.shape == value.shape:  # else a cache, which forward replaces
+                buffer.copy_(value)
 
     def _unsure(
         self,
@@ -368,9 +369,22 @@ class Pair:
             if name in mine and mine[name].shape == buffer.shape:
                 mine[name].copy_(buffer)
 
-    def _buffer_differences(self) -> dict[str, float | str]:
+    def _buffer_differences(self, case: Case, notes: list[str]) -> dict[str, float | str]:
+        """Of each buffer, but for caches that forward replaces: a graph computes those anew."""
         expected = dict(self.base.named_buffers())
         mine = dict(self.operated.named_buffers(remove_duplicate=False))
+        kept = self.base.state_dict().keys()
+        caches = [
+            name
+            for name, value in expected.items()
+            if name not in kept and name in mine and mine[name].shape != value.shape
+        ]
+        if caches:
+            notes.append(
+                f"{case}: not compared, as no state dict keeps them and the original's forward "
+                f"replaces them by others of another size: {', '.join(caches[:_NAMED])}"
+            )
+        expected = {name: value for name, value in expected.items() if name not in caches}
         mine = {name: mine[name] for name in expected if name in mine}
         return _differences(expected, mine, self._floor(expected))
 
