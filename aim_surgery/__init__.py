@@ -24,6 +24,7 @@ from aim_surgery.notebook import (
 )
 from aim_surgery.operation import apply, plan, transform
 from aim_surgery.planning.plan import Plan
+from aim_surgery.surgery.restore import Restored, restore
 from aim_surgery.verification import Verification, verify
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "ModelSpecError",
     "Plan",
     "PlanError",
+    "Restored",
     "UnsupportedLayerError",
     "Verification",
     "__version__",
@@ -48,6 +50,7 @@ __all__ = [
     "plan",
     "read_memory",
     "reset_memory",
+    "restore",
     "save",
     "transform",
     "verify",

@@ -26,7 +26,7 @@ from aim_surgery.capture import (
 from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.lower import lower
-from aim_surgery.nn.aim_modules import AimModules
+from aim_surgery.nn.aim_modules import AimModules, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
 from aim_surgery.surgery.rewrite import operate
@@ -238,7 +238,7 @@ def _captured(
 ) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
-            if isinstance(module, AimGraphModule | AimModules):
+            if isinstance(module, AimModules) or plan_of(module) is not None:
                 path = path.removesuffix("aim").removesuffix(".")
                 where = f"its submodule {path!r}" if path else "it"
                 raise CaptureError(

@@ -136,16 +136,11 @@ def _fold_graph(
 
 def _save_work(graph: fx.Graph) -> None:
     """What `split` does for sums and views; some will stay."""
-    for node, note, _, view, _, beside in pieces_of(graph, {}):
-        total = next((user for user in node.users if user.args == (node, beside)), None)
-        if total is None:
-            raise AimSurgeryError(
-                f"{note.site}: this graph has been changed since surgery wrote it, and its sum is "
-                f"no longer in it: start from what transform returned"
-            )
+    for pieces in pieces_of(graph, {}):
+        node, total = pieces.node, pieces.total()
         if node.op == "call_module" or node.target is F.linear or node.target in CONV_FUNCTIONS:
             total.target = operator.iadd
-        resize_where_needed(view)
+        resize_where_needed(pieces.view)
 
 
 def _watched(

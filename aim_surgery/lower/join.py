@@ -9,7 +9,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import fx
-from torch.fx.node import Argument
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.split import POOLS
@@ -39,22 +38,22 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
     nodes = {node.name: node for node in graph.nodes}
     joined: dict[fx.Node, fx.Node] = {}  # what stands for a sum
     modified = False
-    for node, note, source, view, _, beside in pieces_of(graph, reads):
+    for pieces in pieces_of(graph, reads):
+        node, note, source, view, _, _ = pieces
         if not note.sliced:
             continue
-        read = reads[note.site]
-        total = next((user for user in node.users if user.args[:2] == (node, beside)), None)
-        if total is None or note.sliced not in nodes:
+        read, total = reads[note.site], pieces.total()
+        if note.sliced not in nodes:
             raise AimSurgeryError(
-                f"{note.site}: this graph has been changed since it was split, and its sum is no "
-                f"longer in it: start from what transform returned"
+                f"{note.site}: this graph has been changed since it was split, and the slice of "
+                f"its weight is no longer in it: start from what transform returned"
             )
         source = joined.get(source, source)
         varies = plan.varies(read.memory, read.version)
         with graph.inserting_before(total):
             cat = write_joined(graph, source, view, None, read, note.layout, varies)
             if note.called:
-                size = _output_size(node)
+                size = pieces.output_size
                 site = graph.call_module(note.called, (cat,) if size is None else (cat, size))
             else:
                 weight = graph.get_attr(read.site.weights[0])
@@ -70,12 +69,6 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
         _always_resize(view, len(read.site.spatial))
         modified = True
     return modified
-
-
-def _output_size(node: fx.Node) -> Argument | None:
-    """The output size that a transposed convolution was called with, None for none."""
-    added = node.args[5] if len(node.args) > 7 else None
-    return added.args[1] if isinstance(added, fx.Node) else None
 
 
 def _always_resize(view: fx.Node, dims: int) -> None:

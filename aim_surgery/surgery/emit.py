@@ -30,6 +30,7 @@ from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.joined import write_joined
 from aim_surgery.surgery.modules import memory_path, write_path
 from aim_surgery.surgery.notes import SiteNote, note_site
+from aim_surgery.surgery.tables import write_table
 from aim_surgery.surgery.widen import channels_last_format
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -119,6 +120,11 @@ class GraphWriter:
             joined = write_joined(self.graph, source, view, shape, read, layout, varies)
             result = total = self.copy(node, copied)
             set_input(result, note, joined)
+        elif call.table is not None:
+            varies = self._plan.varies(read.memory, read.version)
+            beside = write_table(self.graph, call, copied, read, view, varies=varies)
+            total = self._call(operator.add, result, beside)
+            note = note._replace(beside=beside.name)
         else:
             computed = call.weight is not None and call.weight.op != "get_attr"
             beside = write_beside(self.graph, result, read, note, view, computed=computed)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import fx, nn
+from torch.fx.node import Argument
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Read
@@ -26,7 +27,28 @@ class Pieces(NamedTuple):
     source: fx.Node  # x
     view: fx.Node  # m
     joined: fx.Node | None  # cat[x, m], where it works on that
-    beside: fx.Node | None  # conv(m, W_m), where it does not
+    beside: fx.Node | None  # conv(m, W_m), where it does not; m, where that is added on the way
+
+    def total(self) -> fx.Node:
+        """The sum of both products.
+
+        Raises:
+            AimSurgeryError: Somebody took it out.
+        """
+        both = (self.node, self.beside)
+        for user in self.node.users:
+            if user.args[:2] == both:
+                return user
+        raise AimSurgeryError(
+            f"{self.note.site}: this graph has been changed since surgery wrote it, and its sum is "
+            f"no longer in it: start from what transform returned"
+        )
+
+    @property
+    def output_size(self) -> Argument | None:
+        """What a split call of a transposed convolution turned into an output padding."""
+        added = self.node.args[5] if len(self.node.args) > 7 else None
+        return added.args[1] if isinstance(added, fx.Node) else None
 
 
 def pieces_of(graph: fx.Graph, widened: Mapping[str, Read]) -> list[Pieces]:

@@ -26,7 +26,7 @@ from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_
 from aim_surgery.surgery.notes import note_site
 from aim_surgery.surgery.pieces import Pieces, pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
-from aim_surgery.surgery.widen import split_weight, widen_layer
+from aim_surgery.surgery.widen import input_size, split_weight, widen_layer
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -58,7 +58,7 @@ def separate(gm: nn.Module, why: str) -> None:
     _check_all_found(widened, found)
     layers = {read.site.layer: read for read in every.values()}
     for read in layers.values():
-        _check_weight(gm, read)
+        check_weight(gm, read)
     called = {
         widened[note.site].site.layer
         for pieces in found
@@ -116,14 +116,21 @@ def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[
 # The modules --------------------------------------------------------------------------------
 
 
-def _check_weight(gm: nn.Module, read: Read) -> None:
+def check_weight(gm: nn.Module, read: Read) -> None:
+    """Make sure that a layer's weight is the widened one.
+
+    Args:
+        gm: An operated model.
+        read: The read of a layer that is widened.
+
+    Raises:
+        AimSurgeryError: It is of another width, or no plain parameter.
+    """
     site = read.site
     path, _, name = site.weights[0].rpartition(".")
     wide = gm.get_submodule(path)._parameters.get(name)
-    transposed = site.kind == "conv_transpose"
-    inputs = site.in_channels if transposed else site.in_channels // site.groups
-    inputs += read.planes * (site.groups if transposed else 1)
-    if wide is None or wide.shape[0 if transposed else 1] != inputs:
+    axis, inputs = input_size(read, operated=True)
+    if wide is None or wide.shape[axis] != inputs:
         has = "no parameter" if wide is None else tuple(wide.shape)
         raise AimSurgeryError(
             f"{site.weights[0]}: expected the widened weight with {inputs} input channels, got "
