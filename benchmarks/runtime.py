@@ -120,28 +120,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "threads": options.threads, "quick": options.quick, "date": environment["date"],
         "commit": environment["commit"], "load average": environment["load average"],
     }  # fmt: skip
-    rows = [
-        replace(row, details={**row.details, "piece": piece})
-        for name, measured in _pieces(options)
-        if fnmatch.fnmatch(name, options.only)
-        for row in _measured(name, measured)
-    ]
-    if options.merge:
-        rows = _merged(options.output / "runtime.json", rows)
-    report = Report(
-        name="runtime",
-        title="Cost of memory at run time" + (" (quick run)" if options.quick else ""),
-        method=METHOD,
-        settings={
-            "pairs": options.pairs, "threads": options.threads, "quick": options.quick,
-            "merge": options.merge,
-        },
-        environment=environment,
-        rows=tuple(rows),
-        sections=(_pieces_section(rows),),
-    )  # fmt: skip
-    report.print()
-    print("written:", *report.write(options.output))
+    rows = _stored(options.output / "runtime.json") if options.merge else []
+    for name, measured in _pieces(options):
+        if not fnmatch.fnmatch(name, options.only):
+            continue
+        measure.progress(name)
+        found = [replace(row, details={**row.details, "piece": piece}) for row in measured()]
+        rows = _with(rows, found)
+        report = Report(
+            name="runtime",
+            title="Cost of memory at run time" + (" (quick run)" if options.quick else ""),
+            method=METHOD,
+            settings={
+                "pairs": options.pairs, "threads": options.threads, "quick": options.quick,
+                "merge": options.merge,
+            },
+            environment=environment,
+            rows=tuple(rows),
+            sections=(_pieces_section(rows),),
+        )  # fmt: skip
+        written = report.write(options.output)  # each piece at once: the next may take long
+        report.print()
+        print("written:", *written)
 
 
 def _pieces(options: Any) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
@@ -167,17 +167,16 @@ def _pieces(options: Any) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
         yield f"nodes {name}", lambda wanted=wanted: [nodes_row(*wanted)]
 
 
-def _measured(name: str, piece: Callable[[], list[Row]]) -> list[Row]:
-    measure.progress(name)
-    return piece()
-
-
-def _merged(path: Path, rows: Sequence[Row]) -> list[Row]:
-    """The rows measured now, and those in a file that were not; each mode's together."""
+def _stored(path: Path) -> list[Row]:
+    """The rows of a file, if there is one."""
     known = {field.name for field in dataclasses.fields(Row)}
     stored = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
-    before = [Row(**{key: row[key] for key in known}) for row in stored]
-    before = [replace(row, spread=row.spread and tuple(row.spread)) for row in before]
+    rows = [Row(**{key: row[key] for key in known}) for row in stored]
+    return [replace(row, spread=row.spread and tuple(row.spread)) for row in rows]
+
+
+def _with(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """Rows measured before, but for those measured anew; each mode's together."""
     found = {row.name: row for row in (*before, *rows)}
     modes = ("training", "inference", "compiled", "memory", "graph nodes")
     return sorted(found.values(), key=lambda row: modes.index(row.name.partition(",")[0]))

@@ -443,6 +443,8 @@ def test_a_graph_changed_since() -> None:
 class Noisy(nn.Module):
     """Draws anew in each call, also in evaluation."""
 
+    scale: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 4, 3)
