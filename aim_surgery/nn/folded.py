@@ -97,7 +97,7 @@ class Maps(nn.Module):
                     sizes.append(leaf)
         return tuple(sizes)
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # as torch.compiler.disable, which takes a second to import the compiler
     def _elsewhere(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         sizes = self._sizes(inputs)
         with self._lock:
