@@ -19,9 +19,10 @@ from rich.table import Table
 
 import aim_surgery
 from aim_surgery import operation
+from aim_surgery.checkpoint.atomic import check_target, replacing
 from aim_surgery.checkpoint.models import build, parse_model_args
 from aim_surgery.checkpoint.open import open_model, open_plan
-from aim_surgery.checkpoint.write import check_target, load, replacing, save
+from aim_surgery.checkpoint.write import load, save
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, PlanError
 from aim_surgery.nn.aim_modules import plan_of

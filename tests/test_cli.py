@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 import aim_surgery
 from aim_surgery import Plan, cli
 from aim_surgery.checkpoint.models import build
+from aim_surgery.checkpoint.safetensors_file import CRC_KEY
 from aim_surgery.checkpoint.write import load
 
 FACTORY = """
@@ -191,6 +192,7 @@ def test_verify_says_no_with_exit_code_1(folder):
         metadata = file.metadata()
     tensors = safetensors.torch.load_file("aim.safetensors")
     tensors["6.bias"] += 1
+    del metadata[CRC_KEY]
     safetensors.torch.save_file(tensors, "aim.safetensors", metadata)
     result = run("verify", "small.pt", "aim.safetensors", "--model", "nets.py:small")
     assert result.exit_code == 1
