@@ -66,8 +66,9 @@ def same_layout(
         return weights, []
     content, notes = source.content, []
     others: dict[Where, Names] = {}
+    states = list(find_all(content, is_optimizer_state))
     for where in find_all(content, is_state_dict):
-        if where == source.where:
+        if where == source.where or any(where[: len(state)] == state for state in states):
             continue
         weights = value_at(content, where)
         names = match_names(_own(operated), {n: entry_of(v) for n, v in _tensors(weights).items()})
@@ -75,7 +76,6 @@ def same_layout(
             notes.append(f"left as it was: {dotted(where)}, not this model's weights")
         else:
             others[where] = names
-    states = list(find_all(content, is_optimizer_state))
     if states and not drop_optimizer and carry_optimizer is None:
         raise CheckpointError(
             f"{source.path}: holds an optimizer state under {dotted(states[0])!r}, which belongs "

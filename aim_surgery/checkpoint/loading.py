@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from aim_surgery.checkpoint.names import misfits
+from aim_surgery.checkpoint.names import QUANTIZED, misfits
 from aim_surgery.checkpoint.read import Weights
 from aim_surgery.checkpoint.torch_file import entry_of
 from aim_surgery.errors import CheckpointError
@@ -42,6 +42,7 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pa
         return
     before = {name: _clone(value) for name, value in own.items()}
     try:  # an older layout that the model's own hooks convert
+        _refuse_codes(problems, path)
         _load(model, given, metadata, path)
     except CheckpointError as err:
         with torch.no_grad():
@@ -52,6 +53,12 @@ def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Pa
             f"{path}: does not fit {type(model).__name__}: {'; '.join(problems)}. Check the model "
             f"and its arguments"
         ) from err
+
+
+def _refuse_codes(problems: list[str], path: str | Path) -> None:
+    """PyTorch would copy whole numbers into a weight without a word."""
+    if any(QUANTIZED in problem for problem in problems):
+        raise CheckpointError(f"{path}: {'; '.join(problems)}")
 
 
 def _with_tied_names(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 WRAPPERS = frozenset((
     "module", "_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module",
 ))  # fmt: skip
+QUANTIZED = "of another kind of number, quantized?"
 AVERAGING_COUNT = "n_averaged"  # torch.optim.swa_utils.AveragedModel's own buffer
 
 
@@ -78,6 +79,11 @@ def misfits(own: Mapping[str, Any], entries: Mapping[str, Entry]) -> list[str]:
         A sentence for each kind of misfit; nothing where all fits.
     """
     return _problems(own, entries, {name: name for name in own if name in entries}, "")
+
+
+def is_averaged(prefix: str) -> bool:
+    """Whether names with this prefix may be those of an averaged model, beside its counter."""
+    return prefix.startswith("module.")
 
 
 def common_prefix(names: Iterable[str]) -> str:
@@ -138,7 +144,7 @@ def _problems(
 ) -> list[str]:
     there = _with_twins(own, keys)
     used = set(there.values())
-    known = {AVERAGING_COUNT} if prefix.startswith("module.") else set()
+    known = {AVERAGING_COUNT} if is_averaged(prefix) else set()
     shapes, kinds = [], []
     for name, key in there.items():
         expected, got = shape_of(own[name]), entries[key].shape
@@ -150,7 +156,7 @@ def _problems(
         "missing": [n for n, v in own.items() if n not in there and _is_tensor(v)],
         "unexpected": [key for key in entries if key not in used and key not in known],
         "of another shape": shapes,
-        "of another kind of number, quantized?": kinds,
+        QUANTIZED: kinds,
     }
     return [f"{len(names)} {what}: {listed(names)}" for what, names in found.items() if names]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aim_surgery.capture import Inputs
 from aim_surgery.checkpoint.loading import load_into
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.names import Names, match_names
+from aim_surgery.checkpoint.names import AVERAGING_COUNT, Names, is_averaged, match_names
 from aim_surgery.checkpoint.read import Weights, tensors_of
 from aim_surgery.checkpoint.skeleton import adopt_dtypes, build_skeleton
 from aim_surgery.checkpoint.source import Entry, Source
@@ -172,6 +172,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 def renamed(weights: Weights | dict[str, Tensor], names: Names) -> Weights:
     """A state dict by the model's names; what has no name there keeps its own, less the prefix."""
     of = {key: name for name, key in reversed(names.keys.items())}
+    if is_averaged(names.prefix) and AVERAGING_COUNT in weights:
+        kept = Weights({key: v for key, v in weights.items() if key != AVERAGING_COUNT})
+        kept._metadata = getattr(weights, "_metadata", None)
+        weights = kept
     strip = names.prefix if all(key.startswith(names.prefix) for key in weights) else ""
     found = Weights({of.get(key, key[len(strip) :]): value for key, value in weights.items()})
     for name, key in names.keys.items():  # a tied name without a key of its own
@@ -344,10 +348,13 @@ def _stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Entry]
 
 
 def in_dtype_of(model: Any, example: Inputs | None) -> Inputs | None:
-    """A floating example input in the model's dtype, where that is one alone."""
+    """A floating example input in the model's dtype, where that is one alone; on its device."""
     if not isinstance(example, Tensor) or not isinstance(model, nn.Module):
         return example
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in parameters}
+    if parameters:
+        example = example.to(parameters[0].device)
     return example.to(dtypes.pop()) if len(dtypes) == 1 else example
 
 

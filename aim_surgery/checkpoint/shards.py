@@ -59,7 +59,8 @@ class Shards(Source):
                     f"{path}: does not agree with {file} about {listed(strange)}; copy both again"
                 )
         kinds = {shard.kind for shard in self._shards.values()}
-        self.kind = f"{len(self._shards)} shards, {' and '.join(sorted(kinds))}"
+        count = len(self._shards)
+        self.kind = f"{count} shard{'s' * (count > 1)}, {' and '.join(sorted(kinds))}"
         self.entries = {n: e for shard in self._shards.values() for n, e in shard.entries.items()}
         self.metadata = {k: v for k, v in index["metadata"].items() if isinstance(v, str)}
 
