@@ -1,4 +1,4 @@
-"""Faults: never a traceback, never a damaged or missing previous file, never a silent partial load."""
+"""Faults: no traceback, no damaged or missing previous file, no silent partial load."""
 
 import contextlib
 import os
@@ -18,6 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+import aim_surgery
 from aim_surgery.checkpoint.inspect import inspect
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.read import open_source, read_state_dict, tensors_of
@@ -146,9 +147,8 @@ def test_flipped_bytes(folder, name):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :])
         try:
             undetected += not same(read(opened), expected)
-        except AimSurgeryError as err:
+        except AimSurgeryError:
             errors += 1
-            assert "\n" not in " ".join(str(err).split())
     assert errors > 0
     if KINDS[name][1] == "all":
         assert undetected == 0
@@ -171,6 +171,16 @@ def test_a_file_that_is_changed_while_it_is_read(folder):
     safetensors.torch.save_file(net(width=4).state_dict(), "c.safetensors")
     with pytest.raises(CheckpointError, match="has been changed while it was read"):
         source.tensor("0.weight")
+
+
+def test_a_record_that_is_marked_as_a_folder(folder):
+    """PyTorch's reader gives memory that nobody has written for it."""
+    raw = Path("net.pt").read_bytes()
+    with zipfile.ZipFile("net.pt") as archive:
+        at = raw.index(b"PK\x01\x02", archive.start_dir) + 38
+    Path("net.pt").write_bytes(raw[:at] + b"\x10" + raw[at + 1 :])
+    with pytest.raises(CheckpointError, match="is marked as no file"):
+        read_state_dict("net.pt")
 
 
 def test_records_without_checksums_are_read(folder):
@@ -196,42 +206,6 @@ def test_a_record_that_the_directory_leaves_out_is_missed(folder):
 
 # Writing ------------------------------------------------------------------------------------
 
-WRITER = """
-import sys, torch
-import aim_surgery
-from torch import nn
-from aim_surgery.checkpoint import safetensors_out, torch_out
-import time
-
-gm = aim_surgery.transform(nn.Sequential(nn.Linear(400, 400), nn.Linear(400, 400)))
-with torch.no_grad():
-    for p in gm.parameters():
-        p.fill_(float(sys.argv[2]))
-for module in (safetensors_out, torch_out):  # as slow as a large file
-    def slowly(*args, plain=module.bytes_of):
-        time.sleep(0.004)
-        return plain(*args)
-    module.bytes_of = slowly
-print("ready", flush=True)
-while True:
-    aim_surgery.save(gm, sys.argv[1])
-"""
-
-
-def start_writer(path: str, value: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-W", "ignore", "-c", WRITER, path, str(value)]
-    writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == "ready\n"
-    return writer
-
-
-def stop(writer: subprocess.Popen[str]) -> None:
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    assert writer.stdout is not None
-    writer.stdout.close()
-
 
 def values_in(path: str) -> set[float]:
     found: set[float] = set()
@@ -240,40 +214,54 @@ def values_in(path: str) -> set[float]:
     return found
 
 
-def test_killed_at_20_random_moments_while_writing(folder):
-    """A process forks off a writer each time, so that torch is imported once."""
-    aim = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
-    import aim_surgery
+def operated(value: float) -> torch.nn.Module:
+    layers = torch.nn.Sequential(torch.nn.Linear(400, 400), torch.nn.Linear(400, 400))
+    return filled(aim_surgery.transform(layers), value)
 
-    gm = aim_surgery.transform(aim)
+
+def filled(gm: torch.nn.Module, value: float) -> torch.nn.Module:
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.fill_(value)
+    return gm
+
+
+def start_writer(gm: torch.nn.Module, path: str) -> int:
+    """A process that writes a file again and again."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            _write_forever(gm, path)
+        os._exit(1)
+    return child
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)  # it was still at it
+
+
+@pytest.mark.parametrize("path", ["o.safetensors", "o.pt"])
+def test_killed_at_20_random_moments_while_writing(folder, path):
+    gm = operated(0.0)
+    save(gm, path)
     rng = random.Random(0)
-    for path in ("o.safetensors", "o.pt"):
-        with torch.no_grad():
-            for parameter in gm.parameters():
-                parameter.fill_(0.0)
-        save(gm, path)
-        partial = 0
-        for moment in range(20):
-            with torch.no_grad():
-                for parameter in gm.parameters():
-                    parameter.fill_(float(moment + 1))
-            child = os.fork()
-            if child == 0:
-                with contextlib.suppress(BaseException):
-                    _write_forever(gm, path)
-                os._exit(0)
-            time.sleep(rng.uniform(0.0, 0.06))
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            partial += len(list(Path().glob(f".{path}.*.tmp"))) > 0
-            values = values_in(path)
-            assert len(values) == 1, values
-            assert values.pop() in range(moment + 2)
-            for left in Path().glob(f".{path}.*.tmp"):
-                os.utime(left, (0, 0))  # an hour later
-        assert partial > 0  # some were killed in the middle
-        save(gm, path)
-        assert not list(Path().glob(".*.tmp"))  # and what they left is gone
+    partial = 0
+    for moment in range(1, 21):
+        child = start_writer(filled(gm, float(moment)), path)
+        time.sleep(rng.uniform(0.0, 0.06))
+        kill(child)
+        left = list(Path().glob(f".{path}.*.tmp"))
+        partial += bool(left)
+        values = values_in(path)
+        assert len(values) == 1
+        assert values.pop() in range(moment + 1)
+        for file in left:
+            os.utime(file, (0, 0))  # later
+    assert partial > 0  # some were killed in the middle
+    save(gm, path)
+    assert not list(Path().glob(".*.tmp"))  # and what they left is gone
 
 
 def _write_forever(gm: torch.nn.Module, path: str) -> None:
@@ -290,24 +278,23 @@ def _write_forever(gm: torch.nn.Module, path: str) -> None:
         save(gm, path)
 
 
-def test_two_processes_write_the_same_file(folder):
-    writers = [start_writer("o.safetensors", value) for value in (1.0, 2.0)]
+@pytest.mark.parametrize("path", ["o.safetensors", "o.pt"])
+def test_two_processes_write_the_same_file(folder, path):
+    save(operated(1.0), path)
+    writers = [start_writer(operated(value), path) for value in (1.0, 2.0)]
+    seen: set[float] = set()
     try:
         deadline = time.monotonic() + 20
-        while not Path("o.safetensors").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        seen = set()
-        for _ in range(30):
+        while seen != {1.0, 2.0} and time.monotonic() < deadline:
             with contextlib.suppress(CheckpointError):  # replaced while it was read, and said so
-                values = values_in("o.safetensors")
+                values = values_in(path)
                 assert values in ({1.0}, {2.0})
                 seen |= values
-            time.sleep(0.01)
     finally:
         for writer in writers:
-            stop(writer)
-    assert seen
-    assert values_in("o.safetensors") in ({1.0}, {2.0})
+            kill(writer)
+    assert seen == {1.0, 2.0}
+    assert values_in(path) in ({1.0}, {2.0})
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from aim_surgery.checkpoint.nesting import value_at, weights_in
 from aim_surgery.checkpoint.source import Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.zip_check import check_archive
 from aim_surgery.errors import CheckpointError
 
 METADATA = ".metadata"
@@ -68,6 +68,12 @@ class DcpFolder(Source):
 
     def tensor(self, name: str) -> Tensor:
         """Load a tensor from its pieces."""
+        try:
+            return self._assembled(name)
+        except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as err:
+            raise damaged(self.path, f"{name}: {err}") from err  # .metadata has no checksum
+
+    def _assembled(self, name: str) -> Tensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
         entry, fqn = self.entries[name], self._names[name]
@@ -97,7 +103,11 @@ class DcpFolder(Source):
             with (self.path / file).open("rb") as stream:
                 stream.seek(info.offset)
                 raw = io.BytesIO(stream.read(info.length))
-            piece = _loaded(raw)
+            check_archive(raw, self.path / file)
+            raw.seek(0)
+            piece = torch.load(raw, map_location="cpu", weights_only=True)
+        except CheckpointError:
+            raise
         except OSError as err:
             raise unreadable(self.path / file, err) from err
         except Exception as err:  # BadZipFile, whatever torch.load raises
@@ -105,15 +115,6 @@ class DcpFolder(Source):
         if not isinstance(piece, Tensor):
             raise damaged(self.path, f"{name} in {file} is a {type(piece).__name__}")
         return piece
-
-
-def _loaded(raw: io.BytesIO) -> Any:
-    with zipfile.ZipFile(raw) as archive:
-        wrong = archive.testzip()
-    if wrong:
-        raise zipfile.BadZipFile(f"{wrong} does not match its checksum")
-    raw.seek(0)
-    return torch.load(raw, map_location="cpu", weights_only=True)
 
 
 class _Piece(Entry):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aim_surgery.checkpoint.known import models_that_fit
 from aim_surgery.checkpoint.names import common_prefix
 from aim_surgery.checkpoint.nesting import (
     dotted,
@@ -68,6 +69,11 @@ class Inspection:
     metadata: Mapping[str, str]
     problem: str | None = None
     fits: str | None = None
+
+    @property
+    def candidates(self) -> list[str]:
+        """Known models of these names and shapes."""
+        return [] if self.operation else models_that_fit(self.entries, self.prefix)
 
     @property
     def dtypes(self) -> dict[str, int]:
@@ -136,6 +142,7 @@ class Inspection:
             "foreign": list(self.foreign),
             "operated": self.operation,
             "model": self.spec,
+            "candidates": self.candidates,
             "problem": self.problem,
             "fits": self.fits,
         }
@@ -172,6 +179,8 @@ class Inspection:
         lines += self._operated()
         if self.spec is not None:
             lines.append(f"model       {self.spec}")
+        if self.fits is None and self.candidates:
+            lines.append(f"model       may be {listed(self.candidates, _SHOWN)}")
         if self.fits is not None:
             lines.append(f"fits        {self.fits}")
         if keys:

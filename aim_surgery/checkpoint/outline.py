@@ -134,7 +134,14 @@ def _class_of(name: str) -> type[Foreign]:
 
 
 def _tensor(storage: Any, offset: Any, size: Any, *rest: Any) -> Entry:
-    return Entry(tuple(size), storage.name if isinstance(storage, Dtype) else "unknown")
+    return _entry(size, storage)
+
+
+def _entry(size: Any, dtype: Any) -> Entry:
+    shape = tuple(size)
+    if not all(isinstance(count, int) and count >= 0 for count in shape):
+        raise ValueError(f"a tensor of shape {shape!r}")
+    return Entry(shape, dtype.name if isinstance(dtype, Dtype) else "unknown")
 
 
 def _tensor_of_dtype(storage: Any, offset: Any, size: Any, *rest: Any) -> Entry:
@@ -220,8 +227,7 @@ def _dcp_entry(told: Any) -> Any:
     state = told.state if isinstance(told.state, Mapping) else {}
     if "size" not in state:
         return None
-    dtype = state["properties"].state[0]
-    return Entry(tuple(state["size"]), dtype.name if isinstance(dtype, Dtype) else "unknown")
+    return _entry(state["size"], state["properties"].state[0])
 
 
 def outline_of_exported(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -254,4 +260,4 @@ def outline_of_exported(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _exported_entry(meta: Mapping[str, Any]) -> Entry:
     shape = tuple(int(size["as_int"]) for size in meta["sizes"])
-    return Entry(shape, _EXPORTED_DTYPES.get(meta["dtype"], "unknown"))
+    return _entry(shape, Dtype(_EXPORTED_DTYPES.get(meta["dtype"], "unknown")))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,17 @@ def write_safetensors(
     raw += b" " * (-len(raw) % 8)
     at = raw.index(f'"{CRC_KEY}":"'.encode()) + len(CRC_KEY) + 4
     checksums: list[int] = []
-    with replacing(path, 8 + len(raw) + begin) as temporary, temporary.open("r+b") as file:
+    with (
+        replacing(path, 8 + len(raw) + begin) as temporary,
+        temporary.open("r+b") as file,
+        ThreadPoolExecutor(1) as beside,  # sums up what is being written: both leave Python alone
+    ):
         file.write(len(raw).to_bytes(8, "little") + raw)
         for name in order:
             view = bytes_of(tensor(name), name, entries[name])
-            checksums.append(zlib.crc32(view))
+            checksum = beside.submit(zlib.crc32, view)
             file.write(view)
+            checksums.append(checksum.result())
             progress(len(view))
         digits = "".join(f"{checksum:08x}" for checksum in checksums).encode()
         filled = raw[: at + CRC_DIGITS] + digits + raw[at + CRC_DIGITS + len(digits) :]

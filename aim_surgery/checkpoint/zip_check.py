@@ -7,16 +7,18 @@ does: a file may not hold more than its own size.
 
 from __future__ import annotations
 
+import io
 import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 from aim_surgery.checkpoint.source import REMEDY, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
 _CHUNK = 1 << 22
+_DOS_ATTRIBUTES = 0xFF  # for a folder, PyTorch's reader gives memory that nobody has written
 _LOCAL_HEADER = 30  # bytes, before the record's name and extra field
 
 
@@ -50,25 +52,42 @@ def check_zip(path: Path) -> None:
         CheckpointError: A record is damaged or compressed, or the records hold more than the file.
     """
     try:
-        with zipfile.ZipFile(path) as archive, path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
+            check_archive(file, path)
+    except OSError as err:
+        raise unreadable(path, err) from err
+
+
+def check_archive(file: IO[bytes], path: Path) -> None:
+    """The same for an open file.
+
+    Args:
+        file: The zip, from its first byte to its last.
+        path: Its name, for messages.
+
+    Raises:
+        CheckpointError: As `check_zip`.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             if any(info.filename.endswith("/constants.pkl") for info in infos):
                 raise CheckpointError(
                     f"{path}: is a TorchScript archive; expected weights, {REMEDY}"
                 )
-            _refuse_bomb(infos, path)
+            _refuse_bomb(infos, file.seek(0, io.SEEK_END), path)
             for info in infos:
+                if info.external_attr & _DOS_ATTRIBUTES:
+                    raise damaged(path, f"{info.filename} is marked as no file")
                 if info.CRC and _crc_of(file, info) != info.CRC:
                     raise damaged(path, f"{info.filename} does not match its checksum")
-    except OSError as err:
-        raise unreadable(path, err) from err
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError, EOFError) as err:
         raise damaged(path, err) from err
 
 
-def _refuse_bomb(infos: list[zipfile.ZipInfo], path: Path) -> None:
+def _refuse_bomb(infos: list[zipfile.ZipInfo], size: int, path: Path) -> None:
     packed = [info.filename for info in infos if info.compress_type != zipfile.ZIP_STORED]
-    unpacked, size = sum(info.file_size for info in infos), path.stat().st_size
+    unpacked = sum(info.file_size for info in infos)
     if packed or unpacked > size:
         raise CheckpointError(
             f"{path}: {packed[0] if packed else 'its content'} is compressed or overlapping "
@@ -77,7 +96,7 @@ def _refuse_bomb(infos: list[zipfile.ZipInfo], path: Path) -> None:
         )
 
 
-def _crc_of(file: BinaryIO, info: zipfile.ZipInfo) -> int:
+def _crc_of(file: IO[bytes], info: zipfile.ZipInfo) -> int:
     file.seek(info.header_offset)
     head = file.read(_LOCAL_HEADER)
     if len(head) < _LOCAL_HEADER or head[:4] != b"PK\x03\x04":
