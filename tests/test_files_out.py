@@ -1,5 +1,6 @@
 """What goes out: whole or not at all, every value right, and fit to go on with."""
 
+import io
 import json
 import os
 import subprocess
@@ -16,8 +17,12 @@ import aim_surgery
 from aim_surgery import cli
 from aim_surgery.checkpoint import shards_out, transform
 from aim_surgery.checkpoint.inspect import inspect
+from aim_surgery.checkpoint.known import models_that_fit
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.read import open_source, tensors_of
+from aim_surgery.checkpoint.skeleton import build_skeleton
+from aim_surgery.checkpoint.source import Entry
+from aim_surgery.checkpoint.torch_file import entry_of
 from aim_surgery.checkpoint.write import load
 from aim_surgery.errors import CheckpointError
 from tests.test_files_in import FACTORY, net, prefixed
@@ -370,3 +375,28 @@ def test_answers_without_torch(folder, words):
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("spec", "args"), [
+    ("torchvision:resnet18", {}), ("torchvision:resnet18", {"num_classes": 12}),
+])  # fmt: skip
+def test_inspect_gives_a_hint_at_known_models(folder, spec, args):
+    state = prefixed(build_skeleton(spec, args).state_dict(), "module.")
+    entries = {name: entry_of(value) for name, value in state.items()}
+    told = [spec + (f""" --model-args '{json.dumps(args)}'""" if args else "")]
+    assert [m for m in models_that_fit(entries, "module.") if "torchvision" in m] == told
+    entries["module.layer1.0.conv1.weight"] = Entry((64, 64, 5, 5), "float32")
+    assert models_that_fit(entries, "module.") == []
+
+
+def test_a_bar_is_drawn_for_a_terminal_alone(folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with cli._progress_bar("o.safetensors", shown=True) as begin:
+            advance = begin(1000)
+            advance(600)
+        assert ("o.safetensors" in stream.getvalue()) == shown
