@@ -18,6 +18,7 @@ types: $(READY)
 	$(BIN)/basedpyright --level error
 
 unit: $(READY)
+	$(BIN)/python -m pytest --doctest-modules aim_surgery
 	$(BIN)/python -m pytest
 
 # Every model of torchvision, timm and transformers: hours. What has a row of this source is kept.

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from aim_surgery.operation import apply, plan, transform
     from aim_surgery.planning.plan import Plan
+    from aim_surgery.surgery.restore import Restored, restore
     from aim_surgery.verification import Verification, verify
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "ModelSpecError",
     "Plan",
     "PlanError",
+    "Restored",
     "UnsupportedLayerError",
     "Verification",
     "__version__",
@@ -58,6 +60,7 @@ __all__ = [
     "plan",
     "read_memory",
     "reset_memory",
+    "restore",
     "save",
     "transform",
     "verify",
@@ -79,6 +82,7 @@ _MODULES = {
     "notebook": ("disable", "freeze_base", "memory_parameters", "read_memory", "reset_memory"),
     "operation": ("apply", "plan", "transform"),
     "planning.plan": ("Plan",),
+    "surgery.restore": ("Restored", "restore"),
     "verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.forms import form_of, rewrite_as
-from aim_surgery.nn.aim_modules import operated_in, plan_of
+from aim_surgery.nn.aim_modules import AimModules, BeforeFreezing, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
@@ -116,6 +117,7 @@ def freeze_base(gm: _Model, *, statistics: bool = False) -> _Model:
     except AimSurgeryError:
         rewrite_as(inner, form)
         raise
+    _note_before_freezing(inner, kept)
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name.startswith(f"{AIM}."))
     _keep_in_evaluation(inner, kept)
@@ -222,6 +224,19 @@ def _modules_with_statistics(gm: nn.Module) -> list[str]:
                 f"keep it in evaluation mode, and operate anew"
             )
     return found
+
+
+def _note_before_freezing(gm: nn.Module, kept: list[str]) -> None:
+    """What `restore` will put back; what stands there from an earlier call counts."""
+    aim = gm.get_submodule(AIM)
+    assert isinstance(aim, AimModules)
+    before = aim.before_freezing
+    if before is None:
+        trained = {name: p.requires_grad for name, p in gm.named_parameters()}
+        contrary = gm.contrary if isinstance(gm, AimGraphModule) else {}
+        before = BeforeFreezing(trained, dict(contrary))
+    evaluating = tuple(dict.fromkeys((*before.evaluating, *kept)))
+    aim.before_freezing = replace(before, evaluating=evaluating)
 
 
 def _keep_in_evaluation(gm: nn.Module, names: list[str]) -> None:

@@ -26,7 +26,7 @@ from aim_surgery.capture import (
 from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.lower import lower
-from aim_surgery.nn.aim_modules import AimModules
+from aim_surgery.nn.aim_modules import AimModules, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
 from aim_surgery.surgery.rewrite import operate
@@ -130,16 +130,16 @@ def applied(
         with torch.inference_mode(False):
             return operate(model, plan, copy=copy, device=device)
     inputs: Inputs | ExampleInputs | None = example_inputs
-    model = as_module(model)
-    if inputs is None and isinstance(model, nn.Module):  # what is no model, capture refuses
-        inputs = inputs_of_plan(plan.inputs, model)
+    base = as_module(model)
+    if inputs is None and isinstance(base, nn.Module):  # what is no model, capture refuses
+        inputs = inputs_of_plan(plan.inputs, base)
         if inputs is None:
             raise PlanError(
                 "this plan's example inputs hold objects that a plan can't store: pass "
                 "example_inputs"
             )
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        return operate(_captured(model, inputs, plan.emit), plan, copy=copy, device=device)
+        return operate(_captured(base, inputs, plan.emit), plan, copy=copy, device=device)
 
 
 @overload
@@ -264,7 +264,7 @@ def _captured(
 ) -> Capture:
     if isinstance(model, nn.Module):
         for path, module in model.named_modules():
-            if isinstance(module, AimGraphModule | AimModules):
+            if isinstance(module, AimModules) or plan_of(module) is not None:
                 path = path.removesuffix("aim").removesuffix(".")
                 where = f"its submodule {path!r}" if path else "it"
                 raise CaptureError(

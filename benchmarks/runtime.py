@@ -1,18 +1,28 @@
 """What memory costs at run time, form by form: a step of the operated model ÷ one of the base.
 
-    python -m benchmarks.runtime [--pairs 7] [--threads 2] [--quick] [--only GLOB] [--output ...]
+    python -m benchmarks.runtime [--pairs 7] [--threads 2] [--quick] [--only GLOB]
+                                 [--variants 'GLOB|GLOB'] [--merge] [--output ...]
 
-Training steps and passes of inference; base and all variants of a model take turns in one process.
-Beside ours, what a user would pick instead: a ResNet50 with the concatenations written by hand, and
-LoRA by peft on the same layers, unmerged and, for inference, merged.
+Training steps, passes of inference, and these compiled; base and all variants of a model take turns
+in one process. Beside ours, what a user would pick instead: a ResNet50 with the concatenations
+written by hand, and LoRA by peft on the same layers, unmerged and, for inference, merged. Besides,
+the memory of a training step, and how many nodes a folded graph has.
+
+The whole table takes hours; with `--merge` it is measured in pieces: rows that were measured before
+and are not now stay, each with the piece that it came from.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import fnmatch
+import functools
+import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +32,9 @@ from torch.fx.experimental.optimization import fuse
 import aim_surgery
 from aim_surgery import AimConfig
 from benchmarks import measure
+from benchmarks.footprint import memory_row, nodes_row
 from benchmarks.handwritten import with_memory_by_hand
-from benchmarks.measure import Report, Row
+from benchmarks.measure import Report, Row, Section
 from benchmarks.steps import MLP, Case, inference, training_step
 
 BASE = "base"
@@ -52,6 +63,8 @@ INFERENCE = tuple(
     replace(case, steps=case.steps if case.batch == 32 else 3 * case.steps)
     for case in (*TRAINING[:3], *TRAINING[4:8], *TRAINING[9:], Case("vgg16_bn", 1))
 )
+COMPILED = (Case("resnet50", 1, steps=6), Case("resnet50", 8), Case("resnet50", 32))
+NODES = ("resnet50", "vgg16_bn", "mobilenet_v3_large", "vit_b_16", MLP)
 QUICK = (Case("resnet50", 2), Case(MLP, 32, (784,), steps=20))
 
 LIMITS = {
@@ -63,15 +76,22 @@ LIMITS = {
     ("inference", "resnet50", 1, "folded with norms, no writes"): 1.08,
     ("inference", "resnet50", 32, "folded with norms, no writes"): 1.08,
     ("inference", "resnet50", 32, "folded with norms, full reads"): 1.10,
+    ("compiled", "resnet50", 1, "folded with norms, no writes"): 1.03,
+    ("compiled", "resnet50", 32, "folded with norms, no writes"): 1.03,
 }
+MEMORY_LIMIT = 0.10
+NODES_LIMIT = 1.10
 
 METHOD = (
+    "Measured in pieces, each listed below with its command, its commit and the machine's load "
+    "before it.",
     "Measured is the median over rounds of a variant's time ÷ the mean of the base's before and "
     "after it, in brackets the smallest and the largest. All variants of a model take turns in one "
     "fresh process, base first, after one round of warm-up.",
     "A training step: zero_grad, forward in training mode, cross entropy, backward, SGD with "
     "momentum. Inference: forwards in evaluation mode under `inference_mode`. float32, random "
-    "weights and noise, eager.",
+    "weights and noise, eager; compiled: the same under `torch.compile`, compiled before the clock "
+    "starts.",
     "Folded: `fold(gm)` against the base as it is; folded with norms: `fold(gm, batch_norm=True)` "
     "against the base after `torch.fx.experimental.optimization.fuse`, which merges norms into "
     "convolutions, too.",
@@ -80,6 +100,9 @@ METHOD = (
     "reads as full reads, written as a module around each convolution. LoRA: peft, "
     f"r={RANK}, on all convolutions and linear layers without groups; in training it learns its "
     "factors alone, the base is frozen.",
+    "Memory: bytes of the parameters and growth of the resident set over two steps of plain SGD, "
+    "in a fresh process for each side. Nodes: ÷ those of the captured graph of the base, in which "
+    "packed attention is opened into its linear calls.",
 )
 
 
@@ -87,44 +110,101 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     command = measure.parser("runtime", "Time of a step, form by form.")
     command.add_argument("--only", default="*", help="a glob on 'mode model batch'")
+    command.add_argument("--variants", default="*", help="globs on 'form, configuration', by |")
+    command.add_argument("--merge", action="store_true", help="keep other rows measured before")
     options = measure.parse(command, argv)
     measure.require("torchvision", "peft")
     environment = measure.environment()
-    rows: list[Row] = []
-    modes = {"training": QUICK if options.quick else TRAINING, "inference": INFERENCE}
-    if options.quick:
-        modes["inference"] = QUICK
-    for mode, cases in modes.items():
-        for case in cases:
-            name = f"{mode} {case.name} {case.batch}"
-            if not fnmatch.fnmatch(name, options.only):
-                continue
-            measure.progress(name)
-            arguments = (mode, case, options.pairs, options.threads)
-            rows += measure.in_fresh_process(case_rows, *arguments)
+    piece = {
+        "only": options.only, "variants": options.variants, "pairs": options.pairs,
+        "threads": options.threads, "quick": options.quick, "date": environment["date"],
+        "commit": environment["commit"], "load average": environment["load average"],
+    }  # fmt: skip
+    rows = [
+        replace(row, details={**row.details, "piece": piece})
+        for name, measured in _pieces(options)
+        if fnmatch.fnmatch(name, options.only)
+        for row in _measured(name, measured)
+    ]
+    if options.merge:
+        rows = _merged(options.output / "runtime.json", rows)
     report = Report(
         name="runtime",
         title="Cost of memory at run time" + (" (quick run)" if options.quick else ""),
         method=METHOD,
         settings={
             "pairs": options.pairs, "threads": options.threads, "quick": options.quick,
-            "only": options.only,
+            "merge": options.merge,
         },
         environment=environment,
         rows=tuple(rows),
+        sections=(_pieces_section(rows),),
     )  # fmt: skip
     report.print()
     print("written:", *report.write(options.output))
 
 
-def case_rows(mode: str, case: Case, pairs: int, threads: int) -> list[Row]:
+def _pieces(options: Any) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """All that there is to measure, by what `--only` knows it as."""
+    timed = {"training": TRAINING, "inference": INFERENCE, "compiled": COMPILED}
+    if options.quick:
+        timed = {"training": QUICK, "inference": QUICK}
+    for mode, cases in timed.items():
+        for case in cases:
+            arguments = (mode, case, options.pairs, options.threads, options.variants)
+            yield (
+                f"{mode} {case.name} {case.batch}",
+                functools.partial(measure.in_fresh_process, case_rows, *arguments),
+            )
+    for batch in (2,) if options.quick else (8, 32):
+        for words, config in {"no writes": READS, "full reads": FULL}.items():
+            limit = MEMORY_LIMIT if words == "full reads" else None
+            wanted = (Case("resnet50", batch), words, config, options.threads, limit)
+            yield f"memory resnet50 {batch}", lambda wanted=wanted: [memory_row(*wanted)]
+    for name in NODES:
+        case = Case(name, 2, (784,)) if name == MLP else Case(name, 2)
+        wanted = (case, "no writes", READS, NODES_LIMIT)
+        yield f"nodes {name}", lambda wanted=wanted: [nodes_row(*wanted)]
+
+
+def _measured(name: str, piece: Callable[[], list[Row]]) -> list[Row]:
+    measure.progress(name)
+    return piece()
+
+
+def _merged(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """The rows measured now, and those in a file that were not; each mode's together."""
+    known = {field.name for field in dataclasses.fields(Row)}
+    stored = json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+    before = [Row(**{key: row[key] for key in known}) for row in stored]
+    before = [replace(row, spread=row.spread and tuple(row.spread)) for row in before]
+    found = {row.name: row for row in (*before, *rows)}
+    modes = ("training", "inference", "compiled", "memory", "graph nodes")
+    return sorted(found.values(), key=lambda row: modes.index(row.name.partition(",")[0]))
+
+
+def _pieces_section(rows: Sequence[Row]) -> Section:
+    counts = Counter(json.dumps(row.details["piece"]) for row in rows)
+    lines = []
+    for text, count in counts.items():
+        piece = json.loads(text)
+        wanted = (
+            f"--only {piece['only']!r} --variants {piece['variants']!r} --pairs {piece['pairs']}"
+        )
+        lines.append((wanted, piece["date"], piece["commit"], piece["load average"], str(count)))
+    header = ("measured with", "at", "commit", "load average before", "rows")
+    return Section("Pieces", header, tuple(lines))
+
+
+def case_rows(mode: str, case: Case, pairs: int, threads: int, variants: str = "*") -> list[Row]:
     """Time a model's variants in turns; to be called in a fresh process.
 
     Args:
-        mode: "training" or "inference".
+        mode: "training", "inference" or "compiled".
         case: The model.
         pairs: Rounds.
         threads: For torch.
+        variants: Globs on the names of variants, divided by "|".
 
     Returns:
         A row for each variant.
@@ -133,18 +213,25 @@ def case_rows(mode: str, case: Case, pairs: int, threads: int) -> list[Row]:
     torch.manual_seed(measure.SEED)
     base = case.build().train(mode == "training")
     x, y = case.data()
-    models = {BASE: base, **dict(_variants(base, case, mode))}
+
+    def wanted(name: str) -> bool:
+        return name == FUSED or any(fnmatch.fnmatch(name, glob) for glob in variants.split("|"))
+
+    models = {BASE: base, **dict(_variants(base, case, mode, wanted))}
 
     def timed(model: nn.Module) -> Callable[[], None]:
         if mode == "training":
             return training_step(model.train(), x, y, case.steps)
-        return inference(model.eval(), x, case.steps)
+        model.eval()
+        if mode == "compiled":
+            model = torch.compile(model)  # type: ignore[assignment]
+        return inference(model, x, case.steps)
 
     sides = {name: timed(model) for name, model in models.items()}
     rounds = measure.take_rounds(sides, rounds=pairs)
     rows = []
     for name in sides:
-        if name == BASE:
+        if name in (BASE, FUSED):
             continue
         other = FUSED if name.startswith(WITH_NORMS) else BASE
         limit = LIMITS.get((mode, case.name, case.batch, name))
@@ -155,29 +242,40 @@ def case_rows(mode: str, case: Case, pairs: int, threads: int) -> list[Row]:
     return rows
 
 
-def _variants(base: nn.Module, case: Case, mode: str) -> Iterator[tuple[str, nn.Module]]:
+def _variants(
+    base: nn.Module, case: Case, mode: str, wanted: Callable[[str], bool]
+) -> Iterator[tuple[str, nn.Module]]:
     norms = any(isinstance(module, nn.BatchNorm2d) for module in base.modules())
-    if mode == "inference" and norms:
+    if mode != "training" and norms:
         yield FUSED, fuse(base)
     configs = {"no writes": READS, "default": WRITES}
     if case.name == "resnet50":
         configs["full reads"] = FULL
-    for words, config in configs.items():
-        gm = aim_surgery.transform(base, config=config)
-        yield f"concat, {words}", gm
-        if mode == "training":
-            yield f"split, {words}", aim_surgery.lower(copy.deepcopy(gm), "split")
-            continue
-        gm.eval()
-        yield f"split, {words}", aim_surgery.lower(gm, "split")
-        yield f"folded, {words}", aim_surgery.fold(gm)
+    forms = {
+        "concat": lambda gm: gm,
+        "split": lambda gm: aim_surgery.lower(copy.deepcopy(gm), "split"),
+    }
+    if mode != "training":
+        forms["folded"] = aim_surgery.fold
         if norms:
-            yield f"{WITH_NORMS}, {words}", aim_surgery.fold(gm, batch_norm=True)
-    if case.name == "resnet50":
+            forms[WITH_NORMS] = lambda gm: aim_surgery.fold(gm, batch_norm=True)
+    for words, config in configs.items():
+        names = {form: f"{form}, {words}" for form in forms}
+        if not any(map(wanted, names.values())):
+            continue
+        gm = aim_surgery.transform(base, config=config)
+        gm.train(mode == "training")
+        for form, name in names.items():
+            if wanted(name):
+                yield name, forms[form](gm)
+    if mode == "compiled":
+        return
+    if case.name == "resnet50" and wanted("by hand, full reads"):
         yield "by hand, full reads", with_memory_by_hand(base, FLOATS, case.size)
     if case.name in ("resnet50", "vit_b_16"):
-        yield "LoRA", _lora(base)
-        if mode == "inference":
+        if wanted("LoRA"):
+            yield "LoRA", _lora(base)
+        if mode == "inference" and wanted("LoRA, merged"):
             yield "LoRA, merged", _lora(base).merge_and_unload()
 
 

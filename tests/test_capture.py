@@ -566,6 +566,11 @@ SIZED = {
     "tril": lambda x: torch.tril(x, x.shape[1] - 4),
     "pad": lambda x: F.pad(x, (x.shape[1] % 2, 1)),
     "len": lambda x: x.reshape(len(x), -1),
+    "avg_pool1d": lambda x: F.avg_pool1d(x, (x.shape[2] // 2,)),
+    "avg_pool2d": lambda x: F.avg_pool2d(x[None], (x.shape[1], 1)),
+    "conv1d": lambda x: F.conv1d(  # one group a sample
+        x.reshape(1, -1, 4), x.new_ones(len(x), x.shape[1], 3), groups=len(x)
+    ),
 }
 
 
@@ -585,7 +590,7 @@ def test_sizes_that_functions_are_handed_stay_free(which: str) -> None:
     for shape in ((2, 3, 4), (1, 6, 4), (5, 4, 4)):
         x = torch.randn(shape)
         assert_same(gm(x), model(x), tolerance=1e-6)
-    assert type(torch.reshape) is type(torch.arange)  # put back
+    assert type(torch.reshape) is type(F.conv1d) is type(torch.arange)  # put back
     assert "len" not in globals()
 
 

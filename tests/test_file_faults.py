@@ -56,7 +56,7 @@ def _write_operated(path: Path) -> None:
 def _write_dcp(path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(net().state_dict(), checkpoint_id=str(path.parent), no_dist=True)
+        dcp.state_dict_saver.save(net().state_dict(), checkpoint_id=str(path.parent), no_dist=True)
 
 
 def _write_program(path: Path) -> None:

@@ -438,3 +438,28 @@ def test_a_graph_changed_since() -> None:
     frozen.graph.erase_node(total)
     with pytest.raises(AimSurgeryError, match="its sum is no longer in it"):
         fold(frozen)
+
+
+class Noisy(nn.Module):
+    """Draws anew in each call, also in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.register_buffer("scale", torch.ones(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * torch.rand_like(self.scale)
+
+
+def test_noise_is_no_constant() -> None:
+    x = images(2, 3, 8, 8)
+    gm = operated(Noisy(), x)
+    before = torch.get_rng_state()
+    folded = fold(gm)
+    assert torch.equal(before, torch.get_rng_state())
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        expected = gm(x)
+        torch.manual_seed(seed)
+        assert_same(folded(x), expected)

@@ -97,13 +97,24 @@ class Reversal(nn.Module):
         return Doubled.apply(x)  # type: ignore[return-value]
 
 
+doubled = Doubled.apply  # taken before any trace, as libraries do
+
+
+class ReversalByName(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return doubled(x)  # type: ignore[return-value]
+
+
 class Region(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return x @ x.t()
 
 
-@pytest.mark.parametrize(("inner", "reason"), [(Reversal(), "Doubled"), (Region(), "autocast")])
+@pytest.mark.parametrize(
+    ("inner", "reason"),
+    [(Reversal(), "Doubled"), (ReversalByName(), "Doubled"), (Region(), "autocast")],
+)
 def test_regions_that_no_graph_holds_stay_python(inner: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Linear(8, 8), inner, nn.Identity())
     x = X.float().requires_grad_()

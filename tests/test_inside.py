@@ -483,7 +483,7 @@ def test_what_has_no_place_for_a_hook_is_listed() -> None:
     reasons = {name: skip.reason for skip in plan_of(gm).skips for name in skip.weights}
     assert "multi_head_attention_forward uses its weight" in reasons["inner.out_proj.weight"]
     assert "MultiheadAttention uses it" in reasons["inner.in_proj_weight"]
-    assert "recurrent weight" in reasons["lstm.weight_hh_l0"]
+    assert "lstm.weight_hh_l0" not in reasons
     assert "not called" in reasons["unused.weight"]
     result = aim_surgery.verify(model, gm, TOKENS)
     assert result.ok, str(result)
@@ -733,3 +733,27 @@ def test_the_command_line_keeps_the_class(tmp_path: Path, monkeypatch: pytest.Mo
     assert type(loaded) is nn.Sequential
     found = CliRunner().invoke(app, ["verify", "net.pt", "a.safetensors", "--model", "net.py:net"])
     assert found.exit_code == 0, found.output
+
+
+def test_a_layer_that_its_caller_moves_to_another_dtype() -> None:
+    """A router that computes in float32 whatever the rest does."""
+
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.classifier = nn.Linear(8, 4)
+            self.tied = self.classifier.weight  # so that W_m lives beside
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.detach().sum()) > 1e9:
+                return x
+            self.classifier = self.classifier.to(torch.float32)
+            return self.classifier(x.to(torch.float32)).to(x.dtype)
+
+    model = nn.Sequential(nn.Linear(8, 8), Router())
+    x = TOKENS.float()
+    gm = transform(model, x, config=WIDE)
+    read = read_of(gm, "1.classifier")
+    assert not read.site.widens
+    result = aim_surgery.verify(model, gm, x)
+    assert result.ok, str(result)

@@ -286,3 +286,24 @@ def test_errors() -> None:
     node.meta["aim"] = note._replace(view="gone")
     with pytest.raises(AimSurgeryError, match="has been changed since surgery wrote it"):
         lower(gm, "split")
+
+
+def test_hooks_put_on_since() -> None:
+    """A hook would see one of two products, or none: that is said, not done."""
+    x = inputs_of(CASES[0])
+    torch.manual_seed(0)
+    gm = operated(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)), x)
+    handle = gm.get_submodule("2").register_forward_hook(lambda module, args, output: 2 * output)
+    for change in (lambda: lower(gm, "split"), lambda: aim_surgery.fold(gm.eval())):
+        with pytest.raises(AimSurgeryError, match="2: this layer has forward hooks"):
+            change()
+    handle.remove()
+    assert_same(lower(gm, "split")(x), gm(x))
+
+    class Doubled(nn.Conv2d):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    gm.get_submodule("2").__class__ = Doubled
+    with pytest.raises(AimSurgeryError, match=r"a forward of its own \(Doubled\)"):
+        lower(gm, "split")

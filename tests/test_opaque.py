@@ -119,6 +119,12 @@ def test_what_tracing_stops_at_stays_one_call(kind: type[nn.Module]) -> None:
     assert not torch.allclose(filled(gm)(X), untouched)
 
 
+def test_one_reason_is_one_note() -> None:
+    model = between(nn.Sequential(*(WantsTensor() for _ in range(6))))
+    (note,) = [note for note in transform(model, X, config=WIDE).plan.notes if "stay" in note]
+    assert note.startswith("1.0, 1.1, 1.2, 1.3 and 2 more stay Python calls: ")
+
+
 def test_an_error_of_the_model_stays_an_error() -> None:
     class Broken(Inner):
         def forward(self, x: Tensor) -> Tensor:

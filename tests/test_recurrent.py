@@ -1,4 +1,4 @@
-"""Recurrent layers read at every input weight: held against stacks unrolled by hand."""
+"""Recurrent layers read at every linear call: held against stacks unrolled by hand."""
 
 from __future__ import annotations
 
@@ -70,9 +70,13 @@ def around(kind: Callable[..., Any], **options: Any) -> Around:
 def cell_by_hand(
     mode: str, wide: Tensor, own: dict[str, Tensor], x: Tensor, state: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """One step, from gates of what comes in and of the state, as torch's documentation has it."""
+    """One step, from gates of what comes in and of the state, as torch's documentation has it.
+
+    Where the weight of the state is wide, it works on cat[h, m], with the m that ends x.
+    """
     incoming = x @ wide.T + own.get("bias_ih", torch.zeros(()))
-    hidden = state[0] @ own["weight_hh"].T + own.get("bias_hh", torch.zeros(()))
+    columns = [state[0], x[:, x.shape[1] - (own["weight_hh"].shape[1] - state[0].shape[1]) :]]
+    hidden = torch.cat(columns, -1) @ own["weight_hh"].T + own.get("bias_hh", torch.zeros(()))
     if mode == "GRU":
         (ir, iz, i_n), (hr, hz, hn) = incoming.chunk(3, -1), hidden.chunk(3, -1)
         z, n = (iz + hz).sigmoid(), (i_n + (ir + hr).sigmoid() * hn).tanh()
@@ -87,7 +91,7 @@ def cell_by_hand(
 
 
 def unrolled(layer: nn.RNNBase, x: Tensor, beside: dict[str, Tensor], memory: Tensor) -> Tensor:
-    """A stack whose every layer works on cat[x_t, m] with the wide weight [W_x ; W_m]."""
+    """A stack whose every linear call works on wide weights: [W_ih W_hh W_m], a GRU's two apart."""
     x = x.transpose(0, 1) if layer.batch_first else x
     names = ("weight_hh", "bias_ih", "bias_hh", "weight_hr")
     for number in range(layer.num_layers):
@@ -96,6 +100,8 @@ def unrolled(layer: nn.RNNBase, x: Tensor, beside: dict[str, Tensor], memory: Te
             place = f"_l{number}{suffix}"
             own = {n: getattr(layer, n + place) for n in names if hasattr(layer, n + place)}
             wide = torch.cat([getattr(layer, f"weight_ih{place}"), beside[f"weight_ih{place}"]], 1)
+            if layer.mode == "GRU":
+                own["weight_hh"] = torch.cat([own["weight_hh"], beside[f"weight_hh{place}"]], 1)
             zeros = x.new_zeros(x.shape[1], layer.hidden_size)
             state = (zeros[:, : layer.proj_size or None], zeros)
             steps = []
@@ -132,7 +138,7 @@ def test_it_reads_as_wide_layers_by_hand(name: str, emit: Any) -> None:
     torch.testing.assert_close(gm(SEQUENCE), model(SEQUENCE), rtol=1e-12, atol=0)
     filled(gm)
     layer: Any = gm.get_submodule("rnn")
-    expected_sites = 2 if layer.bidirectional else 1
+    expected_sites = (2 if layer.bidirectional else 1) * (2 if layer.mode == "GRU" else 1)
     weights, memory = read_by_hand(gm, "rnn")
     assert len(weights) == expected_sites * layer.num_layers
     x = SEQUENCE.transpose(0, 1).contiguous() if layer.batch_first else SEQUENCE
@@ -147,9 +153,12 @@ def test_it_reads_as_wide_layers_by_hand(name: str, emit: Any) -> None:
     for mine, own in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-10, atol=1e-13)
         assert own.any()
-    with torch.no_grad():
-        weights["weight_ih_l0"].zero_()
-        assert not torch.allclose(layer(x)[0], by_hand)  # the comparison can fail
+    for weight in weights.values():
+        with torch.no_grad():
+            before = weight.clone()
+            weight.zero_()
+            assert not torch.allclose(layer(x)[0], by_hand)  # the comparison can fail
+            weight.copy_(before)
 
 
 CELLS: dict[str, tuple[Callable[..., nn.Module], str, int]] = {
@@ -185,7 +194,8 @@ def test_cells_read_at_every_step(name: str, bias: bool, emit: Any) -> None:
     gm = transform(model, SEQUENCE, config=SMALL, emit=emit)
     torch.testing.assert_close(gm(SEQUENCE), model(SEQUENCE), rtol=1e-12, atol=0)
     (read,) = (r for r in plan_of(gm).reads if r.site.layer == "cell.weight_ih")
-    assert (read.site.in_channels, read.site.positions) == (INPUT, STEPS)
+    columns = INPUT if mode == "GRU" else INPUT + HIDDEN
+    assert (read.site.in_channels, read.site.positions) == (columns, STEPS)
     assert read.site.out_channels == model.cell.get_parameter("weight_ih").shape[0]
     assert read.macs == STEPS * read.parameters
     filled(gm)
@@ -193,6 +203,8 @@ def test_cells_read_at_every_step(name: str, bias: bool, emit: Any) -> None:
     cell = gm.get_submodule("cell")
     own = {n: p for n, p in cell.named_parameters(recurse=False) if n != "weight_ih"}
     wide = torch.cat([cell.get_parameter("weight_ih"), weights["weight_ih"]], 1)
+    if mode == "GRU":
+        own["weight_hh"] = torch.cat([own["weight_hh"], weights["weight_hh"]], 1)
     state = tuple(torch.zeros(BATCH, HIDDEN, dtype=torch.float64) for _ in range(2))
     for step in SEQUENCE:
         joined = torch.cat([step, memory.expand(BATCH, -1)], -1)
@@ -205,7 +217,13 @@ def test_cells_read_at_every_step(name: str, bias: bool, emit: Any) -> None:
     by_hand = torch.nn.functional.linear(joined, last.weight, last.bias)
     found = gm(SEQUENCE)[-1]
     torch.testing.assert_close(found, by_hand, rtol=1e-10, atol=1e-13)
-    parameters = [*own.values(), *weights.values(), gm.get_parameter("aim.memory.weight")]
+    del own["weight_hh"]
+    parameters = [
+        cell.get_parameter("weight_hh"),
+        *own.values(),
+        *weights.values(),
+        gm.get_parameter("aim.memory.weight"),
+    ]
     mine = torch.autograd.grad(found.square().sum(), parameters)
     wanted = torch.autograd.grad(by_hand.square().sum(), parameters)
     for a, b in zip(mine, wanted, strict=True):
@@ -241,14 +259,13 @@ def pair(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
 def test_every_check_passes(pair: tuple[nn.Module, nn.Module]) -> None:
     model, gm = pair
     names = [read.site.layer for read in plan_of(gm).reads]
-    assert sorted(names) == ["0", "1.rnn.weight_ih_l0", "1.rnn.weight_ih_l1", "2"]
-    skips = {weight: skip.reason for skip in plan_of(gm).skips for weight in skip.weights}
-    assert skips.keys() == {"1.rnn.weight_hh_l0", "1.rnn.weight_hh_l1"}
-    assert all("recurrent weight" in reason for reason in skips.values())
+    gates = [f"1.rnn.weight_{what}_l{number}" for what in ("hh", "ih") for number in (0, 1)]
+    assert sorted(names) == ["0", *gates, "2"]
+    assert plan_of(gm).skips == ()
     result = aim_surgery.verify(model, gm, SEQUENCE)
     assert result.ok, str(result)
-    assert {"1.rnn.weight_ih_l0", "1.rnn.weight_ih_l1"} <= set(result.coverage.covered)
-    assert {name for name, _ in result.coverage.skipped} == skips.keys()
+    assert {*gates} <= set(result.coverage.covered)
+    assert result.coverage.skipped == ()
     assert result.gradients.memory == 1
     filled(gm)
     assert not aim_surgery.verify(model, gm, SEQUENCE).equivalence.ok
@@ -259,13 +276,34 @@ def test_the_audit_sees_a_read_that_is_none(pair: tuple[nn.Module, nn.Module]) -
     samples = samples_for(model, plan_of(gm), SEQUENCE)
     assert check_coverage(model, gm, plan_of(gm), samples).ok
     deaf = copy.deepcopy(gm)
-    vars(deaf.get_submodule("1.rnn"))["forward"].reads.pop("weight_ih_l1")
-    found = check_coverage(model, deaf, plan_of(gm), samples)
-    assert [name for name, _ in found.unaccounted] == ["1.rnn.weight_ih_l1"]
-    assert "reach no activation" in found.unaccounted[0][1]
-    forgetful = dataclasses.replace(plan_of(gm), skips=())
+    for weight in ("weight_ih_l1", "weight_hh_l0"):
+        deaf = copy.deepcopy(gm)
+        vars(deaf.get_submodule("1.rnn"))["forward"].reads.pop(weight)
+        found = check_coverage(model, deaf, plan_of(gm), samples)
+        assert [name for name, _ in found.unaccounted] == [f"1.rnn.{weight}"]
+        assert "reach no activation" in found.unaccounted[0][1]
+    reads = plan_of(gm).reads
+    forgetful = dataclasses.replace(
+        plan_of(gm), reads=tuple(read for read in reads if "hh" not in read.site.name)
+    )
     found = check_coverage(model, gm, forgetful, samples)
     assert {n for n, _ in found.unaccounted} == {"1.rnn.weight_hh_l0", "1.rnn.weight_hh_l1"}
+
+
+def test_only_projections_are_listed() -> None:
+    model = around(nn.LSTM, proj_size=2, num_layers=2)
+    gm = transform(model, SEQUENCE, config=SMALL)
+    (site, *_) = (r.site for r in gm.plan.reads if r.site.name == "rnn.weight_ih_l1")
+    assert site.weights == ("rnn.weight_ih_l1", "rnn.weight_hh_l1")
+    assert site.in_channels == 2 + 2
+    assert [skip.weights for skip in gm.plan.skips] == [
+        ("rnn.weight_hr_l0",),
+        ("rnn.weight_hr_l1",),
+    ]
+    assert all("projects the state" in skip.reason for skip in gm.plan.skips)
+    result = aim_surgery.verify(model, gm, SEQUENCE)
+    assert result.ok, str(result)
+    assert {"rnn.weight_hh_l0", "rnn.weight_ih_l0"} <= set(result.coverage.covered)
 
 
 def test_copies_pickles_files_and_dtypes(pair: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
@@ -466,7 +504,7 @@ def test_packed_sequences(emit: Any) -> None:
     assert_same(gm(*inputs), model(*inputs))
     result = aim_surgery.verify(model, gm, inputs)
     assert result.ok, str(result)
-    assert len(result.coverage.covered) == 6
+    assert len(result.coverage.covered) == 10
     filled(gm)
     layer: Any = gm.get_submodule("packing.rnn")
     weights, memory = read_by_hand(gm, "packing.rnn")

@@ -953,3 +953,29 @@ def test_channels_may_change_in_number() -> None:
     start, *_, output = captured.graph.nodes
     assert follow_axis(captured, captured.graph, {start: 1})[output.args[0]] == 1
     assert output.args[0] not in follow_axis(captured, captured.graph, {start: 1}, samples=3)
+
+
+def test_windows_with_channels_in_the_middle_are_no_place_to_write() -> None:
+    """A (N, 2, 2, C, H, W) tensor is neither a map of up to three axes nor tokens."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.inside = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x)
+            n, c, h, w = x.shape
+            x = x.reshape(n, c, 2, h // 2, 2, w // 2).permute(0, 2, 4, 1, 3, 5)
+            x = self.inside(x.reshape(n * 4, c, h // 2, w // 2)).relu()
+            return self.head(x.reshape(n, 4, c, -1).mean((1, 3)))
+
+    model, x = Windows().eval(), torch.randn(2, 3, 8, 8)
+    stages, _ = stages_of(model, x)
+    assert stages.boundaries
+    assert not any(len(point.spatial) == 0 and point.channel_axis == 3
+                   for point in stages.boundaries)  # fmt: skip
+    gm = aim_surgery.transform(model, x)
+    assert gm.plan.writes
+    torch.testing.assert_close(gm(x), model(x))

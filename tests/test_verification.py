@@ -14,6 +14,7 @@ from aim_surgery import AimConfig, AimSurgeryError, plan, transform
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
+from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair
 from aim_surgery.verification.coverage import check_coverage
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
 
@@ -49,10 +50,11 @@ class Einsum(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.linear = nn.Linear(6, 6)
-        self.mix = nn.Parameter(torch.randn(6, 4))
+        self.mix = nn.Parameter(torch.randn(6, 6))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.einsum("bi,io->ob", self.linear(x), self.mix).T
+        x = self.linear(x)
+        return torch.einsum("bi,io,bo->b", x, self.mix, x)
 
 
 class Tied(nn.Module):
@@ -373,6 +375,19 @@ def test_running_statistics_that_part_ways_are_named(net, gm) -> None:
     assert any("norm.running_mean" in text for text in found[0].offenders)
 
 
+def test_a_small_defect_of_running_statistics_is_no_rounding() -> None:
+    """As small as what rounding does to a detector's buffers in float32."""
+    model = ConvNet()
+    other = copy.deepcopy(model)
+    other.norm.momentum = 0.1 * (1 + 5e-5)
+    pair = Pair(model, other, plan(model, IMAGES), TOLERANCES[torch.float32])
+    found = pair.compare(Case(True, Samples((IMAGES,), {}), "batch 2", torch.float32), [])
+    assert not isinstance(found, str)
+    buffers = next(c for c in found if c.what == "buffers")
+    assert 1e-5 < buffers.difference < 1e-4
+    assert any("norm.running" in text for text in buffers.offenders)
+
+
 def test_a_gradient_that_is_lost_is_named(net, gm) -> None:
     detach(gm, "depthwise")
     failed = [c for c in verify(net, gm, IMAGES).equivalence.offenders if c.what == "gradients"]
@@ -626,3 +641,107 @@ def test_a_read_that_is_not_added_is_still_named() -> None:
     gm.recompile()
     unreached = dict(verify(model, gm, (x,)).gradients.unreached)
     assert "aim.reads.table.weight" in unreached
+
+
+class Sparse(nn.Module):
+    """A graph's adjacency: a buffer and outputs that are no strided tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.register_buffer("adjacency", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = self.linear(torch.sparse.mm(self.get_buffer("adjacency"), x))
+        return scores, scores.detach().relu().to_sparse()
+
+
+def test_sparse_tensors_are_compared() -> None:
+    model, x = Sparse(), torch.randn(4, 6)
+    gm = transform(model, x, config=FULL)
+    assert verify(model, gm, x).ok
+    with torch.no_grad():
+        gm.get_parameter("linear.bias").add_(1)
+    assert {"output[0]", "output[1]"} <= {
+        offender.partition(" ")[0]
+        for item in verify(model, gm, x).equivalence.offenders
+        for offender in item.offenders
+    }
+
+
+class ChangesItsState(nn.Module):
+    """In evaluation, backward stops half-way: a tensor that it needs was changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.first(x)
+        if not self.training:
+            state = hidden.sigmoid()
+            hidden = hidden * state.square()
+            state += 1
+        return self.last(hidden)
+
+
+def test_a_backward_that_fails_leaves_no_gradients_for_the_next_case() -> None:
+    model, x = ChangesItsState(), torch.randn(3, 4)
+    result = verify(model, transform(model, x), x)
+    assert result.ok, str(result)
+    assert any("the original fails in backward" in note for note in result.notes)
+    assert any(
+        c.what == "gradients" and "training" in c.case for c in result.equivalence.comparisons
+    )
+
+
+class Cancels(nn.Module):
+    """Statistics of a small difference between large products; `flipped`: summed backwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False)
+        with torch.no_grad():
+            self.second.weight.copy_(self.first.weight * (1 + 1e-3 * torch.rand(8, 64)))
+        self.norm = nn.BatchNorm1d(8, affine=False)
+        self.flipped = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.first.weight, self.second.weight
+        if self.flipped:
+            x, first, second = x.flip(-1), first.flip(-1), second.flip(-1)
+        products = [torch.nn.functional.linear(x, weight) for weight in (first, second)]
+        return self.norm(3e3 * (products[1] - products[0])).tanh()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_buffers_are_left_out_only_where_rounding_moves_them_as_far(dtype) -> None:
+    x = torch.randn(6, 64, dtype=dtype, generator=torch.Generator().manual_seed(2)) + 1
+
+    def compared(change) -> tuple[Comparison, list[str]]:
+        model, notes = Cancels().to(dtype), []
+        other = copy.deepcopy(model)
+        change(other)
+        pair = Pair(model, other, plan(nn.Linear(64, 8), x.float()), TOLERANCES[dtype])
+        found = pair.compare(Case(True, Samples((x,), {}), "batch 6", dtype), notes)
+        assert not isinstance(found, str)
+        before = {name: value.clone() for name, value in model.named_buffers()}
+        twin = Cancels().to(dtype).train()
+        twin(x)  # the original's own buffers are those of one run
+        assert all(torch.equal(value, before[name]) for name, value in twin.named_buffers())
+        return next(c for c in found if c.what == "buffers"), notes
+
+    def flip(model: Cancels) -> None:
+        model.flipped = True
+
+    def wrong(model: Cancels) -> None:
+        flip(model)
+        model.norm.momentum = 0.1 * (1 + 1e-2 if dtype == torch.float32 else 1 + 1e-9)
+
+    rounded, notes = compared(flip)
+    assert rounded.ok, str(rounded)
+    needed = any("buffers are not judged" in note for note in notes)
+    assert needed == (dtype == torch.float32)
+    defect, _ = compared(wrong)
+    assert any("running_mean" in text for text in defect.offenders)

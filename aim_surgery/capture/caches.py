@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.holders import holds_proxies
+from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
 
 if TYPE_CHECKING:
@@ -37,21 +38,6 @@ _METHODS = (staticmethod, classmethod)
 
 # Where a cached function is held: how to put another there, what is there, and the function.
 _Place = tuple[Callable[[Any], None], Any, Any]
-
-
-def packages_of(model: nn.Module) -> list[types.ModuleType]:
-    """The loaded files of the packages that a model's classes come from; torch's are none.
-
-    Args:
-        model: Any module.
-
-    Returns:
-        Python modules.
-    """
-    kinds = {type(module) for module in model.modules()}
-    packages = {kind.__module__.partition(".")[0] for kind in kinds} - {"torch", "builtins"}
-    inside = tuple(f"{package}." for package in packages)
-    return [m for n, m in list(sys.modules.items()) if n in packages or n.startswith(inside)]
 
 
 @contextlib.contextmanager
@@ -115,7 +101,7 @@ def _is_of_a_trace(value: Any) -> bool:
 
 
 def _places(model: nn.Module) -> Iterator[_Place]:
-    """All cached functions in a model and in the packages that its classes come from."""
+    """All cached functions in a model and in the packages whose code it runs."""
     seen: set[int] = set()
     for module in packages_of(model):
         space, file = vars(module), module.__name__

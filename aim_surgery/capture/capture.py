@@ -7,7 +7,8 @@ heads), both modes are traced, and the emitted module changes graphs with `train
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -34,6 +35,8 @@ from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
 from aim_surgery.capture.wrappers import on_meta, refuse_uninitialised, unwrap
 from aim_surgery.errors import CaptureError
+
+_NAMED = 4  # submodules that a note names
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,10 +232,24 @@ def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ..
             tracing.python |= differ
     words = [*notes, *(note for one in found.traced for note in one.notes)]
     words += [found.missing] if found.missing else []
-    words += [f"{path} stays a Python call: {why}" for path, why in opaque.items()]
+    words += _opaque_notes(opaque)
     traces = tuple(one.trace for one in found.traced)
     words += _hook_notes(model, traces)
     return Capture(model, inputs, arguments, traces, tuple(dict.fromkeys(words)), found.missing)
+
+
+def _opaque_notes(opaque: Mapping[str, str]) -> Iterator[str]:
+    """One note a reason; a network of 50 activations with one reason is one note."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path, why in opaque.items():
+        paths[why].append(path)
+    for why, same in paths.items():
+        if len(same) == 1:
+            yield f"{same[0]} stays a Python call: {why}"
+        else:
+            named = ", ".join(same[:_NAMED])
+            rest = f" and {len(same) - _NAMED} more" if len(same) > _NAMED else ""
+            yield f"{named}{rest} stay Python calls: {why}"
 
 
 @dataclass(frozen=True)

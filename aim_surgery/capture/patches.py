@@ -28,6 +28,7 @@ import contextlib
 import functools
 import logging
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,13 +38,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
+from torch._functorch import utils as functorch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.aten import recorded_operators
-from aim_surgery.capture.caches import nothing_remembered, packages_of
+from aim_surgery.capture.caches import nothing_remembered
 from aim_surgery.capture.decompose import packed_calls_open
+from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
 from aim_surgery.errors import CaptureError
@@ -51,10 +54,16 @@ from aim_surgery.errors import CaptureError
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
-# Functions of torch's that take sizes, places or lengths. Methods don't ask.
+# Functions of torch's that take sizes, places, lengths or groups. Methods don't ask.
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
     *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+)
+
+_SIZED_F = (
+    *("pad", "one_hot", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle"),
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
 )
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
@@ -133,6 +142,7 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
     """Autocast regions and hand-written backward passes: a graph of calls can't hold either."""
     enter = torch.autocast.__enter__
     apply: Any = vars(torch.autograd.Function)["apply"]  # the classmethod itself, to be put back
+    unwrap = functorch.unwrap_dead_wrappers
 
     def enter_region(region: torch.autocast) -> Any:
         if tracer.evaluating or tracer.elsewhere:
@@ -146,13 +156,23 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
             return args[0](*args[2:])  # (function, preserve_rng_state, *its arguments)
         raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
 
+    def check_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """`f = Swish.apply`, taken before the trace, is torch's own, which asks this."""
+        recorded = any(type(leaf) is ValueProxy for leaf in args) and not tracer.evaluating
+        if recorded and not tracer.elsewhere:
+            cls = sys._getframe(1).f_locals["cls"]
+            raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
+        return unwrap(args)
+
     torch.autocast.__enter__ = enter_region  # type: ignore[method-assign]
     torch.autograd.Function.apply = classmethod(apply_function)  # type: ignore[assignment]
+    functorch.unwrap_dead_wrappers = check_arguments
     try:
         yield
     finally:
         torch.autocast.__enter__ = enter  # type: ignore[method-assign]
         torch.autograd.Function.apply = apply
+        functorch.unwrap_dead_wrappers = unwrap
 
 
 @contextlib.contextmanager
@@ -235,7 +255,7 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     originals |= {"finfo": torch.finfo, "iinfo": torch.iinfo}  # these ask a dtype, maybe a proxy's
     patched = [(torch, name, value, record) for name, value in originals.items()]
     patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
-    patched.append((F, "pad", F.pad, record_sized))
+    patched += [(F, name, getattr(F, name), record_sized) for name in _SIZED_F]
     for home, name, value, how in patched:
         setattr(home, name, wrapper(value, how))
     try:
@@ -252,7 +272,7 @@ def _numpy_state() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
-    """Let `isinstance` and `len` see a proxy's value, in the packages of the model's classes."""
+    """Let `isinstance` and `len` see a proxy's value, in the packages whose code the model runs."""
 
     def by_value(instance: Any, classes: Any) -> bool:
         if type(instance) is ValueProxy:

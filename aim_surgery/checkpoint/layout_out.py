@@ -128,7 +128,7 @@ def _weights(
         if name not in made:
             entry = operated.entries[name]
             key = names.keys.get(name)
-            kept = weights.get(key) if key is not None else None
+            kept: Any = weights.get(key) if key is not None else None
             if is_tensor(kept) and entry_of(kept) == entry:
                 made[name] = kept
             else:
@@ -137,7 +137,7 @@ def _weights(
                 )
         return made[name]
 
-    by_key = {key: name for name, key in reversed(names.keys.items())}
+    by_key = {key: name for name, key in reversed([*names.keys.items()])}
     found: OrderedDict[str, Any] = OrderedDict()
     for key, value in weights.items():
         found[key] = tensor(by_key[key]) if key in by_key else value

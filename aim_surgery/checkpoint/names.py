@@ -131,7 +131,7 @@ def _unique(names: Iterable[str], short: Callable[[str], str]) -> dict[str, str]
 
 def _with_twins(own: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, str]:
     """Names tied to a found one share its key where the file has none for them."""
-    first = {id(own[name]): key for name, key in reversed(keys.items()) if _is_tensor(own[name])}
+    first = {id(own[name]): key for name, key in reversed([*keys.items()]) if _is_tensor(own[name])}
     found = dict(keys)
     for name, value in own.items():
         if name not in found and id(value) in first:

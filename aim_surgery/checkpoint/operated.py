@@ -171,7 +171,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def renamed(weights: Weights | dict[str, Tensor], names: Names) -> Weights:
     """A state dict by the model's names; what has no name there keeps its own, less the prefix."""
-    of = {key: name for name, key in reversed(names.keys.items())}
+    of = {key: name for name, key in reversed([*names.keys.items()])}
     if is_averaged(names.prefix) and AVERAGING_COUNT in weights:
         kept = Weights({key: v for key, v in weights.items() if key != AVERAGING_COUNT})
         kept._metadata = getattr(weights, "_metadata", None)

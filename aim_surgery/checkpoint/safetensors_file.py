@@ -75,7 +75,7 @@ class SafetensorsFile(Source):
             raise unreadable(path, err) from err
         except Exception as err:
             raise damaged(path, err) from err
-        self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
+        self.metadata = header.pop("__metadata__", None) or {}
         order = sorted(header, key=lambda name: header[name]["data_offsets"])
         self.begins = {name: 8 + length + header[name]["data_offsets"][0] for name in order}
         self.entries = {name: self._entry(name, header[name]) for name in order}
@@ -116,7 +116,7 @@ class SafetensorsFile(Source):
 
         entry = self.entries[name]
         values = torch.empty(entry.nbytes, dtype=torch.uint8)
-        view = memoryview(values.numpy())
+        view = memoryview(values.numpy())  # pyright: ignore[reportArgumentType]
         try:
             with self.path.open("rb", buffering=0) as file:
                 same = _version_of(file) == self._version

@@ -94,4 +94,6 @@ def bytes_of(tensor: Tensor, name: str, entry: Entry) -> memoryview:
     if got != entry:
         raise CheckpointError(f"{name}: expected {entry}, got {got}")
     flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if not flat.numel():
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]

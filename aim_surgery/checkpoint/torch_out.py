@@ -94,7 +94,7 @@ def _values(storage: torch.UntypedStorage, placeholders: Placeholders) -> memory
         value = make()
         return bytes_of(value, "a tensor", entry_of(value))
     flat = torch.empty(0, dtype=torch.uint8).set_(storage)
-    return memoryview(flat.cpu().numpy())
+    return memoryview(flat.cpu().numpy())  # pyright: ignore[reportArgumentType]
 
 
 def _pickled(content: Any) -> tuple[bytes, list[torch.UntypedStorage]]:

@@ -15,6 +15,7 @@ from aim_surgery.capture import Inputs
 from aim_surgery.checkpoint.atomic import check_target
 from aim_surgery.checkpoint.layout_out import CarryOptimizer
 from aim_surgery.checkpoint.operated import operate_checkpoint
+from aim_surgery.checkpoint.optimizer import carry_optimizer
 from aim_surgery.checkpoint.read import kind_of, not_operated, open_source
 from aim_surgery.checkpoint.safetensors_out import Progress
 from aim_surgery.checkpoint.shards import SUFFIX as INDEX_SUFFIX
@@ -24,9 +25,6 @@ from aim_surgery.config import AimConfig
 from aim_surgery.errors import CheckpointError
 from aim_surgery.operation import Wanted
 from aim_surgery.planning import Plan
-
-# How optimizer states go through the surgery; None refuses them, unless they are to be dropped.
-CARRY_OPTIMIZER: CarryOptimizer | None = None
 
 Format = Literal["safetensors", "shards", "pt", "pt2"]
 _SUFFIXES = {"safetensors": ".safetensors", "shards": INDEX_SUFFIX, "pt": ".pt", "pt2": ".pt2"}
@@ -44,7 +42,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Operation:
-    """What to do to each checkpoint: see `transform`, and `same_layout` for the last."""
+    """What to do to each checkpoint: see `transform`, and `same_layout` for the last two."""
 
     spec: str | None
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +51,7 @@ class Operation:
     plan: Plan | None = None
     emit: Wanted = "auto"
     drop_optimizer: bool = False
+    carry_optimizer: CarryOptimizer | None = carry_optimizer
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def transform_checkpoint(
             output,
             model_spec=operation.spec,
             model_args=operation.model_args,
-            carry_optimizer=CARRY_OPTIMIZER,
+            carry_optimizer=operation.carry_optimizer,
             drop_optimizer=operation.drop_optimizer,
             progress=progress(nbytes),
         )

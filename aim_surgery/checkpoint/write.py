@@ -37,7 +37,7 @@ from aim_surgery.checkpoint.source import MODEL_KEY, Entry, Source
 from aim_surgery.checkpoint.torch_file import entry_of
 from aim_surgery.checkpoint.torch_out import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
-from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.surgery.modules import AIM
@@ -73,10 +73,15 @@ def save(
         model_args: The factory's keyword arguments; must be JSON.
 
     Raises:
-        CheckpointError: The folder is missing or can't be written, the disk is full, or the model
-            holds something that the format can't.
+        CheckpointError: The folder is missing or can't be written, the disk is full, the model
+            holds something that the format can't, or it is folded.
     """
     path = Path(path)
+    if is_folded(gm):
+        raise CheckpointError(
+            f"{path}: this model is folded, and no plan rebuilds it: save the model that was given "
+            f"to fold, and fold what load returns; torch.export.save or torch.save keep it as it is"
+        )
     plan = plan_of(gm)
     if plan is None:
         raise CheckpointError(

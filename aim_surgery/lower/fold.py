@@ -280,9 +280,9 @@ def _erase_unused(writer: FoldWriter) -> None:
 def _unfolded(writer: FoldWriter) -> tuple[str, ...]:
     """The sites whose memory is no constant."""
     notes = []
+    nodes = {node.name: node for node in writer._source.nodes}
     for _, note in noted_sites(writer._source):
-        beside = next(n for n in writer._source.nodes if n.name == note.beside)
-        if beside not in writer.aside:
+        if nodes[note.beside] not in writer.aside:
             notes.append(f"{note.site}: reads what each sample wrote, which is no constant")
     return tuple(notes)
 

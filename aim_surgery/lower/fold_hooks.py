@@ -5,6 +5,8 @@ layer(x) + W_m m  ->  layer(x) with bias b + W_m m        linear layers
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
         What could not be folded, a line for each layer.
     """
     notes = []
-    every = [(name, p) for name, p in root.named_parameters(remove_duplicate=False)]
+    owners = Counter(id(p) for _, p in root.named_parameters(remove_duplicate=False))
     for path, layer in root.named_modules():
         if isinstance(vars(layer).get("forward"), GateMemory):
             notes.append(
@@ -32,7 +34,7 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
         for hook in [*layer._forward_hooks.values()]:
             if not isinstance(hook, AddMemory):
                 continue
-            why = _why_not(layer, every)
+            why = _why_not(layer, owners)
             if why:
                 notes.append(f"{path}: reads the memory at each call: {why}")
                 continue
@@ -46,13 +48,13 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _why_not(layer: nn.Module, every: list[tuple[str, nn.Parameter]]) -> str:
+def _why_not(layer: nn.Module, owners: Counter[int]) -> str:
     if not isinstance(layer, nn.Linear) or type(layer).forward is not nn.Linear.forward:
         return "it is a convolution inside a Python call, whose sizes no graph shows"
     weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
     if weight is None or layer.bias is not bias:
         return "its weight or bias is computed"
-    if bias is not None and sum(other is bias for _, other in every) > 1:
+    if bias is not None and owners[id(bias)] > 1:
         return "its bias is shared with another layer"
     if len(layer._forward_hooks) > 1:
         return "other hooks see what it gives"

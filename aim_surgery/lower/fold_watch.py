@@ -81,7 +81,8 @@ def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
     watched = Watched()
     before = [(buffer, buffer.clone()) for buffer in root.buffers()]
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        alone = torch.random.fork_rng(devices=[])
+        with torch.inference_mode(False), torch.no_grad(), alone:
             _Watching(root, graph, watched).run(*inputs)
             for buffer, value in before:
                 if not torch.equal(buffer, value):
@@ -103,14 +104,18 @@ class _Watching(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         changed = _changed(n, self.submodules)
         storages = {*_storages(self.env[changed])} if changed is not None else set()
-        result = super().run_node(n)
         watched = self._watched
-        if n.op == "get_attr" or (
+        of_constants = (
             n.op.startswith("call_")
-            and n.all_input_nodes
+            and bool(n.all_input_nodes)
             and changed is None
             and watched.constant.issuperset(n.all_input_nodes)
-        ):
+        )
+        drawn = torch.get_rng_state() if of_constants else None
+        result = super().run_node(n)
+        if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
+            of_constants = False  # noise of a constant's shape is none
+        if n.op == "get_attr" or of_constants:
             watched.constant.add(n)
         if self._is_fixed(n, result):
             watched.fixed.add(n)

@@ -43,7 +43,7 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
         if not note.sliced:
             continue
         read = reads[note.site]
-        total = next((user for user in node.users if user.args == (node, beside)), None)
+        total = next((user for user in node.users if user.args[:2] == (node, beside)), None)
         if total is None or note.sliced not in nodes:
             raise AimSurgeryError(
                 f"{note.site}: this graph has been changed since it was split, and its sum is no "

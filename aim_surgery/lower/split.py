@@ -4,38 +4,42 @@
 
 W_x and W_m are slices of the widened weight, taken once a forward. A view of the memory that is the
 same for all samples has no batch, so its product is computed once a batch and broadcasts in the
-sum. Depthwise and grouped convolutions keep their own kernels. Products are added in place: nothing
+sum; where each sample has its own memory, the product is added as it is computed (`add_product`).
+Depthwise and grouped convolutions keep their own kernels. Products are added in place: nothing
 needs what a product was before.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from aim_surgery.lower.products import write_product
+from aim_surgery.nn.add_product import add_product
 from aim_surgery.nn.views import resized
-from aim_surgery.planning import Read
+from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of
 from aim_surgery.surgery.beside import convolve_alone, set_input
 from aim_surgery.surgery.notes import SiteNote, note_site
-from aim_surgery.surgery.pieces import pieces_of
+from aim_surgery.surgery.pieces import pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
 
 POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
-def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> bool:
+def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str, Read]) -> bool:
     """Take the sites of one graph apart.
 
     Args:
         graph: The emitted graph; changed in place.
         root: The module that it belongs to; left unchanged.
+        plan: What it was operated by.
         reads: The reads whose layers are widened, by site.
 
     Returns:
@@ -62,8 +66,10 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
             note = note._replace(called=str(node.target))
         else:
             product, beside = _of_function(graph, node, note, (source, view), (own, memory))
-        with graph.inserting_after(beside):
-            total = graph.call_method("add_", (product, beside))
+        with graph.inserting_before(beside.next):
+            varies = plan.varies(read.memory, read.version)
+            wide = operator.attrgetter(weight)(root) if varies else None
+            total, beside = _sum(graph, product, beside, wide, read.planes)
         node.replace_all_uses_with(total, lambda user, own=total: user is not own)
         if product is not node:
             graph.erase_node(node)
@@ -84,7 +90,9 @@ def _slices(graph: fx.Graph, first: fx.Node, weight: str, read: Read) -> tuple[f
         if site.kind != "conv_transpose":
             sizes = (site.in_channels // site.groups, planes)
             parts = method("split", (wide, sizes, 1))
-            return graph.call_function(item, (parts, 0)), graph.call_function(item, (parts, 1))
+            own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
+            # a convolution would copy the slice to work on it, and once more in backward
+            return method("clone", (own,)) if site.kind == "conv" else own, memory
         each = method("unflatten", (wide, 0, (site.groups, -1)))
         parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
         own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
@@ -101,6 +109,7 @@ def _of_layer(
 ) -> tuple[fx.Node, fx.Node]:
     """Both products of a site that is the call of a layer; the call itself is left to be erased."""
     layer = root.get_submodule(str(node.target))
+    refuse_changed(layer, str(node.target))
     size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
     groups = getattr(layer, "groups", 1)
     (source, view), (own, memory) = operands, weights
@@ -128,6 +137,36 @@ def _of_function(
         if node.target in CONV_FUNCTIONS:
             return node, convolve_alone(graph, node, view, memory)
         return node, graph.call_function(F.linear, (view, memory))
+
+
+def _sum(
+    graph: fx.Graph, product: fx.Node, beside: fx.Node, wide: Tensor | None, planes: int
+) -> tuple[fx.Node, fx.Node]:
+    """Both products added in place, and the operand that is the memory's.
+
+    Of samples that have a memory each, a convolution is added without being written out, unless its
+    columns (k·K numbers a position) would be more than its result.
+    """
+    convolves = beside.target in (F.conv1d, F.conv2d, F.conv3d)
+    if wide is None or not convolves or planes * math.prod(wide.shape[2:]) > len(wide):
+        return graph.call_method("add_", (product, beside)), beside
+    names = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    options = [argument_of(beside, at, name, default=default) for at, name, default in names]
+    dims = wide.ndim - 2
+    options = [(option,) * dims if isinstance(option, int) else option for option in options]
+    numbers = all(
+        isinstance(option, tuple | list)
+        and len(option) == dims
+        and all(isinstance(number, int) for number in option)
+        for option in options
+    )
+    if not numbers or (dims == 3 and math.prod(wide.shape[2:]) > 1):
+        return graph.call_method("add_", (product, beside)), beside
+    view, memory = argument_of(beside, 0, "input"), argument_of(beside, 1, "weight")
+    assert isinstance(view, fx.Node)
+    total = graph.call_function(add_product, (product, view, memory, *map(tuple, options)))
+    graph.erase_node(beside)
+    return total, view
 
 
 def resize_where_needed(view: fx.Node) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -10,16 +11,33 @@ from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.graph_module import AimGraphModule
 
 
+@dataclass(frozen=True)
+class BeforeFreezing:
+    """What `freeze_base` changed of the base, for the way back.
+
+    Attributes:
+        trained: Whether each parameter asked for gradients, by name.
+        contrary: Modules that `train` puts in the other mode (see `AimGraphModule`).
+        evaluating: Modules with statistics that work in evaluation mode since.
+    """
+
+    trained: dict[str, bool]
+    contrary: dict[bool, tuple[str, ...]]
+    evaluating: tuple[str, ...] = ()
+
+
 class AimModules(nn.Module):
     """Memories, memory weights that live beside their layers (`reads`), update blocks (`writes`).
 
     Attributes:
         plan: The plan of a model that keeps its own class; a `GraphModule` holds it itself.
         form: How sites are written: "concat", "split" or "folded".
+        before_freezing: What the base was before `freeze_base`; None where it is not frozen.
     """
 
     plan: Any = None
     form: str = "concat"
+    before_freezing: BeforeFreezing | None = None
 
     def forward(self, *args: Any) -> Any:
         """Give back what comes in: an `nn.Sequential` that keeps its class calls all it holds."""

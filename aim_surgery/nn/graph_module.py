@@ -25,7 +25,7 @@ class AimGraphModule(fx.GraphModule):
     """A model with a memory, as an fx graph.
 
     Attributes:
-        plan: The plan that it was operated by.
+        plan: The plan that it was operated by; None where it has been restored.
         contrary: Submodules that the original's own `train(mode)` puts in the other mode (frozen
             batch norm), for each mode.
     """

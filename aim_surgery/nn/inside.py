@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.stand_in import StandIn
+from aim_surgery.nn.views import averaged
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
@@ -46,6 +48,12 @@ class SharedViews:
             module.register_forward_pre_hook(self._begin, prepend=True),
             module.register_forward_hook(self._end, always_call=True),
         ]
+
+    def detach(self) -> None:
+        """Take it off all modules."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def now(self) -> dict[Hashable, Tensor] | None:
         """What is shared at this moment; None where each call is to look anew."""
@@ -114,13 +122,13 @@ class View:
         dims, floats = len(self.spatial), memory.shape[1]
         if not dims:
             if self.planes < floats:
-                memory = F.adaptive_avg_pool1d(memory, self.planes)
+                memory = averaged(memory, self.planes)
             return memory.reshape(self.planes)
         size = math.prod(self.spatial)
         available = -(-floats // size)
         planes = F.pad(memory, (0, available * size - floats)).reshape(1, available, size)
         if self.planes < available:
-            planes = F.adaptive_avg_pool2d(planes, (self.planes, size))
+            planes = averaged(planes, self.planes)
         planes = planes.reshape(self.planes, *self.spatial)
         return _POOLS[dims](planes, x.shape[-dims:])
 
@@ -205,7 +213,9 @@ class AddMemory(_Hook):
     ) -> Tensor:
         """Add the memory's part; it has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
-        view, dims = self.view.for_input(x), len(self.view.spatial)
+        # a layer may be moved to another dtype inside the call (a router's), its W_m is not
+        weight = self.beside.get_parameter("weight")
+        view, dims = self.view.for_input(x).to(weight.dtype), len(self.view.spatial)
         if not dims:
             return output + self.beside(view).to(output.dtype)
         size = list(output.shape[-dims:])
@@ -222,6 +232,20 @@ def keep_in_evaluation(module: nn.Module) -> None:
     if not any(isinstance(hook, _Evaluating) for hook in module._forward_pre_hooks.values()):
         hook = _Evaluating()
         hook.attach(module)
+
+
+def detach_reads(root: nn.Module) -> None:
+    """Take off all hooks that this package puts on layers; those of others stay.
+
+    Args:
+        root: An operated model; changed in place.
+    """
+    for module in root.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        for hook in (*hooks, vars(module).get("forward")):
+            owner = getattr(hook, "__self__", hook)  # `SharedViews` hooks in by bound methods
+            if isinstance(owner, _Hook | StandIn | SharedViews):
+                owner.detach()
 
 
 class _Evaluating(_Hook):

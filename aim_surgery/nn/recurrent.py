@@ -1,12 +1,20 @@
-"""Reads of recurrent layers: the memory's part of the gates, through the bias of the input.
+"""Reads of recurrent layers: the memory's part of the gates, through their biases.
 
-    W_ih x_t + W_m m + b_ih  =  W_ih x_t + (b_ih + W_m m)
+The gates of an LSTM and of a plain RNN are one linear call, which both of its weights are part of:
 
-What each layer and direction of a stack would compute if cat[x_t, m] came in at every step; for
+    [W_ih W_hh W_m] [x_t ; h ; m] + b  =  W_ih x_t + W_hh h + (b + W_m m)
+
+A GRU's new gate takes a product of its own with the state, so its calls are two:
+
+    [W_ih W_m] [x_t ; m] + b_ih        [W_hh W_m'] [h ; m] + b_hh
+    r, z = sigmoid(both), n = tanh(W_in x_t + .. + r ⊙ (W_hn h + W_mn' m + b_hn))
+
+What each layer and direction of a stack would compute if the memory came in at every step; for
 the layers above the first one, nothing outside of torch's kernel could join that. The memory is the
 same for all samples and steps, so its part is one vector a call, and torch's own kernel does the
-rest. The layer's tensors and attributes are left alone: a call works on a shallow copy of it, so
-that threads and replicas may call at once.
+rest. A projection W_hr (o ⊙ tanh c) has no bias, and reads nothing. The layer's tensors and
+attributes are left alone: a call works on a shallow copy of it, so that threads and replicas may
+call at once.
 """
 
 from __future__ import annotations
@@ -30,14 +38,26 @@ def is_recurrent(layer: nn.Module) -> bool:
     return type(layer).forward in _FORWARDS and "forward" not in vars(layer)
 
 
-def input_weights(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the weights that are multiplied with inputs, by layer and direction of a stack."""
-    return tuple(name for name in _weight_names(layer) if name.startswith(_INPUT))
+def linear_calls(layer: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The linear calls that make gates, by layer and direction of a stack.
+
+    Args:
+        layer: A recurrent layer or cell.
+
+    Returns:
+        The names of each call's weights, by that of its first.
+    """
+    names = _weight_names(layer)
+    inputs = [name for name in names if name.startswith(_INPUT)]
+    pairs = [(name, name.replace(_INPUT, _HIDDEN)) for name in inputs]
+    if type(layer).forward in (nn.GRU.forward, nn.GRUCell.forward):
+        return {name: (name,) for pair in pairs for name in pair}
+    return {pair[0]: pair for pair in pairs}
 
 
-def state_weights(layer: nn.Module) -> tuple[str, ...]:
-    """Names of the weights that are multiplied with what the layer gave a step before."""
-    return tuple(name for name in _weight_names(layer) if not name.startswith(_INPUT))
+def projections(layer: nn.Module) -> tuple[str, ...]:
+    """Names of the weights that are multiplied with what the gates give."""
+    return tuple(name for name in _weight_names(layer) if name.startswith(_PROJECTED))
 
 
 def own_parameters(layer: nn.Module, name: str) -> tuple[str, ...]:
@@ -60,11 +80,11 @@ def _weight_names(layer: nn.Module) -> tuple[str, ...]:
 
 
 class GateMemory(StandIn):
-    """The forward of a recurrent layer whose input weights read a memory.
+    """The forward of a recurrent layer whose gates read a memory.
 
     Args:
-        reads: By name of an input weight, what it sees of a memory, and the layer that multiplies
-            that by W_m, (k,) -> (gates,).
+        reads: By name of a weight that has a bias of its own, what its call sees of a memory, and
+            the layer that multiplies that by W_m, (k,) -> (gates,).
     """
 
     def __init__(self, reads: dict[str, tuple[View, nn.Linear]]) -> None:
@@ -90,15 +110,18 @@ class GateMemory(StandIn):
         return {"_flat_weights": weights, "bias": True, "_update_flat_weights": _leave}
 
     def _biases(self, layer: nn.Module, like: Tensor, suffix: str) -> tuple[Tensor, Tensor]:
-        """Both biases of a layer of the stack, that of the input with W_m m in it."""
-        bias = getattr(layer, f"bias_ih{suffix}", None)
-        other = getattr(layer, f"bias_hh{suffix}", None)
-        if bias is None or other is None:
-            bias = other = like.new_zeros(like.shape[0])
-        read = self.reads.get(f"{_INPUT}{suffix}")
-        if read is not None:
-            bias = bias + _product(*read).to(bias)
-        return bias, other
+        """Both biases of a layer of the stack, with W_m m in those whose weights read."""
+        incoming = getattr(layer, f"bias_ih{suffix}", None)
+        hidden = getattr(layer, f"bias_hh{suffix}", None)
+        if incoming is None or hidden is None:
+            incoming = hidden = like.new_zeros(like.shape[0])
+        return self._with_memory(incoming, f"{_INPUT}{suffix}"), self._with_memory(
+            hidden, f"{_HIDDEN}{suffix}"
+        )
+
+    def _with_memory(self, bias: Tensor, name: str) -> Tensor:
+        read = self.reads.get(name)
+        return bias if read is None else bias + _product(*read).to(bias)
 
 
 def _product(view: View, beside: nn.Linear) -> Tensor:

@@ -1,4 +1,9 @@
-"""Views of the memory in forms that save what need not be done."""
+"""Views of the memory: its planes or features averaged down to k, its planes brought to a size.
+
+Both are what `adaptive_avg_pool` gives, in forms that save what need not be done. Exporters take
+that function apart into one addition for each entry of its largest window, thousands for a memory,
+on which they then work for many minutes; so an export gets a few operations of the same values.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,41 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+
+
+def averaged(memory: Tensor, groups: int) -> Tensor:
+    """Average floats, or planes, in contiguous groups, as `adaptive_avg_pool` forms them.
+
+        group i of k, of n entries: from floor(i n / k) up to ceil((i + 1) n / k)
+
+    Shapes:
+        (N, n) -> (N, k); (N, n, S) -> (N, k, S)
+
+    Args:
+        memory: Floats, or planes with their positions in one axis.
+        groups: k.
+
+    Returns:
+        The averages.
+    """
+    if torch.compiler.is_exporting():
+        return _averaged_by_gathering(memory, groups)
+    if memory.ndim == 2:
+        return F.adaptive_avg_pool1d(memory, groups)
+    return F.adaptive_avg_pool2d(memory, (groups, memory.shape[-1]))
+
+
+def _averaged_by_gathering(memory: Tensor, groups: int) -> Tensor:
+    count = memory.shape[1]
+    if count % groups == 0:
+        return memory.unflatten(1, (groups, count // groups)).mean(2)
+    most = max(-(-(i + 1) * count // groups) - i * count // groups for i in range(groups))
+    group = torch.arange(groups, device=memory.device).unsqueeze(1)
+    start, end = group * count // groups, ((group + 1) * count + groups - 1) // groups
+    entry = start + torch.arange(most, device=memory.device)
+    share = (entry < end).to(memory.dtype) / (end - start)
+    share = share.reshape(groups, most, *(1,) * (memory.ndim - 2))
+    return (memory[:, entry.clamp(max=count - 1)] * share).sum(2)
 
 
 def resized(view: Tensor, size: Sequence[int]) -> Tensor:

@@ -42,7 +42,7 @@ def indexed(move: Move) -> int | None:
         if move.node.args[0] in move.lost:
             return LOST
         return aligned_left(move) if isinstance(key, fx.Node) else None
-    place, entry = _place(key, move.axis, move.before)
+    place, entry = place_of(key, move.axis, move.before)
     if isinstance(entry, slice):
         return move.kept(place) if move.samples else place
     if not move.samples or isinstance(entry, int):
@@ -58,11 +58,11 @@ def overwrites(node: fx.Node, axes: Mapping[fx.Node, int]) -> bool:
     target, key, value = node.args
     if not isinstance(value, fx.Node) or shape_of(value.meta.get("val")) in (None, ()):
         return False
-    _, entry = _place(key, axes[target], tuple(target.meta["val"].shape))  # pyright: ignore
+    _, entry = place_of(key, axes[target], tuple(target.meta["val"].shape))  # pyright: ignore
     return not isinstance(entry, slice | int)
 
 
-def _place(key: Any, axis: int, before: Shape) -> tuple[int, Any]:
+def place_of(key: Any, axis: int, before: Shape) -> tuple[int, Any]:
     """Where indexing puts an axis, and what it is indexed by.
 
     Integers and new axes come first; then the axes that tensors index become those of the tensors,

@@ -23,6 +23,7 @@ from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, w
 from aim_surgery.sites.products import Product, find_product
 from aim_surgery.sites.samples import Samples, find_samples
 from aim_surgery.sites.site import Kind, Site
+from aim_surgery.sites.tables import Table, find_table
 
 CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 CONV_TRANSPOSE_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -49,6 +50,7 @@ class Call:
     weight_first: bool = False  # a product W @ x, whose features are rows
     weight: fx.Node | None = None  # its weight, where the layer is no module of the graph
     product: Product | None = None  # where its weight is no plain matrix
+    table: Table | None = None  # where it multiplies with rows of one
 
     @property
     def source(self) -> fx.Node:
@@ -83,10 +85,15 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     seen: Counter[str] = Counter()
     geometries: dict[str, list[tuple[Any, ...]]] = {}
     formulas: dict[fx.Node | str, int] = {}
+    sized = weight_sources(capture, graph, sized=True)
     found = [
         call
         for node in graph.nodes
-        if (call := _layer_call(capture, looked_at, node) or _function_call(capture, weights, node))
+        if (
+            call := _layer_call(capture, looked_at, node)
+            or _function_call(capture, weights, node)
+            or _table_call(capture, sized, node)
+        )
     ]
     samples = samples_of(capture, graph, found)
     calls = []
@@ -112,6 +119,9 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
         axis, windows = samples.at(call.source, call.channel_axis(call.source))
         if call.product is not None and not call.product.aligned:
             axis, windows = None, 1
+        if call.table is not None:
+            entries = call.node.meta["val"].numel() // max(samples.count, 1)
+            site = replace(site, positions=-(-entries // site.out_channels))
         site = replace(site, name=name, layer=layer, sample_axis=axis, windows=windows)
         calls.append(replace(call, site=site))
     return tuple(calls)
@@ -119,7 +129,7 @@ def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
 
 def samples_of(capture: Capture, graph: fx.Graph, calls: Sequence[Call]) -> Samples:
     """Where the samples are in a graph whose sites are known (`find_samples`)."""
-    worked_on = [(call.source, len(call.site.kernel_size) + 1) for call in calls]
+    worked_on = [(c.source, len(c.site.kernel_size) + 1) for c in calls if c.table is None]
     return find_samples(capture, graph, worked_on)
 
 
@@ -263,6 +273,19 @@ def _product_call(weights: dict[fx.Node, tuple[str, ...]], node: fx.Node) -> Cal
     layer, why = names[0].removesuffix(".weight"), "it is no product with a plain matrix"
     site = _site(layer, "linear", sizes, 1, (), found.source, node, names, why)
     return Call(site, node, found.index, found.name, weight=found.weight, product=found)
+
+
+def _table_call(
+    capture: Capture, weights: dict[fx.Node, tuple[str, ...]], node: fx.Node
+) -> Call | None:
+    table = find_table(capture, weights, node)
+    if table is None:
+        return None
+    names = weights[table.weight]
+    sizes = (table.columns, table.rows)
+    layer, why = names[0].removesuffix(".weight"), "it multiplies with rows of a table"
+    site = _site(layer, "linear", sizes, 1, (), table.source, node, names, why)
+    return Call(site, node, table.index, table.name, table=table)
 
 
 @dataclass(frozen=True)

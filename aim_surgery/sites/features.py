@@ -16,6 +16,8 @@ from aim_surgery.sites.graph import embeddings
 
 Point = tuple[fx.Node, Boundary]
 
+_MOST_AXES = 5  # samples, channels and three of a map: what convolutions know
+
 
 class Features:
     """What a node carries, on one graph.
@@ -28,7 +30,8 @@ class Features:
 
     def __init__(self, capture: Capture, graph: fx.Graph) -> None:
         self.graph = graph
-        calls = find_calls(capture, graph)
+        # what rows of a table give is no features
+        calls = [call for call in find_calls(capture, graph) if call.table is None]
         self.samples = samples_of(capture, graph, calls)
         tables = embeddings(capture, graph)
         starts = {node: node.meta["val"].ndim - 1 for node in tables}
@@ -81,6 +84,8 @@ class Features:
                 f"has the shape {shape}, with {shape[axis] // count} entries for each of {count} "
                 f"samples on axis {axis}; a write needs one"
             )
+        if len(shape) > _MOST_AXES and channel_axis < len(shape) - 1:
+            return f"has the shape {shape}, neither a map of up to three axes nor channels last"
         if self._positions(value, shape[channel_axis]) < 1:
             return f"has the shape {shape}, less than one position for each of {count} samples"
         return ""

@@ -28,6 +28,7 @@ from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import LAYER_TYPES
 from aim_surgery.sites.closed import is_closed
 from aim_surgery.sites.recurrent import fault_recurrent, recurrent_sites, recurrent_skips
+from aim_surgery.sites.rows import RowsWatched
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.unread import NOT_PRODUCTS
 
@@ -58,6 +59,7 @@ class _Runs:
         elsewhere: Functions that took a layer's weight while the layer was not being called.
         failures: Why a mode did not run, in one line.
         calls: How often each of them was called in the first mode in which it was.
+        rows: Embeddings whose rows were multiplied, and the function.
     """
 
     seen: dict[str, _Seen] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class _Runs:
     elsewhere: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    rows: dict[str, str] = field(default_factory=dict)
 
 
 def find_inside(
@@ -120,6 +123,7 @@ def find_inside(
             why = f"{runs.elsewhere[name]} uses its weight, too"
         sites.append(_site(name, layer, weights, seen, why))
     skips += _others(capture, paths, read | {w for skip in skips for w in skip.weights})
+    skips += _rows(capture, paths, runs.rows, read)
     return tuple(sites), tuple(skips), frozenset(both)
 
 
@@ -305,17 +309,25 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     if not {*modules.values()}.isdisjoint(capture.modules.values()):
         runs.failures.append(f"{type(capture.model).__name__} gives itself for a copy")
         return runs
-    watch = _Watch(runs, {n: modules[n] for n in layers}, {p: modules[p] for p in paths})
+    tables = {
+        name: module.weight
+        for name, module in modules.items()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and path_of(name, paths) is not None
+    }
+    rows = RowsWatched(tables)
+    watch = _Watch(runs, {n: modules[n] for n in layers}, {p: modules[p] for p in paths}, rows)
     for training in (capture.model.training, not capture.model.training):
         try:
             twin.train(training)
             with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
                 args, kwargs = _examples(capture)
+                rows.begin((args, kwargs))
                 twin(*args, **kwargs)
         except Exception as err:
             mode = "training" if training else "evaluation"
             runs.failures.append(f"in {mode} it fails with {_line(err)}")
         watch.forget()
+    runs.rows = rows.multiplied
     return runs
 
 
@@ -323,10 +335,14 @@ class _Watch(TorchFunctionMode):
     """Notes the calls of layers within paths, and uses of their weights outside of such calls."""
 
     def __init__(
-        self, runs: _Runs, layers: Mapping[str, nn.Module], paths: Mapping[str, nn.Module]
+        self,
+        runs: _Runs,
+        layers: Mapping[str, nn.Module],
+        paths: Mapping[str, nn.Module],
+        rows: RowsWatched,
     ) -> None:
         super().__init__()
-        self._runs = runs
+        self._runs, self._rows = runs, rows
         self._stack: list[str] = []  # paths that are being called
         self._active: list[str] = []  # layers that are
         self._mode = 0  # number of the run
@@ -376,7 +392,9 @@ class _Watch(TorchFunctionMode):
             name = self._weights.get(id(value))
             if name is not None and name not in self._active and not _is_harmless(func):
                 self._runs.elsewhere.setdefault(name, getattr(func, "__name__", str(func)))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self._rows.see(func, args, kwargs or {}, result)
+        return result
 
 
 def _drop(stack: list[str]) -> None:
@@ -435,3 +453,15 @@ def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> 
             kind = type(module).__name__
             why = f"{kind} uses it in a forward of its own" + (f" ({reason})" if reason else "")
             yield Skip(name or kind, rest, why)
+
+
+def _rows(
+    capture: Capture, paths: Mapping[str, str], multiplied: Mapping[str, str], read: set[str]
+) -> Iterator[Skip]:
+    """Tables whose rows are multiplied, where nothing else reads at them."""
+    for name, function in multiplied.items():
+        weights = tuple(capture.owners[id(capture.modules[name].weight)])
+        if read.isdisjoint(weights):
+            reason = paths[path_of(name, paths) or ""]
+            why = f"{function} multiplies its rows inside a Python call"
+            yield Skip(name, weights, f"{why} ({reason})" if reason else why)

@@ -1,30 +1,30 @@
-"""Sites of recurrent layers: one at each input weight, for each layer and direction of a stack.
+"""Sites of recurrent layers: each linear call that makes gates, of each layer and direction.
 
 A recurrent layer is one call, in a graph and inside Python calls alike, so its sites read through
-the layer (`nn/recurrent.py`), and their memory weights live beside. What is multiplied with the
-layer's own state is listed: the same gates see the memory at the input's weight.
+the layer, and their memory weights live beside. An LSTM's and a plain RNN's gates are the sum of
+two products, so both weights belong to one site; a GRU's are two sites (`nn/recurrent.py` has the
+algebra). Projections are listed.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import fx, nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.nn.recurrent import (
-    input_weights,
     is_recurrent,
+    linear_calls,
     own_parameters,
-    state_weights,
+    projections,
 )
 from aim_surgery.sites.site import Site, Skip
 
 BESIDE = "it is inside a recurrent layer's call"
-_GATES = "a recurrent weight: the read at the input's weight reaches the same gates"
-_STATE = "it projects the state that the gates make, and those read at the input's weight"
+_STATE = "it projects the state that the gates make, and has no bias; the gates read"
 
 
 def find_recurrent(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[Site, ...]]:
@@ -60,14 +60,15 @@ def recurrent_sites(capture: Capture, path: str, inside: str, calls: int) -> Ite
         calls: How often it is called on the example.
 
     Yields:
-        A site for each weight that is multiplied with inputs.
+        A site for each linear call; it is called as its first weight.
     """
     layer = capture.modules[path]
-    for name in input_weights(layer):
-        weights = _parameters(capture, path, name)
+    for name, names in linear_calls(layer).items():
+        weights = _parameters(capture, path, names)
         if not weights:
             continue
-        rows, columns = _shape(layer, name)
+        rows, _ = _shape(layer, name)
+        columns = sum(_shape(layer, weight)[1] for weight in names)
         qualname = f"{path}.{name}".removeprefix(".")
         yield Site(
             name=qualname,
@@ -88,7 +89,7 @@ def recurrent_sites(capture: Capture, path: str, inside: str, calls: int) -> Ite
 
 
 def recurrent_skips(capture: Capture, path: str) -> Iterator[Skip]:
-    """The weights of a recurrent layer that are multiplied with its own state.
+    """The weights of a recurrent layer that don't read.
 
     Args:
         capture: The captured model.
@@ -98,10 +99,8 @@ def recurrent_skips(capture: Capture, path: str) -> Iterator[Skip]:
         One `Skip` for each.
     """
     layer = capture.modules[path]
-    for name in state_weights(layer):
-        weights = _parameters(capture, path, name)
-        reason = _STATE if name.startswith("weight_hr") else _GATES
-        yield Skip(f"{path}.{name}".removeprefix("."), weights, reason)
+    for name in projections(layer):
+        yield Skip(f"{path}.{name}".removeprefix("."), _parameters(capture, path, (name,)), _STATE)
 
 
 def fault_recurrent(capture: Capture, site: Site) -> str | None:
@@ -116,7 +115,7 @@ def fault_recurrent(capture: Capture, site: Site) -> str | None:
     """
     path, _, name = site.layer.rpartition(".")
     layer = capture.modules.get(path)
-    if layer is None or not is_recurrent(layer) or name not in input_weights(layer):
+    if layer is None or not is_recurrent(layer) or name not in linear_calls(layer):
         return None
     if not capture.whole and site.inside == path:
         nodes = (node for trace in capture.traces for node in trace.graph.nodes)
@@ -130,11 +129,11 @@ def fault_recurrent(capture: Capture, site: Site) -> str | None:
     return ""
 
 
-def _parameters(capture: Capture, path: str, name: str) -> tuple[str, ...]:
-    """Parameters that a weight is, or is made of, by all names."""
+def _parameters(capture: Capture, path: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Parameters that weights are, or are made of, by all names."""
     layer = capture.modules[path]
     found = {}
-    for own in own_parameters(layer, name):
+    for own in (own for name in names for own in own_parameters(layer, name)):
         owners = capture.owners[id(layer.get_parameter(own))]
         found |= dict.fromkeys(owners)
     return tuple(found)

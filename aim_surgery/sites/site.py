@@ -17,11 +17,12 @@ class Site:
         layer: Qualified name of the module, or of the weight where the call is a function.
         kind: "conv", "conv_transpose" or "linear".
         in_channels: Input channels (features).
-        out_channels: Output channels (features).
+        out_channels: Output channels (features); of a product with rows of a table, all its rows.
         groups: Groups of a convolution, 1 for a linear call.
         kernel_size: Size of a convolution's kernel, () for a linear call.
         spatial: Spatial size of the input on the example, () for a linear call.
-        positions: Output positions per sample on the example (tokens, for a linear call).
+        positions: Output positions per sample on the example (tokens, for a linear call); of a
+            product with rows of a table, its outputs ÷ rows, rounded up.
         weights: Qualified names of the parameters that the weight is made of.
         widens: Whether the layer can be widened in place; otherwise its memory weights live beside.
         why_beside: Why it can't, "" where it can.

@@ -1,8 +1,8 @@
 """Writes the operated graph, node by node: memories, views of them, reads, update blocks.
 
-Everything but the memory layer and the update blocks is plain PyTorch: reshape, pad, average
-pooling, expand, cat. Sizes are taken from the tensors at run time, so batch, resolution, dtype and
-device stay as free as they were.
+Everything but the memory layer, the update blocks and `averaged` (average pooling, in a form that
+exporters bear) is plain PyTorch: reshape, pad, expand, cat. Sizes are taken from the tensors at run
+time, so batch, resolution, dtype and device stay as free as they were.
 
 A version of the memory that is the same for all samples is a tensor (1, M), and a view of it has no
 batch: (k, *spatial) or (k,). One that is another for each sample is (N, M), with views
@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from aim_surgery.errors import PlanError, UnsupportedLayerError
+from aim_surgery.nn.views import averaged
 from aim_surgery.planning import Plan, Read, Write
 from aim_surgery.planning.parts import seen_as
 from aim_surgery.sites import Call
@@ -29,6 +30,7 @@ from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.joined import write_joined
 from aim_surgery.surgery.modules import memory_path, write_path
 from aim_surgery.surgery.notes import SiteNote, note_site
+from aim_surgery.surgery.tables import write_table
 from aim_surgery.surgery.widen import channels_last_format
 
 _POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
@@ -118,6 +120,11 @@ class GraphWriter:
             joined = write_joined(self.graph, source, view, shape, read, layout, varies)
             result = total = self.copy(node, copied)
             set_input(result, note, joined)
+        elif call.table is not None:
+            varies = self._plan.varies(read.memory, read.version)
+            beside = write_table(self.graph, call, copied, read, view, varies=varies)
+            total = self._call(operator.add, result, beside)
+            note = note._replace(beside=beside.name)
         else:
             computed = call.weight is not None and call.weight.op != "get_attr"
             beside = write_beside(self.graph, result, read, note, view, computed=computed)
@@ -136,7 +143,7 @@ class GraphWriter:
 
     def _features(self, memory: fx.Node, version: Version, _: Size, planes: int) -> fx.Node:
         if planes < self._floats[version[0]]:
-            memory = self._call(F.adaptive_avg_pool1d, memory, planes)
+            memory = self._call(averaged, memory, planes)
         return self._method("reshape", memory, (*self._batch(version), planes))
 
     def _planes(self, memory: fx.Node, version: Version, spatial: Size, planes: int) -> fx.Node:
@@ -146,7 +153,7 @@ class GraphWriter:
             memory = self._call(F.pad, memory, (0, available * size - floats))
         if planes < available:
             every = self._method("reshape", memory, (-1, available, size))
-            memory = self._call(F.adaptive_avg_pool2d, every, (planes, size))
+            memory = self._call(averaged, every, planes)
         return self._method("reshape", memory, (*self._batch(version), planes, *spatial))
 
     def _batch(self, version: Version) -> Size:

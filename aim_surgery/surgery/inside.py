@@ -102,7 +102,7 @@ def _in_graph(read: Read) -> bool:
     Views are not shared then: what ends the sharing is a hook that no compiler takes in.
     """
     layer, _, name = read.site.layer.rpartition(".")
-    return name.startswith("weight_ih") and layer == read.site.inside
+    return name.startswith(("weight_ih", "weight_hh")) and layer == read.site.inside
 
 
 def add_instead(root: nn.Module, read: Read) -> None:

@@ -18,7 +18,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.aim_modules import AimModules
 from aim_surgery.nn.memory import Memory
-from aim_surgery.nn.recurrent import input_weights, is_recurrent
+from aim_surgery.nn.recurrent import is_recurrent, linear_calls
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan, Read, Write
@@ -50,7 +50,7 @@ def operated_tree(
         The tree whose names the emitted graphs use.
     """
     root = build_tree(capture, widened_weights(capture.model, plan), copy_tensors=copy_tensors)
-    for name, read in _widened(plan).items():
+    for name, read in widened_reads(plan).items():
         if not read.site.inside:  # there, callers may ask how wide the layer's input is
             widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
     add_aim(root, capture.model, plan, calls, device)
@@ -68,14 +68,15 @@ def widened_weights(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
         New parameters, by the identity of those that they stand for.
     """
     replaced: dict[int, torch.Tensor] = {}
-    for name, read in _widened(plan).items():
+    for name, read in widened_reads(plan).items():
         weight, site = model.get_parameter(name), read.site
         wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
         replaced[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
     return replaced
 
 
-def _widened(plan: Plan) -> dict[str, Read]:
+def widened_reads(plan: Plan) -> dict[str, Read]:
+    """The reads of layers that are widened, by the qualified name of the weight."""
     return {read.site.weights[0]: read for read in plan.reads if read.site.widens}
 
 
@@ -242,7 +243,7 @@ def called_layer(root: nn.Module, read: Read) -> nn.Module:
     """
     path, _, name = read.site.layer.rpartition(".")
     owner = root.get_submodule(path)
-    if is_recurrent(owner) and name in input_weights(owner):
+    if is_recurrent(owner) and name in linear_calls(owner):
         return owner
     return root.get_submodule(read.site.layer)
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import fx
+from torch import fx, nn
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Read
 from aim_surgery.surgery.beside import input_of
 from aim_surgery.surgery.notes import SiteNote, noted_sites
+
+_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
+          nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
+_FORWARDS = frozenset(kind.forward for kind in _KINDS)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Pieces(NamedTuple):
@@ -51,3 +56,26 @@ def pieces_of(graph: fx.Graph, widened: Mapping[str, Read]) -> list[Pieces]:
             )
         pieces.append(Pieces(node, note, source, view, joined, beside))
     return pieces
+
+
+def refuse_changed(layer: nn.Module, path: str) -> None:
+    """Refuse to take a widened layer's product apart where more than a product is called by now.
+
+    A layer that had hooks or a forward of its own when it was operated is none that was widened.
+
+    Args:
+        layer: A widened layer, called by the graph.
+        path: Where it is.
+
+    Raises:
+        AimSurgeryError: Hooks would see one product only, or nothing at all.
+    """
+    found = next((name for name in _HOOKS if getattr(layer, name)), None)
+    what = f"has {found[1:].replace('_', ' ')}" if found else ""
+    if type(layer).forward not in _FORWARDS or "forward" in vars(layer):
+        what = f"has a forward of its own ({type(layer).__name__})"
+    if what:
+        raise AimSurgeryError(
+            f"{path}: this layer {what} that it did not have when it was operated, and that would "
+            f"see another product than now: take it off, or put it on afterwards"
+        )

@@ -24,9 +24,11 @@ from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.inside import add_instead
 from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
 from aim_surgery.surgery.notes import note_site
-from aim_surgery.surgery.pieces import Pieces, pieces_of
+from aim_surgery.surgery.pieces import Pieces, pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
-from aim_surgery.surgery.widen import split_weight, widen_layer
+from aim_surgery.surgery.widen import input_size, split_weight, widen_layer
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
 
 def separate(gm: nn.Module, why: str) -> None:
@@ -56,7 +58,7 @@ def separate(gm: nn.Module, why: str) -> None:
     _check_all_found(widened, found)
     layers = {read.site.layer: read for read in every.values()}
     for read in layers.values():
-        _check_weight(gm, read)
+        check_weight(gm, read)
     called = {
         widened[note.site].site.layer
         for pieces in found
@@ -114,19 +116,29 @@ def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[
 # The modules --------------------------------------------------------------------------------
 
 
-def _check_weight(gm: nn.Module, read: Read) -> None:
+def check_weight(gm: nn.Module, read: Read) -> None:
+    """Make sure that a layer's weight is the widened one.
+
+    Args:
+        gm: An operated model.
+        read: The read of a layer that is widened.
+
+    Raises:
+        AimSurgeryError: It is of another width, or no plain parameter.
+    """
     site = read.site
     path, _, name = site.weights[0].rpartition(".")
     wide = gm.get_submodule(path)._parameters.get(name)
-    transposed = site.kind == "conv_transpose"
-    inputs = site.in_channels if transposed else site.in_channels // site.groups
-    inputs += read.planes * (site.groups if transposed else 1)
-    if wide is None or wide.shape[0 if transposed else 1] != inputs:
+    axis, inputs = input_size(read, operated=True)
+    if wide is None or wide.shape[axis] != inputs:
         has = "no parameter" if wide is None else tuple(wide.shape)
         raise AimSurgeryError(
             f"{site.weights[0]}: expected the widened weight with {inputs} input channels, got "
             f"{has}: do this before the layer is parametrized, pruned or sharded"
         )
+    layer = gm.get_submodule(path)
+    if isinstance(layer, _LAYERS) and not site.inside:
+        refuse_changed(layer, path)
 
 
 def _split_layer(gm: nn.Module, read: Read, *, called: bool) -> nn.Module:

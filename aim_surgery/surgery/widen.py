@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from aim_surgery.config import Init
+from aim_surgery.planning import Read
 from aim_surgery.sites import Kind
 
 
@@ -96,6 +97,22 @@ def split_weight(
             old, new = weight.split((weight.shape[1] - planes, planes), dim=1)
         own = _empty_like(weight, tuple(old.shape)).copy_(old)
         return own, new.clone(memory_format=torch.contiguous_format)
+
+
+def input_size(read: Read, *, operated: bool) -> tuple[int, int]:
+    """Where the memory comes into a widened weight, and how wide that axis is.
+
+    Args:
+        read: The read of a layer that is widened.
+        operated: Whether the size after the operation is meant, or the one before.
+
+    Returns:
+        The weight's axis, and its size.
+    """
+    site, planes = read.site, read.planes if operated else 0
+    if site.kind == "conv_transpose":
+        return 0, site.in_channels + site.groups * planes
+    return 1, site.in_channels // site.groups + planes
 
 
 def beside_weight(

@@ -92,7 +92,7 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         dtype = torch.float64
         del pair  # what a model keeps of the first run is of that run's precision
         pair = Pair(copy_of(model, dtype), copy_of(gm, dtype), plan)
-        converted, coarsest, refusal = _converted(pair, samples, dtype)
+        converted, coarsest, refusal = convert(pair, samples, dtype)
         if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
             refusal = ""  # as it does in any type
         if refusal:
@@ -200,12 +200,15 @@ class _LowestDtype(TorchDispatchMode):
         return result
 
 
-def _converted(
-    pair: Pair, samples: Samples, dtype: torch.dtype
-) -> tuple[Samples, torch.dtype, str]:
+def convert(pair: Pair, samples: Samples, dtype: torch.dtype) -> tuple[Samples, torch.dtype, str]:
     """Inputs in another precision, such that the most modes run.
 
     Some models insist on the types of targets, so that only the first argument may be converted.
+
+    Args:
+        pair: Both models, in that precision already.
+        samples: The inputs as they are.
+        dtype: That precision.
 
     Returns:
         The inputs; the coarsest precision that comes up in the first mode that runs; and why the

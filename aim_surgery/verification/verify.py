@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from aim_surgery.capture import Inputs, inputs_of_program, unwrap
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import Equivalence, check_equivalence
 from aim_surgery.verification.gradients import Gradients, check_gradients
@@ -102,8 +102,8 @@ def verify(
         The three results; print it, or look at `ok`.
 
     Raises:
-        AimSurgeryError: `gm` was not made by this package, there are no example inputs, or the
-            original does not run on them.
+        AimSurgeryError: `gm` was not made by this package or is folded, there are no example
+            inputs, or the original does not run on them.
 
     Example:
         >>> import torch
@@ -118,6 +118,11 @@ def verify(
         raise AimSurgeryError(
             f"verify needs an operated model as its second argument, got {type(gm).__name__}: pass "
             f"what transform, apply or load returned"
+        )
+    if is_folded(gm):
+        raise AimSurgeryError(
+            "verify trains a copy of the operated model, and this one is folded, for inference "
+            "alone: verify the model that was given to fold, and compare both on your inputs"
         )
     model, _ = unwrap(model)
     inputs = inputs_of_program(model) if example_inputs is None else example_inputs

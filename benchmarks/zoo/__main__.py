@@ -19,7 +19,16 @@ from benchmarks import measure
 from benchmarks.zoo import summary, trial
 from benchmarks.zoo.libraries import LIBRARIES
 from benchmarks.zoo.processes import GIB, run_limited, start_server
-from benchmarks.zoo.rows import DEFERRED, Row, append, compact, read_rows, rows_file, source_digest
+from benchmarks.zoo.rows import (
+    DEFERRED,
+    LIGHT,
+    Row,
+    append,
+    compact,
+    read_rows,
+    rows_file,
+    source_digest,
+)
 
 _SHARE_OF_RAM = 0.85
 
@@ -75,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="transform and audit on the meta device only: seconds a model, no values compared",
     )
+    found.add_argument(
+        "--light",
+        action="store_true",
+        help="light checks for all: values in the model's own dtype only, a tenth of the time",
+    )
     found.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
     found.add_argument("--limit", type=float, default=900, help="seconds for one model")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
@@ -118,7 +132,8 @@ def run_all(chosen: Iterable[str], options: argparse.Namespace, source: str) -> 
         Rows, as they come in.
     """
     put_off = []
-    blank = Row(options.library, "", source=source, device="meta" if options.meta else "cpu")
+    device, asked = "meta" if options.meta else "cpu", LIGHT if options.light else ""
+    blank = Row(options.library, "", source=source, device=device, checks=asked)
     each = options.memory / options.jobs
     with ThreadPoolExecutor(options.jobs) as pool:
         alone = options.jobs == 1

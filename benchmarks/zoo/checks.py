@@ -3,8 +3,9 @@
 Full is `verify`. Its some sixty float64 forwards need about 36 bytes a parameter, six times the
 activations and 45 times the time of a training step of one image, so it runs on a smaller image
 where both models take one. Where even that is too much, the light checks take its place: the
-outputs of both in float32, the audit of weights on the meta device, where it costs nothing, and one
-backward of the operated model.
+outputs of both in evaluation mode in the model's own dtype, outputs and buffers in training mode in
+float64, the audit of weights on the meta device, where it costs nothing, and one backward of the
+operated model.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import aim_surgery
 from aim_surgery.capture import Inputs
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification import Verification
-from aim_surgery.verification.comparison import TOLERANCES, Case, Pair
+from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair
 from aim_surgery.verification.coverage import Coverage, check_coverage
+from aim_surgery.verification.equivalence import convert
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
 from aim_surgery.verification.twins import call, own_dtype
 from benchmarks.zoo.rows import FULL, LIGHT, Row
@@ -96,31 +98,36 @@ def check_light(
     audited: nn.Module,
     row: Row,
     *,
-    training: bool = False,
+    detects: bool = False,
 ) -> None:
-    """Compare outputs in the model's own dtype, and take one backward of the operated model.
+    """Compare evaluation in the model's own dtype and training in float64; one backward.
+
+    A detector is compared in training in both, as in evaluation it may find nothing.
 
     Args:
         model: The original; loses its weights, so that there is room for the backward.
-        gm: The operated one.
+        gm: The operated one; left in float64.
         samples: What to run both on.
         audited: The original, on the meta device if it can be built there.
         row: Filled in.
-        training: Whether to run both in training mode: a detector may find nothing in the other.
+        detects: Whether it is a detector.
     """
     row.checks = LIGHT
     audit(audited, gm, row)
-    dtype = own_dtype(model)
-    limits = TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-    notes: list[str] = []
-    case = Case(training, samples, f"batch {samples.batch}", dtype)
-    found = Pair(model, gm, plan_of(gm), limits).compare(case, notes)
-    row.notes += [_first_line(note) for note in notes[:_NOTES]]
-    if isinstance(found, str):
-        row.errors.append(f"light: the original fails: {found}")
-    else:
+    dtype, notes = own_dtype(model), list[str]()
+    pair = Pair(model, gm, plan_of(gm), TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
+    found = _compare_light(pair, Case(detects, samples, _batch(samples), dtype), row, notes)
+    if found:
         row.difference = _finite(found[0].difference)
-        row.errors += [f"light: {found[0]}"] if not found[0].ok else []
+    samples, dtype, refusal = _in_float64(pair, samples)
+    if refusal:
+        notes.append(f"training compared in {dtype}: the original {refusal} in float64")
+    if not (detects and refusal):  # else it has been compared
+        found += _compare_light(pair, Case(True, samples, _batch(samples), dtype), row, notes)
+    row.notes += [_first_line(note) for note in notes[:_NOTES]]
+    if not found:
+        row.errors.append("light: the original runs in neither mode")
+    gm.train(detects)
     model.to("meta")
     with gradients_let_go(gm) as finite:
         loss = loss_of(call(gm, samples))
@@ -129,8 +136,37 @@ def check_light(
     new = [name for name, _ in gm.named_parameters() if name.startswith("aim.")]
     faults = [name for name in new if not finite.get(name)]
     row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
-    row.backward = "" if faults else ("training" if training else "evaluation")
+    row.backward = "" if faults else ("training" if detects else "evaluation")
     row.verified = not row.errors
+
+
+def _compare_light(pair: Pair, case: Case, row: Row, notes: list[str]) -> list[Comparison]:
+    answer = pair.compare(case, notes)
+    if isinstance(answer, str):
+        row.notes.append(_first_line(f"the original does not run, {case}: {answer}"))
+        return []
+    row.errors += [f"light: {each}" for each in answer if not each.ok]
+    if case.dtype == torch.float64:
+        row.difference64 = _finite(max(each.difference for each in answer))
+    return answer
+
+
+def _in_float64(pair: Pair, samples: Samples) -> tuple[Samples, torch.dtype, str]:
+    """Both models and the inputs in float64, or as they were, and why the original refuses that."""
+    own = own_dtype(pair.base)
+    pair.base.double()
+    pair.operated.double()
+    converted, coarsest, refusal = convert(pair, samples, torch.float64)
+    if not refusal:
+        pair.limits = TOLERANCES[coarsest]
+        return converted, torch.float64, ""
+    pair.base.to(own)
+    pair.operated.to(own)
+    return samples, own, refusal
+
+
+def _batch(samples: Samples) -> str:
+    return f"batch {samples.batch}"
 
 
 def audit(model: nn.Module, gm: nn.Module, row: Row) -> None:

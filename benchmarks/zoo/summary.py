@@ -29,10 +29,12 @@ METHOD = (
     "both models take, if that is two thirds of the example's or less; the graph stays the one "
     "captured at the full size. Detectors are checked with targets, without which they do not "
     "train, and are built to resize their images to 64 pixels, where they resize at all.",
-    "Light checks where the full ones would take more memory (36 bytes a parameter and six times "
-    "the activations of one image) or time (45 training steps) than the limits leave: outputs in "
-    "the model's own dtype, one backward of the operated model, the audit on the meta device. On "
-    "meta only: no values are compared, and the model counts as not verified.",
+    "Light checks with `--light`, or where the full ones would take more memory (36 bytes a "
+    "parameter and six times the activations of one image) or time (45 training steps) than the "
+    "limits leave: outputs in evaluation mode in the model's own dtype, outputs and buffers in "
+    "training mode in float64 (of detectors, training in their own dtype alone), one backward of "
+    "the operated model, the audit on the meta device. On meta only: no values are compared, and "
+    "the model counts as not verified.",
     "Audited weights are the parameters that the original's kernels multiply with activations; "
     "reached are those that read the memory, accounted for also those left out for a reason. "
     "Models that could not be transformed have no audit and are in neither number.",

@@ -26,15 +26,15 @@ from aim_surgery.verification.twins import call
 from benchmarks.zoo import checks, detection
 from benchmarks.zoo.libraries import build, move_to_meta
 from benchmarks.zoo.processes import GIB, resident
-from benchmarks.zoo.rows import DEFERRED, DONE, PARTLY, TRACED, WHOLE, Row
+from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Row
 
 # Measured: bytes a parameter that each kind of check needs, all copies and gradients together, and
 # what `verify` holds of activations, in those of one float32 image.
-FULL_BYTES, LIGHT_BYTES = 36, 9.5
+FULL_BYTES, LIGHT_BYTES = 36, 18
 FULL_ACTIVATIONS = 6
 BASE_GIB = 1.0  # libraries and activations
 FULL_STEPS = 45  # what `verify` takes, in forward-and-backward passes of one float32 image
-LIGHT_STEPS = 4  # what the light checks take of two images
+LIGHT_STEPS = 8  # what the light checks take of two images
 _QUICK = 2.0  # seconds of a step that is timed more than once
 _SHARE_OF_TIME = 0.8
 _LONGEST = 1500
@@ -47,7 +47,7 @@ def run(send: Send, plain: dict[str, Any], seconds: float, memory: float, alone:
 
     Args:
         send: Takes the row as plain data.
-        plain: The row to fill in: library and model.
+        plain: The row to fill in: library and model; light checks, if it names them.
         seconds: Limit of all of it; whoever started the process keeps it.
         memory: Likewise, in GiB.
         alone: Whether no other model runs beside; if one does, a model that needs more memory is
@@ -67,13 +67,15 @@ class _Trial:
         self._send, self._row = send, row
         self._start, self._seconds = time.perf_counter(), seconds
         self._memory, self._alone = memory, alone
+        self._light, row.checks = row.checks == LIGHT, ""
 
     def run(self) -> None:
         row = self._row
         self._enter("building")
         on_meta = self._on_meta()
         on_cpu = row.device == "cpu"
-        if on_cpu and self._needs(FULL_BYTES) > self._memory and not self._alone:
+        least = LIGHT_BYTES if self._light else FULL_BYTES
+        if on_cpu and self._needs(least) > self._memory and not self._alone:
             self._enter(DEFERRED)
             return
         if on_cpu and self._needs(LIGHT_BYTES) > self._memory:
@@ -136,19 +138,20 @@ class _Trial:
                 step, activations = step * share, activations * share
         row.checked_on = checks.describe(samples)
         memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
-        if memory > self._memory and not self._alone:
+        if memory > self._memory and not self._alone and not self._light:
             self._enter(DEFERRED)
             return
-        if memory <= self._memory and FULL_STEPS * step <= self._time_left():
+        if memory <= self._memory and FULL_STEPS * step <= self._time_left() and not self._light:
             checks.check_full(model, gm, inputs, row)
         else:
             needs = f"{memory:.0f} GiB and {FULL_STEPS * step:.0f} s"
-            row.notes.append(f"light checks, as the full ones would take about {needs}")
+            reason = "asked for" if self._light else f"as the full ones would take about {needs}"
+            row.notes.append(f"light checks, {reason}")
             if LIGHT_STEPS * step > self._time_left():
                 samples = samples.take(1)
                 row.checked_on = checks.describe(samples)
             self._enter("verifying")
-            checks.check_light(model, gm, samples, on_meta, row, training=detects)
+            checks.check_light(model, gm, samples, on_meta, row, detects=detects)
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
