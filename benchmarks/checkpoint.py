@@ -1,6 +1,6 @@
 """What files cost: the whole command next to a bare load and save, and peak memory.
 
-    python -m benchmarks.checkpoint [--pairs 7] [--threads 2] [--quick] [--output FOLDER]
+    python -m benchmarks.checkpoint [--part time|memory] [--pairs 7] [--quick] [--output FOLDER]
 
 Every figure is of whole processes, as a user starts them.
 """
@@ -34,18 +34,17 @@ OWN_LIMIT = 0.5  # seconds
 PEAK_LIMIT = 1.3
 SHARDED_LIMIT = 4.0  # GB
 
+PARTS = ("time", "memory")
+
 ROOT = Path(__file__).parent.parent
 LARGE = f"{ROOT / 'benchmarks' / 'large_models.py'}"
 CLI = [sys.executable, "-m", "aim_surgery.cli"]
-# What a script without this package does with the same file. Where torchvision's compiled
-# operators don't load, `import torchvision` needs the help that this package gives it.
+# What a script without this package does with the same file; `import_torchvision` is
+# `import torchvision`, also where its compiled operators don't load.
 BASELINE = """
 import sys, torch
-try:
-    import torchvision
-except RuntimeError:
-    from aim_surgery.checkpoint.torchvision_ops import import_torchvision
-    import_torchvision()
+from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+import_torchvision()
 torch.save(torch.load(sys.argv[1]), sys.argv[2])
 """
 
@@ -63,21 +62,29 @@ METHOD = (
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     command = measure.parser("checkpoint", "Time and memory of operations on files.")
+    command.add_argument("--part", choices=PARTS, help="half of it, into a file of its own")
     options = measure.parse(command, argv)
     measure.require("torchvision")
     found = measure.environment()
     os.environ["PYTHONPATH"] = f"{ROOT}"  # this package, wherever the process is started
     with tempfile.TemporaryDirectory(prefix="aim-surgery-") as name:
         folder = Path(name)
-        rows = [_ratio_row(folder, options.pairs), *_own_rows(folder, options.pairs)]
-        for kind in ("safetensors", "pt"):
-            rows.append(_peak_row(folder, kind, layers=4 if options.quick else 60))
-        rows.append(_sharded_row(folder, layers=2 if options.quick else 24))
+        rows: list[Row] = []
+        if options.part != "memory":
+            rows += [_ratio_row(folder, options.pairs), *_own_rows(folder, options.pairs)]
+        if options.part != "time":
+            for kind in ("safetensors", "pt"):
+                rows.append(_peak_row(folder, kind, layers=4 if options.quick else 60))
+            rows.append(_sharded_row(folder, layers=2 if options.quick else 24))
+    settings = {"pairs": options.pairs, "threads": options.threads, "quick": options.quick}
+    if options.part is not None:
+        settings = {"part": options.part, **settings}
     report = Report(
         name="checkpoint",
+        suffix="" if options.part is None else f"_{options.part}",
         title="Cost of files" + (" (quick run)" if options.quick else ""),
         method=METHOD,
-        settings={"pairs": options.pairs, "threads": options.threads, "quick": options.quick},
+        settings=settings,
         environment=found,
         rows=tuple(rows),
     )

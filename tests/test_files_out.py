@@ -19,13 +19,13 @@ from aim_surgery.checkpoint import shards_out
 from aim_surgery.checkpoint.inspect import inspect
 from aim_surgery.checkpoint.known import models_that_fit
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.read import open_source, tensors_of
+from aim_surgery.checkpoint.read import open_source, read_state_dict, tensors_of
 from aim_surgery.checkpoint.skeleton import build_skeleton
 from aim_surgery.checkpoint.source import Entry
 from aim_surgery.checkpoint.torch_file import entry_of
 from aim_surgery.checkpoint.write import load
 from aim_surgery.errors import CheckpointError
-from tests.test_files_in import FACTORY, net, prefixed
+from tests.test_files_in import FACTORY, net, prefixed, save_distributed
 
 SPEC = "nets.py:Net"
 INPUT = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
@@ -211,6 +211,14 @@ def test_a_training_run_goes_on(folder):
     assert torch.equal(moment[:, : old.shape[1]], old)
     assert old.any()
     assert not moment[:, old.shape[1] :].any()
+
+
+@pytest.mark.parametrize("output", ["o.pt", "o.safetensors"])
+def test_what_a_distributed_checkpoint_holds_besides_is_told(folder, output):
+    save_distributed({"model": net().state_dict(), "epoch": 3, "optimizer": {"m": torch.ones(2)}})
+    told = transformed("dcp", "-o", output)
+    assert "note        not taken along: epoch, optimizer\n" in told
+    assert_operates(output, read_state_dict("dcp"))
 
 
 def test_shared_tensors_stay_shared_in_a_pytorch_file(folder):

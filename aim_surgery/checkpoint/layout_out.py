@@ -28,7 +28,7 @@ from aim_surgery.checkpoint.nesting import (
     value_at,
 )
 from aim_surgery.checkpoint.operated import Operated
-from aim_surgery.checkpoint.source import FORMAT_KEY
+from aim_surgery.checkpoint.source import FORMAT_KEY, Source
 from aim_surgery.checkpoint.torch_file import TorchFile, entry_of
 from aim_surgery.checkpoint.torch_out import Placeholders
 from aim_surgery.errors import CheckpointError
@@ -63,7 +63,7 @@ def same_layout(
     source = operated.original.source
     if not isinstance(source, TorchFile) or source.module is not None:
         weights = _weights(operated, operated.original.names, {}, None, placeholders, metadata)
-        return weights, []
+        return weights, left_behind(source)
     content, notes = source.content, []
     others: dict[Where, Names] = {}
     states = list(find_all(content, is_optimizer_state))
@@ -98,6 +98,23 @@ def same_layout(
             content, where, _weights(operated, names, weights, read, placeholders, metadata)
         )
     return content, notes
+
+
+def left_behind(source: Source) -> list[str]:
+    """What else a training checkpoint holds, where weights alone are written.
+
+    Args:
+        source: The checkpoint.
+
+    Returns:
+        A note, or nothing.
+    """
+    content, where = getattr(source, "content", None), getattr(source, "where", ())
+    if not where or not isinstance(content, Mapping):
+        return []
+    others = [str(key) for key in content if str(key) != where[0]]
+    keeps = " (a .pt file keeps them)" if isinstance(source, TorchFile) else ""
+    return [f"not taken along: {', '.join(others)}{keeps}"] if others else []
 
 
 def _own(operated: Operated) -> Mapping[str, Any]:

@@ -53,9 +53,9 @@ class TorchFile(Source):
         self.content = load_content(path, kind, trust=trust)
         matches = _is_weights if trust else is_state_dict
         self.where: Where = weights_in(self.content, path, key=key, ema=ema, matches=matches)
-        found = value_at(self.content, self.where)
+        found: Any = value_at(self.content, self.where)
         self.module: nn.Module | None = found if isinstance(found, nn.Module) else None
-        weights: dict[str, Any] = found if self.module is None else self.module.state_dict()
+        weights: Any = found if self.module is None else self.module.state_dict()
         self._tensors = {name: value for name, value in weights.items() if is_tensor(value)}
         self.extras = {name: value for name, value in weights.items() if not is_tensor(value)}
         self.entries = {name: entry_of(value) for name, value in self._tensors.items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from aim_surgery.checkpoint.atomic import replacing
-from aim_surgery.checkpoint.layout_out import CarryOptimizer, same_layout
+from aim_surgery.checkpoint.layout_out import CarryOptimizer, left_behind, same_layout
 from aim_surgery.checkpoint.loading import load_into
 from aim_surgery.checkpoint.metadata import aliases_in, json_in, metadata_of, plan_in
 from aim_surgery.checkpoint.models import build
@@ -144,16 +144,7 @@ def write_operated(
     else:
         write = write_shards if layout == "shards" else write_safetensors
         write(path, operated.entries, operated.tensor, metadata, progress)
-    return _left_behind(operated.original.source)
-
-
-def _left_behind(source: Source) -> list[str]:
-    """What else a training checkpoint holds, and a file of weights does not."""
-    content, where = getattr(source, "content", None), getattr(source, "where", ())
-    if not where or not isinstance(content, Mapping):
-        return []
-    others = [str(key) for key in content if str(key) != where[0]]
-    return [f"not taken along: {', '.join(others)} (a .pt file keeps them)"] if others else []
+    return left_behind(operated.original.source)
 
 
 def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> None:
