@@ -1,32 +1,49 @@
 """The command line: arguments in, text out.
 
 Exit codes: 0 done, 1 the operation failed (one line on stderr), 2 wrong usage.
+
+What needs torch is imported where it is used: `--help` and `inspect` answer at once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shlex
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
-import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import aim_surgery
-from aim_surgery import operation
-from aim_surgery.checkpoint.models import build, parse_model_args
-from aim_surgery.checkpoint.open import open_model, open_plan
-from aim_surgery.checkpoint.write import check_target, load, replacing, save
+from aim_surgery.cli_options import (
+    Budget,
+    Carry,
+    CheckpointFile,
+    Ema,
+    Emit,
+    Exclude,
+    Include,
+    Init,
+    Input,
+    Key,
+    Memory,
+    Model,
+    ModelArgs,
+    Trust,
+    Write,
+    WriteAt,
+)
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, PlanError
-from aim_surgery.nn.aim_modules import plan_of
-from aim_surgery.planning import Plan
-from aim_surgery.verification import Verification, verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from aim_surgery.checkpoint.transform import Outcome, Reading
 
 DEMO_SPEC = "torchvision:resnet50"
 
@@ -41,62 +58,6 @@ app = typer.Typer(
     rich_markup_mode=None,  # plain text, the same in a terminal, a file and a pipe
 )
 
-CheckpointFile = Annotated[
-    Path, typer.Argument(metavar="CHECKPOINT", help="Weights: .pt, .pth, .bin or .safetensors.")
-]
-Model = Annotated[
-    str,
-    typer.Option(
-        help="torchvision:NAME, timm:NAME, package.module:factory or path/to/file.py:factory."
-    ),
-]
-ModelArgs = Annotated[
-    str | None,
-    typer.Option(metavar="JSON", help="""Arguments of the factory: '{"num_classes": 120}'."""),
-]
-Input = Annotated[
-    str | None,
-    typer.Option(metavar="SIZES", help="Size of an input, 1,3,224,224; found if left out."),
-]
-Memory = Annotated[
-    int | None, typer.Option(min=1, help="Floats of memory; chosen by the budget if left out.")
-]
-Budget = Annotated[
-    str,
-    typer.Option(help="New parameters ÷ old ones: 1.5%, 0.015, auto, or none for full reads."),
-]
-Init = Annotated[
-    Literal["preserve", "fresh"],
-    typer.Option(help="New weights: zero, which preserves the outputs, or drawn anew."),
-]
-Write = Annotated[
-    Literal["sample", "batch", "none"],
-    typer.Option(help="Update blocks: a copy of the memory a sample, one for the batch, or none."),
-]
-WriteAt = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Write after this module instead; may be repeated."),
-]
-Carry = Annotated[
-    Literal["weights", "state"],
-    typer.Option(help="What of the memory survives a batch: its weights, or what was written too."),
-]
-Emit = Annotated[
-    Literal["auto", "graph", "module"],
-    typer.Option(
-        help="A graph, or the model's own class with hooks: reads only, all methods; auto: a graph "
-        "where there can be one."
-    ),
-]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Sites or layers to operate; may be repeated."),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(metavar="GLOB", help="Sites or layers to leave out; may be repeated."),
-]
-
 
 def main() -> None:
     """Run the command line."""
@@ -109,10 +70,18 @@ def _failing_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except AimSurgeryError as err:
-            typer.echo(f"error: {' '.join(str(err).split())}", err=True)
+            _tell_error(err)
             raise typer.Exit(1) from err
 
     return run
+
+
+def _tell_error(err: AimSurgeryError) -> None:
+    typer.echo(f"error: {_line(err)}", err=True)
+
+
+def _line(err: AimSurgeryError) -> str:
+    return " ".join(str(err).split())
 
 
 def _print_version(wanted: bool) -> None:
@@ -134,7 +103,7 @@ def _options(
 @_failing_in_one_line
 def plan_command(
     checkpoint: CheckpointFile,
-    model: Model,
+    model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
     memory: Memory = None,
@@ -146,13 +115,19 @@ def plan_command(
     write_at: WriteAt = None,
     carry: Carry = "weights",
     emit: Emit = "auto",
+    key: Key = None,
+    ema: Ema = False,
+    trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
-) -> Plan:
+) -> Any:
     """Show what an operation would do: which layer reads how much, and what it costs."""
     config = _config(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = _model_args(model_args), _example_input(input)
-    original = open_model(checkpoint, model, arguments)
-    found = operation.plan(original, example, config=config, emit=emit)
+    from aim_surgery.checkpoint.operated import plan_checkpoint
+    from aim_surgery.checkpoint.read import not_operated, open_source
+
+    source = not_operated(open_source(checkpoint, key=key, ema=ema, trust=trust))
+    found = plan_checkpoint(source, model, arguments, example=example, config=config, emit=emit)
     typer.echo(found.to_json(indent=2) if as_json else str(found))
     return found
 
@@ -161,11 +136,23 @@ def plan_command(
 @_failing_in_one_line
 def transform_command(
     context: typer.Context,
-    checkpoint: CheckpointFile,
-    model: Model,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="File to write (.safetensors).")
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="CHECKPOINT...", help="Weights, as for plan; several, or a folder of them."
+        ),
     ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="File to write: .safetensors; .index.json for shards; .pt for the layout that "
+            "came in; .pt2. A folder for several checkpoints.",
+        ),
+    ],
+    model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
     memory: Memory = None,
@@ -180,26 +167,119 @@ def transform_command(
     plan: Annotated[
         Path | None, typer.Option(metavar="PLAN.json", help="Do what this plan says.")
     ] = None,
-) -> Plan:
+    key: Key = None,
+    ema: Ema = False,
+    trust: Trust = False,
+    drop_optimizer: Annotated[
+        bool, typer.Option("--drop-optimizer", help="Leave optimizer states out of a .pt file.")
+    ] = False,
+    form: Annotated[
+        Literal["safetensors", "shards", "pt", "pt2"],
+        typer.Option("--format", help="What to write into a folder."),
+    ] = "safetensors",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but write.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
+) -> Any:
     """Give a model a memory that every layer reads, and write it to OUT."""
     config = _config(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = _model_args(model_args), _example_input(input)
     if plan is not None:
         _refuse_beside_plan(context, *_PLANNED)
-    if output.resolve() == checkpoint.resolve():
-        raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
-    check_target(output)
+    from aim_surgery.checkpoint import transform
+    from aim_surgery.checkpoint.open import open_plan
+
     wanted = None if plan is None else open_plan(plan)
-    original = open_model(checkpoint, model, arguments)
-    if wanted is None:
-        gm = operation.transform(original, example, config=config, emit=emit, copy=False)
+    operation = transform.Operation(
+        model, arguments, example, config, wanted, emit, drop_optimizer=drop_optimizer
+    )
+    many = transform.several(checkpoints)
+    if many is None:
+        if checkpoints[0].resolve() == output.resolve():
+            raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
+        jobs = {checkpoints[0]: output}
     else:
-        gm = operation.apply(original, wanted, example, copy=False)
-    save(gm, output, model_spec=model, model_args=arguments)
-    typer.echo(f"wrote       {output}")
-    done: Plan = plan_of(gm)
-    typer.echo(str(done).partition("\n\n")[2])  # without the table of reads
-    return done
+        if transform.names_a_file(output):
+            raise typer.BadParameter(
+                f"{output} is a file: name a folder for {len(many)} checkpoints", param_hint="-o"
+            )
+        jobs = transform.outputs_in(output, many, form)
+    reading = transform.Reading(key, ema, trust)
+    outcomes = _transform_each(jobs, operation, reading, dry_run, as_json, alone=many is None)
+    if any(isinstance(outcome, AimSurgeryError) for outcome in outcomes.values()):
+        raise typer.Exit(1)
+    return next(iter(outcomes.values()))
+
+
+def _transform_each(
+    jobs: dict[Path, Path],
+    operation: Any,
+    reading: Reading,
+    dry_run: bool,
+    as_json: bool,
+    *,
+    alone: bool,
+) -> dict[Path, Outcome | AimSurgeryError]:
+    """Go through all checkpoints; a failure is told, and the others go on."""
+    from aim_surgery.checkpoint.transform import transform_checkpoint
+
+    outcomes: dict[Path, Outcome | AimSurgeryError] = {}
+    for checkpoint, output in jobs.items():
+        try:
+            with _progress_bar(output.name, shown=not as_json) as progress:
+                outcome = transform_checkpoint(
+                    checkpoint, output, operation, reading, dry_run=dry_run, progress=progress
+                )
+        except AimSurgeryError as err:
+            outcomes[checkpoint] = err
+            _tell_error(err)
+            continue
+        outcomes[checkpoint] = outcome
+        if not as_json:
+            typer.echo(_told(outcome, alone=alone))
+    if as_json:
+        told = [
+            {"checkpoint": str(path), "output": str(jobs[path]), "ok": False, "error": _line(found)}
+            if isinstance(found, AimSurgeryError)
+            else found.to_dict()
+            for path, found in outcomes.items()
+        ]
+        typer.echo(json.dumps(told, indent=2))
+    return outcomes
+
+
+def _told(outcome: Outcome, *, alone: bool) -> str:
+    verb = "wrote       " if outcome.written else "would write "
+    lines = [f"{verb}{outcome.output}"]
+    lines += [f"note        {note}" for note in outcome.notes]
+    if outcome.not_finite:
+        from aim_surgery.checkpoint.source import listed
+
+        lines.append(f"note        NaN or Inf, kept: {listed(outcome.not_finite, 5)}")
+    if alone:
+        lines.append(str(outcome.plan).partition("\n\n")[2])  # without the table of reads
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _progress_bar(name: str, *, shown: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """A bar over the bytes that are written; nothing where nobody looks."""
+    if not shown or not sys.stderr.isatty():
+        yield lambda total: lambda nbytes: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bar:
+        task = bar.add_task(name, total=None)
+
+        def begin(total: int) -> Callable[[int], None]:
+            bar.update(task, total=total)
+            return lambda nbytes: bar.advance(task, nbytes)
+
+        yield begin
 
 
 @app.command("verify")
@@ -207,19 +287,46 @@ def transform_command(
 def verify_command(
     checkpoint: CheckpointFile,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="What transform wrote.")],
-    model: Model,
+    model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
-) -> Verification:
+    key: Key = None,
+    ema: Ema = False,
+    trust: Trust = False,
+) -> Any:
     """Check that the model in OUT computes what the original does, and that its memory learns."""
     arguments, example = _model_args(model_args), _example_input(input)
-    original = open_model(checkpoint, model, arguments)
-    result = verify(original, load(output, original), example)
+    from aim_surgery.checkpoint.open import open_model
+    from aim_surgery.checkpoint.operated import in_dtype_of
+    from aim_surgery.checkpoint.write import load
+    from aim_surgery.verification import verify
+
+    original = open_model(checkpoint, model, arguments, key=key, ema=ema, trust=trust)
+    result = verify(original, load(output, original), in_dtype_of(original, example))
     typer.echo(str(result))
     if not result.ok:
         typer.echo(f"error: {output} failed verification against {checkpoint}", err=True)
         raise typer.Exit(1)
     return result
+
+
+@app.command("inspect")
+@_failing_in_one_line
+def inspect_command(
+    checkpoint: CheckpointFile,
+    model: Model = None,
+    model_args: ModelArgs = None,
+    key: Key = None,
+    ema: Ema = False,
+    keys: Annotated[bool, typer.Option("--keys", help="List every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what is in a file: its kind, tensors, prefixes, and whether it was operated on."""
+    from aim_surgery.checkpoint.inspect import inspect
+
+    arguments = _model_args(model_args)
+    found = inspect(checkpoint, key=key, ema=ema, spec=model, model_args=arguments)
+    typer.echo(found.to_json(keys=keys) if as_json else found.to_text(keys=keys))
 
 
 @app.command("demo")
@@ -236,6 +343,9 @@ def demo_command(
     plan = _run_aloud("plan", checkpoint, *options)
     _run_aloud("transform", checkpoint, *options, "-o", output)
     verification = _run_aloud("verify", checkpoint, output, *options)
+
+    from rich.console import Console
+    from rich.table import Table
 
     table = Table()
     for heading in ("", "before", "after"):
@@ -264,6 +374,11 @@ def _save_random_weights(path: Path, spec: str, arguments: dict[str, Any]) -> No
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise CheckpointError(f"{path.parent}: no folder can be made here: {err.strerror}") from err
+    import torch
+
+    from aim_surgery.checkpoint.atomic import replacing
+    from aim_surgery.checkpoint.models import build
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build(spec, **arguments)
@@ -313,9 +428,11 @@ def _budget(text: str) -> float | Literal["auto"] | None:
         ) from err
 
 
-def _example_input(text: str | None) -> torch.Tensor | None:
+def _example_input(text: str | None) -> Tensor | None:
     if text is None:
         return None
+    import torch
+
     try:
         sizes = torch.Size(int(size) for size in text.split(","))
         return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
@@ -326,6 +443,10 @@ def _example_input(text: str | None) -> torch.Tensor | None:
 
 
 def _model_args(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    from aim_surgery.checkpoint.models import parse_model_args
+
     try:
         return parse_model_args(text)
     except ModelSpecError as err:

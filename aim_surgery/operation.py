@@ -68,8 +68,19 @@ def plan(
         >>> len(plan(model).reads)
         2
     """
+    return planned(model, example_inputs, config, emit)[1]
+
+
+def planned(
+    model: nn.Module | ExportedProgram,
+    example_inputs: Inputs | None,
+    config: AimConfig | None,
+    emit: Wanted,
+) -> tuple[Capture, Plan]:
+    """`plan`, and the captured model that it was made from; `applied` takes that in turn."""
     config = _checked_config(config)
-    return make_plan(_captured(model, example_inputs, _checked_emit(emit)), config)
+    captured = _captured(model, example_inputs, _checked_emit(emit))
+    return captured, make_plan(captured, config)
 
 
 def apply(
@@ -98,22 +109,37 @@ def apply(
         PlanError: This is no plan, or it doesn't fit the model.
         CaptureError: The model can't be captured.
     """
+    gm = applied(model, plan, example_inputs, copy=copy)
+    return gm if form == "concat" else lower(gm, form)
+
+
+def applied(
+    model: nn.Module | ExportedProgram | Capture,
+    plan: Plan,
+    example_inputs: Inputs | None = None,
+    *,
+    copy: bool = True,
+    device: torch.device | None = None,
+) -> Any:
+    """`apply` in the form "concat", also to what is captured; `device` is that of what is new."""
     if not isinstance(plan, Plan):
         source = "Plan.from_json(text)" if isinstance(plan, str) else "aim_surgery.plan(model)"
         raise PlanError(f"expected a Plan, got {type(plan).__name__}: {source} gives one")
     plan.checked()
+    if isinstance(model, Capture):
+        with torch.inference_mode(False):
+            return operate(model, plan, copy=copy, device=device)
     inputs: Inputs | ExampleInputs | None = example_inputs
-    model = as_module(model)
-    if inputs is None and isinstance(model, nn.Module):  # what is no model, capture refuses
-        inputs = inputs_of_plan(plan.inputs, model)
+    base = as_module(model)
+    if inputs is None and isinstance(base, nn.Module):  # what is no model, capture refuses
+        inputs = inputs_of_plan(plan.inputs, base)
         if inputs is None:
             raise PlanError(
                 "this plan's example inputs hold objects that a plan can't store: pass "
                 "example_inputs"
             )
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        gm = operate(_captured(model, inputs, plan.emit), plan, copy=copy)
-    return gm if form == "concat" else lower(gm, form)
+        return operate(_captured(base, inputs, plan.emit), plan, copy=copy, device=device)
 
 
 @overload

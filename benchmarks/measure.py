@@ -316,6 +316,7 @@ class Report:
         environment: From `environment`.
         rows: Measurements against limits.
         sections: Further tables.
+        suffix: What the names of its files have besides, where there are several.
     """
 
     name: str
@@ -325,6 +326,7 @@ class Report:
     environment: dict[str, Any]
     rows: tuple[Row, ...]
     sections: tuple[Section, ...] = ()
+    suffix: str = ""
 
     def print(self) -> None:
         """Print the tables."""
@@ -339,7 +341,8 @@ class Report:
     def write(self, folder: Path) -> tuple[Path, Path]:
         """Write `NAME.json` and, next to it, `NAME.md`."""
         folder.mkdir(parents=True, exist_ok=True)
-        as_json, as_markdown = folder / f"{self.name}.json", folder / f"{self.name}.md"
+        stem = self.name + self.suffix
+        as_json, as_markdown = folder / f"{stem}.json", folder / f"{stem}.md"
         content = asdict(self)
         for row, plain in zip(self.rows, content["rows"], strict=True):
             plain["verdict"] = row.verdict
@@ -353,7 +356,7 @@ class Report:
         command = " ".join(["python", "-m", f"benchmarks.{self.name}", *options])
         parts = [
             f"# {self.title}",
-            f"Written by `{command}`; all figures are in `{self.name}.json`.",
+            f"Written by `{command}`; all figures are in `{self.name}{self.suffix}.json`.",
             _markdown_table(header, [row.cells() for row in self.rows]),
             "\n".join(f"* {sentence}" for sentence in self.method),
         ]

@@ -27,6 +27,7 @@ ORDER = (
     "verification",
     "checkpoint",
     "report",
+    "cli_options",
     "cli",
     "__init__",
 )

@@ -51,7 +51,7 @@ def test_the_console_example_prints_what_it_says(in_folder: Path) -> None:
     model = aim_surgery.build("torchvision:resnet50", num_classes=120)
     torch.save(model.state_dict(), in_folder / "resnet50.pt")
     examples = console_examples()
-    assert len(examples) == 2
+    assert len(examples) == 3
     for command, expected in examples:
         program, *arguments = shlex.split(command)
         assert program == "aim-surgery"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from aim_surgery.errors import CaptureError
 
@@ -195,7 +196,8 @@ def _declared(model: nn.Module) -> Iterator[ExampleInputs]:
             break
     dummy = getattr(model, "dummy_inputs", None)
     if isinstance(dummy, Mapping) and dummy:
-        yield ExampleInputs((), dict(dummy), "declared by dummy_inputs")
+        there = tree_map_only(torch.Tensor, lambda value: value.to(device), dict(dummy))
+        yield ExampleInputs((), there, "declared by dummy_inputs")
 
 
 def _usual_shapes(layer: nn.Module) -> tuple[tuple[int, ...], ...] | None:

@@ -1,6 +1,5 @@
-"""Checkpoints: files in, files out; and models from specs."""
+"""Checkpoints: files in, files out; and models from specs.
 
-from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.write import load, save
-
-__all__ = ["build", "load", "save"]
+Nothing is imported here: what only looks at files (`aim_surgery.checkpoint.inspect`) works without
+torch, which takes more than a second to import.
+"""

@@ -6,35 +6,40 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.read import load_into, read_state_dict
+from aim_surgery.checkpoint.operated import open_original
+from aim_surgery.checkpoint.read import not_operated, open_source
 from aim_surgery.errors import CheckpointError, PlanError
 from aim_surgery.planning import Plan
 
 
 def open_model(
-    path: str | Path, spec: str, model_args: Mapping[str, Any] | None = None
-) -> nn.Module:
+    path: str | Path,
+    spec: str | None,
+    model_args: Mapping[str, Any] | None = None,
+    *,
+    key: str | None = None,
+    ema: bool = False,
+    trust: bool = False,
+) -> Any:
     """Build the model that a spec names, with the weights of a checkpoint.
 
     Args:
-        path: The checkpoint, see `read_state_dict`.
-        spec: The model spec, see `build`.
+        path: The checkpoint, see `open_source`, as for the last three arguments.
+        spec: The model spec, see `build`; None where the file holds the model itself.
         model_args: Keyword arguments for the factory.
+        key: Where the weights are.
+        ema: Whether averaged weights are wanted.
+        trust: Whether pickled objects may run code.
 
     Returns:
-        The model, in the mode that its factory left it in.
+        The model, in the mode that its factory left it in; or an exported program.
 
     Raises:
         CheckpointError: The file can't be read, or its weights are not all of the model's.
         ModelSpecError: The spec can't be built.
     """
-    state_dict = read_state_dict(path)
-    model = build(spec, **(model_args or {}))
-    load_into(model, state_dict, path)
-    return model
+    source = not_operated(open_source(path, key=key, ema=ema, trust=trust))
+    return open_original(source, spec, model_args, values=True).model
 
 
 def open_plan(path: str | Path) -> Plan:

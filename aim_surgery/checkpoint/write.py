@@ -1,40 +1,58 @@
-"""Operated models in files: safetensors for the weights, the plan as metadata; no code, no pickle.
+"""Operated models in files: the weights, and the plan that rebuilds the model around them.
 
     load(save(gm), model) = apply(model, plan) with the weights of gm
 
-A tensor that goes by several names is stored once; the metadata tells its other names.
+The name of a file tells its layout:
+
+    *.safetensors, or any other    safetensors
+    *.index.json                   shards of safetensors
+    *.pt, *.pth, *.bin, *.ckpt     a PyTorch file, of the layout that came in
+    *.pt2                          an exported program
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from aim_surgery._version import __version__
+from aim_surgery.checkpoint.atomic import replacing
+from aim_surgery.checkpoint.layout_out import CarryOptimizer, left_behind, same_layout
+from aim_surgery.checkpoint.loading import load_into
+from aim_surgery.checkpoint.metadata import aliases_in, json_in, metadata_of, plan_in
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.read import FORMAT_KEY, load_into, read_safetensors
+from aim_surgery.checkpoint.names import Names, match_names, misfits
+from aim_surgery.checkpoint.operated import Operated, Original, renamed
+from aim_surgery.checkpoint.read import kind_of, open_source, tensors_of
+from aim_surgery.checkpoint.safetensors_out import Progress, write_safetensors
+from aim_surgery.checkpoint.shards_out import write_shards
+from aim_surgery.checkpoint.skeleton import adopt_dtypes
+from aim_surgery.checkpoint.source import MODEL_KEY, Entry, Source
+from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.checkpoint.torch_out import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.operation import apply
-from aim_surgery.planning import Plan
+from aim_surgery.planning import Plan, inputs_of_plan
+from aim_surgery.surgery.modules import AIM
 
-FORMAT_VERSION = "1"
-
-_PLAN = "aim_surgery.plan"
-_MODEL = "aim_surgery.model"
-_ALIASES = "aim_surgery.aliases"
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _LIBRARIES = ("torchvision", "timm")
+
+
+def layout_of(path: Path) -> str:
+    """The layout that a file's name asks for: "shards", "exported", "torch" or "safetensors"."""
+    if path.name.endswith(".index.json"):
+        return "shards"
+    if path.suffix == ".pt2":
+        return "exported"
+    return "torch" if path.suffix in TORCH_SUFFIXES else "safetensors"
 
 
 def save(
@@ -50,13 +68,13 @@ def save(
 
     Args:
         gm: From `transform` or `apply`; left unchanged.
-        path: The file to write (or replace), usually `.safetensors`.
+        path: The file to write (or replace), `.safetensors`, or `.pt` for a PyTorch state dict.
         model_spec: Where the original model comes from ("torchvision:resnet50"), for `load`.
         model_args: The factory's keyword arguments; must be JSON.
 
     Raises:
         CheckpointError: The folder is missing or can't be written, the disk is full, the model
-            holds something that safetensors can't, or it is folded.
+            holds something that the format can't, or it is folded.
     """
     path = Path(path)
     if is_folded(gm):
@@ -64,35 +82,130 @@ def save(
             f"{path}: this model is folded, and no plan rebuilds it: save the model that was given "
             f"to fold, and fold what load returns; torch.export.save or torch.save keep it as it is"
         )
-    plan = gm.plan if isinstance(gm, AimGraphModule) else plan_of(gm)
+    plan = plan_of(gm)
     if plan is None:
         raise CheckpointError(
             f"{path}: expected an operated model, from transform or apply; got a "
             f"{type(gm).__name__}"
         )
     tensors, aliases = _stored_once(gm.state_dict(), path)
-    metadata = {
-        FORMAT_KEY: FORMAT_VERSION,
-        "aim_surgery.version": __version__,
-        _PLAN: plan.to_json(),
-        _ALIASES: json.dumps(aliases),
+    entries = {name: entry_of(value) for name, value in tensors.items()}
+    source = Source()
+    source.path = path
+    original = Original(None, source, Names({}, ""))
+    operated = Operated(plan, entries, aliases, gm, original)
+    operated._make = lambda name, read: tensors[name]
+    write_operated(operated, path, model_spec=model_spec, model_args=model_args)
+
+
+def write_operated(
+    operated: Operated,
+    path: Path,
+    *,
+    model_spec: str | None = None,
+    model_args: Mapping[str, Any] | None = None,
+    carry_optimizer: CarryOptimizer | None = None,
+    drop_optimizer: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> list[str]:
+    """Write an operated state dict in the layout that the file's name asks for.
+
+    Args:
+        operated: What to write.
+        path: The file to write or replace.
+        model_spec: See `save`.
+        model_args: See `save`.
+        carry_optimizer: See `same_layout`.
+        drop_optimizer: See `same_layout`.
+        progress: Told of bytes as they are written.
+
+    Returns:
+        Notes for the user.
+
+    Raises:
+        CheckpointError: See `save`.
+    """
+    layout = layout_of(path)
+    aliases = {} if layout == "torch" else operated.aliases
+    metadata = metadata_of(operated.plan, aliases, path, model_spec, model_args)
+    if layout == "torch":
+        placeholders = Placeholders()
+        content, notes = same_layout(
+            operated,
+            metadata,
+            placeholders,
+            carry_optimizer=carry_optimizer,
+            drop_optimizer=drop_optimizer,
+        )
+        write_torch(path, content, placeholders, progress)
+        return notes
+    if layout == "exported":
+        _write_exported(operated, path, metadata)
+    else:
+        write = write_shards if layout == "shards" else write_safetensors
+        write(path, operated.entries, operated.tensor, metadata, progress)
+    return left_behind(operated.original.source)
+
+
+def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> None:
+    gm: Any = operated.model
+    if any(value.is_meta for value in gm.state_dict().values() if isinstance(value, Tensor)):
+        gm = _with_values(operated)
+    inputs = inputs_of_plan(operated.plan.inputs, gm)
+    if inputs is None:
+        raise CheckpointError(f"{path}: the plan's example inputs can't be made for an export")
+    free = {0: torch.export.Dim.AUTO}
+    shapes = tuple(free if isinstance(a, Tensor) and a.ndim else None for a in inputs.args)
+    named = {
+        name: free if isinstance(a, Tensor) and a.ndim else None
+        for name, a in inputs.kwargs.items()
     }
-    if model_spec is not None:
-        metadata[_MODEL] = _model_json(model_spec, model_args or {}, path)
-    with replacing(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except Exception as err:  # SafetensorError for a full disk, others by the tensor's kind
-            raise CheckpointError(
-                f"{path}: could not be written ({err}); the old file, if any, is still there"
-            ) from err
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                gm.eval(),
+                tuple(inputs.args),
+                dict(inputs.kwargs),
+                dynamic_shapes={**dict(zip(_placeholders(gm), shapes, strict=False)), **named},
+            )
+    except Exception as err:  # the exporter has errors of many kinds
+        raise CheckpointError(
+            f"{path}: the operated model can't be exported: {err}; write a .safetensors file"
+        ) from err
+    with replacing(path) as temporary, temporary.open("w+b") as file:
+        torch.export.save(
+            program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
+        )
+
+
+def _placeholders(gm: nn.Module) -> list[str]:
+    import inspect
+
+    return list(inspect.signature(gm.forward).parameters)
+
+
+def _with_values(operated: Operated) -> nn.Module:
+    """The operated model with its weights."""
+    names = {name: operated.aliases.get(name, name) for name in operated.aliases}
+    state = {name: operated.tensor(name) for name in operated.entries}
+    state.update({alias: state[name] for alias, name in names.items()})
+    gm = operated.model
+    gm.load_state_dict(state, assign=True)
+    left = [n for n, b in (*gm.named_buffers(), *gm.named_parameters()) if b.is_meta]
+    if left:
+        raise CheckpointError(
+            f"{left[0]} is computed when the model is built: write another layout"
+        )
+    return gm
 
 
 def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = None) -> Any:
     """Read an operated model.
 
     Args:
-        path: A file that `save` wrote.
+        path: A file that `save` or the command line wrote; in a training checkpoint, the weights
+            under their usual key.
         model: The original model or exported program (left unchanged; its weights don't matter),
             or a model spec. Without it, the spec in the file is used if it names a torchvision or
             timm model; a factory in a module or file is code, which runs only where the caller
@@ -103,122 +216,77 @@ def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = Non
         the dtypes of the file; otherwise values are cast to the dtypes of `model`.
 
     Raises:
-        CheckpointError: The file is not one that `save` wrote, or its weights don't fit.
+        CheckpointError: The file is not one that `save` wrote, the model is not what it was, or the
+            weights don't fit.
         ModelSpecError: The spec can't be built.
         PlanError: The plan in the file was made for another model.
     """
     path = Path(path)
-    tensors, metadata = read_safetensors(path)
-    plan = _plan_in(metadata, path)
-    tensors.update({alias: tensors[name] for alias, name in _aliases_in(metadata, tensors, path)})
+    if kind_of(path) == "exported":
+        raise CheckpointError(
+            f"{path}: is an exported program, which torch.export.load reads by itself"
+        )
+    source = open_source(path)
+    plan = plan_in(source)
+    prefix = _prefix(source, plan)
+    entries = {
+        name.removeprefix(prefix): entry
+        for name, entry in source.entries.items()
+        if name.startswith(prefix)
+    }
+    aliases = aliases_in(source)
+    if not all(name in entries for name in aliases.values()):
+        raise CheckpointError(f"{path}: its list of tied tensors is damaged; save it again")
+    entries.update({alias: entries[name] for alias, name in aliases.items()})
     if isinstance(model, nn.Module | ExportedProgram):
-        gm = apply(model, plan)
+        base, copy, what = model, True, type(model).__name__
     else:
-        base = _build(metadata, model, path)
-        _adopt_dtypes(base, tensors)
-        gm = apply(base, plan, copy=False)
-    load_into(gm, tensors, path)
+        base, what = _build(source, model)
+        copy = False
+        adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
+    _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
+    gm = apply(base, plan, copy=copy)
+    tensors = renamed(tensors_of(source), Names({}, prefix))
+    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
+    names = match_names(gm.state_dict(keep_vars=True), entries)
+    load_into(gm, tensors if names.problems else renamed(tensors, names), path)
     return gm
 
 
-def check_target(path: str | Path) -> None:
-    """Make sure, before long work, that a file can be written where its result will go.
-
-    Args:
-        path: The file to be written; it is not touched.
-
-    Raises:
-        CheckpointError: The folder is missing or can't be written, or `path` is no regular file.
-    """
-    _temporary_beside(_target(Path(path))).unlink()
+def _prefix(source: Source, plan: Plan) -> str:
+    """What stands before every name in a file: before that of the memory."""
+    own = f"{AIM}.{plan.memory.name}."
+    return next((n[: n.index(own)] for n in source.entries if own in n), "")
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Write a file atomically: under a temporary name in the same folder, then renamed.
-
-    Args:
-        path: The file to write or replace.
-
-    Yields:
-        The temporary file to write to. It takes the place of `path` if the block ends well, and is
-        removed if it doesn't.
-
-    Raises:
-        CheckpointError: The folder is missing or can't be written, or the disk is full.
-    """
-    target = _target(Path(path))
-    temporary = _temporary_beside(target)
-    try:
-        yield temporary
-        temporary.chmod(_mode_for(target))
-        _sync(temporary)
-        temporary.replace(target)
-    except OSError as err:
-        raise CheckpointError(f"{path}: could not be written: {err.strerror or err}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # the file is there; not every system can sync a folder
-        _sync(target.parent)
-
-
-# Files --------------------------------------------------------------------------------------
-
-
-def _target(path: Path) -> Path:
-    try:
-        target = path.resolve()  # the file behind a link, not the link
-        if target.exists() and not target.is_file():
-            what = "a folder" if target.is_dir() else "no regular file"
-            raise CheckpointError(f"{path}: is {what}; give the name of a file to write")
-    except (OSError, RuntimeError, ValueError) as err:
-        raise CheckpointError(f"{path}: cannot be written: {err}") from err
-    return target
-
-
-def _temporary_beside(target: Path) -> Path:
-    try:
-        handle, name = tempfile.mkstemp(
-            prefix=f".{target.name[:80]}.", suffix=".tmp", dir=target.parent
-        )
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{target}: there is no folder {target.parent}; make it") from err
-    except OSError as err:
+def _refuse_other(base: Any, plan: Plan, entries: Mapping[str, Entry], what: str) -> None:
+    """Refuse a model that is not the one that was operated on, and tell the difference."""
+    if not isinstance(base, nn.Module):
+        return  # an exported program is what it was
+    narrow = {name: e for name, e in entries.items() if not name.startswith(f"{AIM}.")}
+    for read in plan.reads:
+        name, site = read.site.weights[0], read.site
+        if site.widens and name in narrow:
+            axis = 0 if site.kind == "conv_transpose" else 1
+            sizes = list(narrow[name].shape)
+            if axis < len(sizes):
+                sizes[axis] -= read.planes * (site.groups if axis == 0 else 1)
+            narrow[name] = Entry(tuple(sizes), narrow[name].dtype)
+    problems = misfits(base.state_dict(keep_vars=True), narrow)
+    if any("unexpected" not in problem for problem in problems):
         raise CheckpointError(
-            f"{target}: folder {target.parent} cannot be written: {err.strerror or err}"
-        ) from err
-    os.close(handle)
-    return Path(name)
-
-
-def _mode_for(target: Path) -> int:
-    """Permissions of the old file, or of any new one; temporary files are for the owner alone."""
-    if target.exists():
-        return target.stat().st_mode & 0o777
-    umask = os.umask(0o077)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-# Contents -----------------------------------------------------------------------------------
+            f"{what} is not the one that was operated on: {'; '.join(problems)}. Check the "
+            f"factory, its arguments and the versions of its library"
+        )
 
 
 def _stored_once(
     state_dict: Mapping[str, Any], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store, contiguous and each by itself; and the names that stand for stored ones."""
+    """Tensors to store; and the names that stand for stored ones."""
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first: dict[tuple[Any, ...], str] = {}
-    storages: set[tuple[Any, ...]] = set()
     for name, value in state_dict.items():
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
             what = "sparse or quantized tensor" if isinstance(value, Tensor) else type(value)
@@ -226,55 +294,26 @@ def _stored_once(
         if value.is_meta:
             raise CheckpointError(f"{path}: {name} is on the meta device and has no values to save")
         tensor = value.detach()
-        storage = (tensor.device, tensor.untyped_storage().data_ptr())
-        view = (*storage, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        view = (
+            tensor.device,
+            tensor.untyped_storage().data_ptr(),
+            tensor.data_ptr(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
         if tensor.numel() and view in first:
             aliases[name] = first[view]
             continue
         first[view] = name
-        # safetensors takes no two tensors of one storage
-        tensors[name] = tensor.clone() if storage in storages else tensor
-        tensors[name] = tensors[name].resolve_conj().resolve_neg().contiguous()
-        storages.add(storage)
+        tensors[name] = tensor
     return tensors, aliases
 
 
-def _model_json(spec: str, args: dict[str, Any], path: Path) -> str:
-    try:
-        return json.dumps({"spec": spec, "args": args})
-    except (TypeError, ValueError) as err:
-        raise CheckpointError(
-            f"{path}: model arguments {args!r} can't be stored as JSON: {err}"
-        ) from err
-
-
-def _plan_in(metadata: Mapping[str, str], path: Path) -> Plan:
-    version = metadata.get(FORMAT_KEY)
-    if version is None or _PLAN not in metadata:
-        raise CheckpointError(
-            f"{path}: not an aim-surgery file: it has weights but no plan. Load it into its model "
-            f"and transform that"
-        )
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path}: written in format {version}, this version reads {FORMAT_VERSION}; update "
-            f"aim-surgery"
-        )
-    return Plan.from_json(metadata[_PLAN])
-
-
-def _aliases_in(
-    metadata: Mapping[str, str], tensors: Mapping[str, Tensor], path: Path
-) -> list[tuple[str, str]]:
-    aliases = _json(metadata.get(_ALIASES, "{}"), path)
-    if not all(isinstance(name, str) and name in tensors for name in aliases.values()):
-        raise CheckpointError(f"{path}: its list of tied tensors is damaged; save it again")
-    return list(aliases.items())
-
-
-def _build(metadata: Mapping[str, str], spec: str | None, path: Path) -> nn.Module:
-    stored = _json(metadata.get(_MODEL, "{}"), path)
+def _build(source: Source, spec: str | None) -> tuple[nn.Module, str]:
+    stored = json_in(source, MODEL_KEY)
     wanted, args = spec or stored.get("spec"), stored.get("args", {})
+    path = source.path
     if not isinstance(wanted, str) or not isinstance(args, dict):
         raise CheckpointError(f"{path}: holds no model spec; pass the original model or its spec")
     if spec is None and wanted.partition(":")[0] not in _LIBRARIES:
@@ -282,23 +321,4 @@ def _build(metadata: Mapping[str, str], spec: str | None, path: Path) -> nn.Modu
             f"{path}: its model is built by {wanted}, code that the file only names; if you trust "
             f"it, pass model={wanted!r}"
         )
-    return build(wanted, **(args if wanted == stored.get("spec") else {}))
-
-
-def _json(text: str, path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(text)
-    except ValueError as err:
-        raise CheckpointError(f"{path}: its metadata is damaged: {err}; save it again") from err
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: its metadata is damaged: {text[:80]!r}; save it again")
-    return data
-
-
-def _adopt_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    floating = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
-    if len(floating) == 1:
-        model.to(floating.pop())  # also what is not in the file
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in tensors and isinstance(value, Tensor) and value.dtype != tensors[name].dtype:
-            value.data = value.data.to(tensors[name].dtype)
+    return build(wanted, **(args if wanted == stored.get("spec") else {})), wanted

@@ -97,7 +97,8 @@ class Maps(nn.Module):
                     sizes.append(leaf)
         return tuple(sizes)
 
-    @torch.compiler.disable
+    # as torch.compiler.disable, which takes a second to import the compiler
+    @torch._disable_dynamo  # pyright: ignore[reportPrivateImportUsage]
     def _elsewhere(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         sizes = self._sizes(inputs)
         with self._lock:

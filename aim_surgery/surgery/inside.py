@@ -20,6 +20,7 @@ from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.recurrent import GateMemory, is_recurrent
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import (
+    Device,
     add_aim,
     beside_path,
     called_layer,
@@ -28,13 +29,16 @@ from aim_surgery.surgery.modules import (
 )
 
 
-def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Module:
+def operate_whole(
+    capture: Capture, plan: Plan, *, copy_tensors: bool, device: Device = None
+) -> nn.Module:
     """Build an operated model of the same class, whose layers read through hooks.
 
     Args:
         capture: The model, taken as it is; left unchanged.
         plan: What to do.
         copy_tensors: Whether tensors that stay as they are get copied or shared.
+        device: Where what is new lives; with the first read's weight if None.
 
     Returns:
         A copy of the model with a memory under `aim`; its plan is `aim.plan`.
@@ -52,7 +56,7 @@ def operate_whole(capture: Capture, plan: Plan, *, copy_tensors: bool) -> nn.Mod
             f"{type(err).__name__}: {err}"
         ) from err
     _check_copied(model, root, plan)
-    add_aim(root, model, plan, {}).plan = plan
+    add_aim(root, model, plan, {}, device).plan = plan
     attach_reads(root, plan)
     return root
 

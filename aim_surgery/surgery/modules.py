@@ -31,9 +31,12 @@ READS = f"{AIM}.reads"
 WRITES = f"{AIM}.writes"
 
 Calls = Mapping[bool, tuple[Call, ...]]
+Device = torch.device | None
 
 
-def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: bool) -> nn.Module:
+def operated_tree(
+    capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: bool, device: Device = None
+) -> nn.Module:
     """Build the model's tree with wide weights in it, and what is new under `aim`.
 
     Args:
@@ -41,6 +44,7 @@ def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: b
         plan: What to do.
         calls: The sites of each graph, by mode.
         copy_tensors: Whether tensors that stay as they are get copied or shared.
+        device: Where what is new lives; with the first read's weight if None.
 
     Returns:
         The tree whose names the emitted graphs use.
@@ -49,7 +53,7 @@ def operated_tree(capture: Capture, plan: Plan, calls: Calls, *, copy_tensors: b
     for name, read in widened_reads(plan).items():
         if not read.site.inside:  # there, callers may ask how wide the layer's input is
             widen_layer(root.get_submodule(name.rpartition(".")[0]), read.planes)
-    add_aim(root, capture.model, plan, calls)
+    add_aim(root, capture.model, plan, calls, device)
     return root
 
 
@@ -129,7 +133,9 @@ def beside_module(layer: nn.Module | None, read: Read, weight: nn.Parameter) -> 
     return module
 
 
-def add_aim(root: nn.Module, model: nn.Module, plan: Plan, calls: Calls) -> AimModules:
+def add_aim(
+    root: nn.Module, model: nn.Module, plan: Plan, calls: Calls, device: Device = None
+) -> AimModules:
     """Add what is new: memories, weights that live beside their layers, update blocks.
 
     Args:
@@ -137,12 +143,13 @@ def add_aim(root: nn.Module, model: nn.Module, plan: Plan, calls: Calls) -> AimM
         model: The original model; left unchanged.
         plan: What to do.
         calls: The sites of each graph, by mode.
+        device: Where it lives; with the first read's weight if None.
 
     Returns:
         The tree under `aim`.
     """
     home = home_weight(model, plan)
-    where = {"device": home.device, "dtype": home.dtype}
+    where = {"device": device or home.device, "dtype": home.dtype}
     aim, writes = AimModules(), nn.Module()
     for memory in plan.memories:
         aim.add_module(memory.name, _memory_layer(memory, where))
@@ -152,9 +159,11 @@ def add_aim(root: nn.Module, model: nn.Module, plan: Plan, calls: Calls) -> AimM
         read = planned.get(call.site.name)
         if read is not None and not read.site.widens:
             beside.setdefault(call.site.layer, []).append(call)
-    reads = [(layer, _beside(model, found, planned, plan)) for layer, found in beside.items()]
+    reads = [
+        (layer, _beside(model, found, planned, plan, device)) for layer, found in beside.items()
+    ]
     reads += [
-        (read.site.layer, _beside_inside(model, read, plan))
+        (read.site.layer, _beside_inside(model, read, plan, device))
         for read in plan.reads
         if read.site.inside and not read.site.widens
     ]
@@ -199,22 +208,24 @@ def _write_block(write: Write, memory: PlannedMemory, where: dict[str, Any]) -> 
     )
 
 
-def _beside(model: nn.Module, calls: list[Call], reads: dict[str, Read], plan: Plan) -> nn.Module:
+def _beside(
+    model: nn.Module, calls: list[Call], reads: dict[str, Read], plan: Plan, device: Device
+) -> nn.Module:
     """W_m of a layer that is left alone: in a twin of the layer where it is called as one."""
     read = reads[calls[0].site.name]
     called = any(call.node.op == "call_module" for call in calls)
     layer = model.get_submodule(read.site.layer) if called else None
-    return beside_module(layer, read, _beside_weight(model, read, plan))
+    return beside_module(layer, read, _beside_weight(model, read, plan, device))
 
 
-def _beside_inside(model: nn.Module, read: Read, plan: Plan) -> nn.Module:
+def _beside_inside(model: nn.Module, read: Read, plan: Plan, device: Device) -> nn.Module:
     """W_m of a layer inside a Python call, in a layer that can be called by a hook."""
     layer = called_layer(model, read)
     fan_in = layer.hidden_size if is_recurrent(layer) else None  # what torch starts it by
     assert fan_in is None or isinstance(fan_in, int)
     if read.site.kind == "linear":
         layer = nn.Linear(read.planes, read.site.out_channels, bias=False, device="meta")
-    return beside_module(layer, read, _beside_weight(model, read, plan, fan_in))
+    return beside_module(layer, read, _beside_weight(model, read, plan, device, fan_in))
 
 
 def called_layer(root: nn.Module, read: Read) -> nn.Module:
@@ -238,7 +249,7 @@ def called_layer(root: nn.Module, read: Read) -> nn.Module:
 
 
 def _beside_weight(
-    model: nn.Module, read: Read, plan: Plan, fan_in: int | None = None
+    model: nn.Module, read: Read, plan: Plan, device: Device, fan_in: int | None = None
 ) -> nn.Parameter:
     site = read.site
     shape = (site.out_channels, read.planes, *site.kernel_size)
@@ -247,7 +258,7 @@ def _beside_weight(
     if fan_in is None:
         fan_in = (site.in_channels // site.groups + read.planes) * math.prod(site.kernel_size)
     weight = model.get_parameter(site.weights[0])
-    return beside_weight(weight, shape, fan_in=fan_in, init=plan.init)
+    return beside_weight(weight, shape, fan_in=fan_in, init=plan.init, device=device)
 
 
 def _place(tree: nn.Module, path: str, module: nn.Module) -> None:

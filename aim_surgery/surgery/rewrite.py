@@ -34,7 +34,9 @@ from aim_surgery.surgery.tree import contrary_modules
 
 
 @collection_paused()
-def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> nn.Module:
+def operate(
+    capture: Capture, plan: Plan, *, copy: bool = True, device: torch.device | None = None
+) -> nn.Module:
     """Build the operated model.
 
     Args:
@@ -42,6 +44,8 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> nn.Module:
         plan: What to do, made for this model.
         copy: Whether tensors that stay as they are get copied; if not, the new model shares them
             with the old one.
+        device: Where what is new lives, if not with the model: on the CPU for one on the meta
+            device, whose new tensors then have the values that they start with.
 
     Returns:
         A new module: an `AimGraphModule`, or one of the model's own class where it was taken as a
@@ -61,7 +65,7 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> nn.Module:
             f"{type(model).__name__} already has an attribute 'aim', where the memory would live"
         )
     if capture.whole:
-        return operate_whole(capture, plan, copy_tensors=copy)
+        return operate_whole(capture, plan, copy_tensors=copy, device=device)
     # Graphs first: what the compilation of their code needs is free again when tensors are copied.
     home = home_weight(model, plan)
     graphs = {
@@ -70,7 +74,7 @@ def operate(capture: Capture, plan: Plan, *, copy: bool = True) -> nn.Module:
     }
     gm = AimGraphModule(graphs, plan, training=model.training, class_name=type(model).__name__)
     gm.contrary = contrary_modules(model)
-    gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy))
+    gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy, device=device))
     attach_reads(gm, plan)
     return gm
 

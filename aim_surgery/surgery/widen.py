@@ -116,7 +116,12 @@ def input_size(read: Read, *, operated: bool) -> tuple[int, int]:
 
 
 def beside_weight(
-    weight: torch.Tensor, shape: tuple[int, ...], *, fan_in: int, init: Init
+    weight: torch.Tensor,
+    shape: tuple[int, ...],
+    *,
+    fan_in: int,
+    init: Init,
+    device: torch.device | None = None,
 ) -> nn.Parameter:
     """Make the memory weight W_m of a layer whose own weight is left alone.
 
@@ -125,12 +130,13 @@ def beside_weight(
         shape: Shape of W_m: (C_out, k, *kernel), (k, C_out, *kernel) transposed, or (out, k).
         fan_in: Fan-in that the widened layer would have.
         init: As in `widen_weight`.
+        device: Another device than the weight's.
 
     Returns:
         A new parameter.
     """
     with torch.no_grad():
-        new = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+        new = torch.empty(shape, dtype=weight.dtype, device=device or weight.device)
         initialize(new, init, fan_in=fan_in)
     return nn.Parameter(new)
 

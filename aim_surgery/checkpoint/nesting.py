@@ -1,0 +1,175 @@
+"""Where in a training checkpoint the weights are.
+
+A *state dict* is a dict from names to tensors. A checkpoint is one, or nests some among epochs,
+schedulers and optimizers. Which one is meant is told by its key (`state_dict`, `model`, ...), or by
+being the only one, or by the caller; never guessed between two.
+
+No torch is needed here: a tensor is what has a shape and a dtype, also in an outline of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from aim_surgery.checkpoint.source import REMEDY, listed
+from aim_surgery.errors import CheckpointError
+
+Where = tuple[str, ...]
+
+KEYS = (
+    "state_dict", "model_state_dict", "model", "module", "model_state", "net", "network", "params",
+    "weights", "state",
+)  # fmt: skip
+AVERAGED = (
+    "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "model_ema_state_dict", "ema",
+    "params_ema", "averaged_model", "swa_model",
+)  # fmt: skip
+_DEPTH = 4
+_EXTRA_STATE = "_extra_state"
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor, or the outline of one."""
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether a value is a dict from names to tensors (and extra state of modules)."""
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) for name in value)
+        and all(is_tensor(v) or name.endswith(_EXTRA_STATE) for name, v in value.items())
+        and any(is_tensor(v) for v in value.values())
+    )
+
+
+def is_optimizer_state(value: Any) -> bool:
+    """Whether a value is what `torch.optim.Optimizer.state_dict` gives."""
+    return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+
+
+def find_all(content: Any, matches: Any, at: Where = (), depth: int = _DEPTH) -> Iterator[Where]:
+    """Places in nested dicts and lists whose value matches; not inside of such values.
+
+    Args:
+        content: What a file holds.
+        matches: A predicate.
+        at: Where `content` is.
+        depth: Dicts to go down through.
+
+    Yields:
+        Keys (of lists: positions) from the root.
+    """
+    if matches(content):
+        yield at
+    elif depth:
+        for key, value in _items(content):
+            yield from find_all(value, matches, (*at, key), depth - 1)
+
+
+def value_at(content: Any, where: Where) -> Any:
+    """The value at a place.
+
+    Raises:
+        KeyError: There is no such place.
+    """
+    for key in where:
+        found = dict(_items(content))
+        content = found[key]
+    return content
+
+
+def _items(content: Any) -> list[tuple[str, Any]]:
+    if isinstance(content, Mapping):
+        return [(str(key), value) for key, value in content.items()]
+    if isinstance(content, list | tuple):
+        return [(str(index), value) for index, value in enumerate(content)]
+    return []
+
+
+def weights_in(
+    content: Any, path: Path, *, key: str | None = None, ema: bool = False, matches: Any = None
+) -> Where:
+    """Find the weights in what a file holds.
+
+    Args:
+        content: What the file holds.
+        path: The file, for messages.
+        key: Where they are, with dots between the keys (`checkpoint.model`).
+        ema: Whether averaged weights are wanted.
+        matches: What counts as weights; state dicts if None.
+
+    Returns:
+        Their place.
+
+    Raises:
+        CheckpointError: There are none at the place, or nowhere, or several that could be meant.
+    """
+    matches = matches or is_state_dict
+    found = [where for where in find_all(content, matches) if not _in_optimizer(content, where)]
+    if key is not None:
+        return _named(content, found, key, path, matches)
+    known = [where for where in found if not where or where[-1] in KEYS]
+    averaged = [where for where in found if where and where[-1] in AVERAGED]
+    usual = known or [where for where in found if where not in averaged]
+    candidates = averaged if ema else usual
+    if len(candidates) == 1:
+        return candidates[0]
+    raise CheckpointError(f"{path}: {_why_not(content, found, candidates, ema=ema)}")
+
+
+def _named(content: Any, found: list[Where], key: str, path: Path, matches: Any) -> Where:
+    wanted = next((where for where in found if dotted(where) == key), None)
+    if wanted is not None:
+        return wanted
+    try:  # keys may hold dots themselves
+        value = value_at(content, tuple(key.split(".")))
+    except KeyError:
+        there = f"there are {listed(map(dotted, found))}" if found else "there are no weights"
+        raise CheckpointError(f"{path}: has nothing at {key!r}; {there}") from None
+    if matches(value):
+        return tuple(key.split("."))
+    raise CheckpointError(f"{path}: {key!r} is {outline(value)}, not a state dict")
+
+
+def _in_optimizer(content: Any, where: Where) -> bool:
+    return any(is_optimizer_state(value_at(content, where[:i])) for i in range(len(where)))
+
+
+def _why_not(content: Any, found: list[Where], candidates: list[Where], *, ema: bool) -> str:
+    if len(candidates) > 1:
+        names = " and ".join(repr(dotted(where)) for where in candidates)
+        return f"holds weights under {names}; choose with --key"
+    if ema:
+        there = f"; there are {listed(map(dotted, found))}: choose with --key" if found else ""
+        return f"holds no averaged weights under a usual key ({', '.join(AVERAGED)}){there}"
+    if not isinstance(content, Mapping):
+        return f"holds a {type(content).__name__}, not a state dict; {REMEDY}"
+    if found:
+        return f"holds averaged weights alone, under {dotted(found[0])!r}; choose them with --ema"
+    if not content:
+        return f"the dict holds nothing; {REMEDY}"
+    nested = next((key for key in KEYS if isinstance(content.get(key), Mapping)), None)
+    where, value = (f" under {nested!r}", content[nested]) if nested else ("", content)
+    strangers = [
+        f"{name!r}: {type(v).__name__}"
+        for name, v in value.items()
+        if not (isinstance(name, str) and is_tensor(v))
+    ]
+    what = f"not only tensors ({listed(strangers, 5)})" if strangers else "nothing"
+    return f"the dict{where} holds {what}; {REMEDY}"
+
+
+def dotted(where: Where) -> str:
+    """A place as text."""
+    return ".".join(where) or "(the whole file)"
+
+
+def outline(value: Any) -> str:
+    """What a value is, in a few words."""
+    if isinstance(value, Mapping):
+        return f"a dict with {listed(map(repr, value), 5)}" if value else "an empty dict"
+    return f"a {type(value).__name__}"

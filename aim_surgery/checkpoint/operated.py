@@ -1,0 +1,371 @@
+"""An operated state dict, tensor by tensor: the model with its weights need never be in memory.
+
+    name of the operated model     its value
+    aim.memory.weight, ...         made on the way: all that is new
+    conv.weight, widened           widen_weight(W_x of the file)
+    everything else                as it is in the file
+
+The plan is made, and the surgery done, on a model without weights (`skeleton`); its state dict says
+what there has to be. Where a model can't be built or captured without values, or its own hooks have
+to convert an older layout, the same comes from a real one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aim_surgery.capture import Inputs
+from aim_surgery.checkpoint.loading import load_into
+from aim_surgery.checkpoint.models import build
+from aim_surgery.checkpoint.names import AVERAGING_COUNT, Names, is_averaged, match_names
+from aim_surgery.checkpoint.read import Weights, tensors_of
+from aim_surgery.checkpoint.skeleton import adopt_dtypes, build_skeleton
+from aim_surgery.checkpoint.source import Entry, Source
+from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.config import AimConfig
+from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
+from aim_surgery.operation import Wanted, applied, planned
+from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.widen import widen_weight
+
+Maker = Callable[[str, Callable[[str], Tensor] | None], Tensor]
+
+
+@dataclass
+class Original:
+    """A model to be operated on, and where its weights are.
+
+    Attributes:
+        model: The model or exported program; on the meta device where its weights stay in the file.
+        source: Its checkpoint.
+        names: The file's names for the model's.
+    """
+
+    model: Any
+    source: Source
+    names: Names
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the weights stay in the file."""
+        return isinstance(self.model, nn.Module) and any(
+            value.is_meta for value in self.model.state_dict().values() if _is_tensor(value)
+        )
+
+
+@dataclass
+class Operated:
+    """What an operation makes of a checkpoint.
+
+    Attributes:
+        plan: What was done.
+        entries: The tensors of the operated model, in the order of its state dict.
+        aliases: Further names of some of them.
+        model: The operated model; without weights where they stay in the file.
+        original: What it was made of.
+        odd: Tensors that hold NaN or infinities, of those made so far.
+    """
+
+    plan: Plan
+    entries: Mapping[str, Entry]
+    aliases: Mapping[str, str]
+    model: nn.Module
+    original: Original
+    odd: list[str] = field(default_factory=list)
+    _make: Maker = field(repr=False, default=lambda name, read: torch.empty(0))
+
+    def tensor(self, name: str, read: Callable[[str], Tensor] | None = None) -> Tensor:
+        """Make a tensor, on the CPU.
+
+        Args:
+            name: Its name in the operated model.
+            read: Gives the original's tensors by the model's names, if not from the file's weights:
+                further weights of the same model (averaged ones).
+        """
+        value = self._make(name, read)
+        if _is_odd(value):
+            self.odd.append(name)
+        return value
+
+
+def open_original(
+    source: Source,
+    spec: str | None,
+    model_args: Mapping[str, Any] | None = None,
+    *,
+    values: bool = False,
+) -> Original:
+    """Find the model of a checkpoint.
+
+    Args:
+        source: The checkpoint.
+        spec: The model spec; not needed where the file holds the model itself.
+        model_args: Keyword arguments for the factory.
+        values: Whether the model is to have its weights.
+
+    Returns:
+        The model; without weights where that is enough.
+
+    Raises:
+        CheckpointError: The weights are not all of the model's, or a spec is needed.
+        ModelSpecError: The spec can't be built.
+    """
+    program = getattr(source, "program", None) if spec is None else None
+    module = getattr(source, "module", None) if spec is None else None
+    if program is not None or module is not None:
+        keys = {name: name for name in source.entries}
+        return Original(program if program is not None else module, source, Names(keys, ""))
+    if spec is None:
+        raise CheckpointError(
+            f"{source.path}: holds weights, not the model that they belong to: name it with --model"
+        )
+    args = dict(model_args or {})
+    if not values:
+        found = _without_values(source, spec, args)
+        if found is not None:
+            return found
+    model = build(spec, **args)
+    names = match_names(model.state_dict(keep_vars=True), source.entries)
+    adopt_dtypes(model, source.entries, names)
+    load_into(model, renamed(tensors_of(source), names), source.path)
+    return Original(model, source, names)
+
+
+def _without_values(source: Source, spec: str, args: dict[str, Any]) -> Original | None:
+    """The model on the meta device; None where values are needed to tell whether all fits."""
+    try:
+        model = build_skeleton(spec, args)
+    except ModelSpecError:
+        return None  # its factory looks at values; or it names nothing, which `build` tells
+    own = model.state_dict(keep_vars=True)
+    names = match_names(own, source.entries)
+    if names.problems or source.extras or not all(map(_is_tensor, own.values())):
+        return None
+    _refuse_two_values(source, own, names)
+    adopt_dtypes(model, source.entries, names)
+    return Original(model, source, names)
+
+
+def _refuse_two_values(source: Source, own: Mapping[str, Any], names: Names) -> None:
+    """Names of one tensor in the model have one value in the file."""
+    first: dict[int, str] = {}
+    for name, value in own.items():
+        key, twin = names.keys[name], first.setdefault(id(value), names.keys[name])
+        if key != twin and not _same(source.tensor(key), source.tensor(twin)):
+            raise CheckpointError(
+                f"{source.path}: {twin} and {key} are one tensor in the model, and have different "
+                f"values in the file; untie them in the model or make them equal"
+            )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    equal = (one == other) | ((one != one) & (other != other))  # NaN is itself
+    return bool(equal.all())
+
+
+def renamed(weights: Weights | dict[str, Tensor], names: Names) -> Weights:
+    """A state dict by the model's names; what has no name there keeps its own, less the prefix."""
+    of = {key: name for name, key in reversed([*names.keys.items()])}
+    if is_averaged(names.prefix) and AVERAGING_COUNT in weights:
+        kept = Weights({key: v for key, v in weights.items() if key != AVERAGING_COUNT})
+        kept._metadata = getattr(weights, "_metadata", None)
+        weights = kept
+    strip = names.prefix if all(key.startswith(names.prefix) for key in weights) else ""
+    found = Weights({of.get(key, key[len(strip) :]): value for key, value in weights.items()})
+    for name, key in names.keys.items():  # a tied name without a key of its own
+        if key in weights:
+            found.setdefault(name, weights[key])
+    versions = getattr(weights, "_metadata", None)
+    if versions is not None:
+        bare = names.prefix.removesuffix(".")
+        found._metadata = {_module_name(name, bare): told for name, told in versions.items()}
+    return found
+
+
+def _module_name(name: str, prefix: str) -> str:
+    return name[len(prefix) :].removeprefix(".") if prefix and name.startswith(prefix) else name
+
+
+def operate_checkpoint(
+    source: Source,
+    spec: str | None,
+    model_args: Mapping[str, Any] | None = None,
+    *,
+    example: Inputs | None = None,
+    config: AimConfig | None = None,
+    plan: Plan | None = None,
+    emit: Wanted = "auto",
+) -> Operated:
+    """Operate on a checkpoint: decide and prepare everything, make tensors when they are asked for.
+
+    Args:
+        source: The checkpoint.
+        spec: See `open_original`.
+        model_args: See `open_original`.
+        example: Example inputs, as for `transform`.
+        config: What to do, as for `transform`.
+        plan: What to do, in the place of `config`.
+        emit: As for `transform`.
+
+    Returns:
+        The operated state dict, tensor by tensor.
+
+    Raises:
+        AimSurgeryError: As `open_original`, `plan` and `apply`.
+    """
+    original = open_original(source, spec, model_args)
+    try:
+        return _operated(original, example, config, plan, emit)
+    except AimSurgeryError:
+        if not original.streamed:
+            raise
+    original = open_original(source, spec, model_args, values=True)
+    return _operated(original, example, config, plan, emit)
+
+
+def plan_checkpoint(
+    source: Source,
+    spec: str | None,
+    model_args: Mapping[str, Any] | None = None,
+    *,
+    example: Inputs | None = None,
+    config: AimConfig | None = None,
+    emit: Wanted = "auto",
+) -> Plan:
+    """Plan an operation on a checkpoint: see `operate_checkpoint`."""
+    original = open_original(source, spec, model_args)
+    try:
+        return planned(original.model, in_dtype_of(original.model, example), config, emit)[1]
+    except AimSurgeryError:
+        if not original.streamed:
+            raise
+    original = open_original(source, spec, model_args, values=True)
+    return planned(original.model, in_dtype_of(original.model, example), config, emit)[1]
+
+
+def _operated(
+    original: Original,
+    example: Inputs | None,
+    config: AimConfig | None,
+    plan: Plan | None,
+    emit: Wanted,
+) -> Operated:
+    model = original.model
+    example = in_dtype_of(model, example)
+    device = torch.device("cpu") if original.streamed else None
+    if plan is None:
+        capture, plan = planned(model, example, config, emit)
+        gm = applied(capture, plan, copy=False, device=device)
+    else:
+        gm = applied(model, plan, example, copy=False, device=device)
+    state = gm.state_dict(keep_vars=True)
+    entries, aliases = _stored_once(state, original.source.path)
+    operated = Operated(plan, entries, aliases, gm, original)
+    if original.streamed:
+        keys = original.names.keys
+        dtypes = {name: original.source.entries[key].dtype for name, key in keys.items()}
+        operated.entries = {
+            name: Entry(entry.shape, dtypes.get(name, entry.dtype))
+            for name, entry in entries.items()
+        }
+        operated._make = _Maker(original, plan, state).make
+    else:
+        operated._make = _RealMaker(original, plan, state).make
+    return operated
+
+
+class _Maker:
+    """Makes the tensors of an operated state dict from those of a file."""
+
+    def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
+        self._source, self._keys, self._plan = original.source, original.names.keys, plan
+        self._reads = {read.site.weights[0]: read for read in plan.reads if read.site.widens}
+        self._new = {name: value for name, value in state.items() if not value.is_meta}
+        for name, value in state.items():
+            if name in self._new or name in self._reads:
+                continue
+            key = self._keys.get(name)
+            if key is None or original.source.entries[key].shape != tuple(value.shape):
+                raise CheckpointError(
+                    f"{original.source.path}: the operated model's {name} does not come from "
+                    f"this file tensor by tensor"
+                )
+
+    def make(self, name: str, read: Callable[[str], Tensor] | None) -> Tensor:
+        if name in self._new:
+            return self._new[name].detach()
+        value = self._source.tensor(self._keys[name]) if read is None else read(name)
+        wider = self._reads.get(name)
+        return value if wider is None else _widened(value, wider, self._plan)
+
+
+class _RealMaker:
+    """Gives the tensors of an operated model that has its weights."""
+
+    def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
+        self._plan, self._state = plan, state
+        self._old = original.names.keys
+        self._reads = {read.site.weights[0]: read for read in plan.reads if read.site.widens}
+
+    def make(self, name: str, read: Callable[[str], Tensor] | None) -> Tensor:
+        if read is None or name not in self._old:
+            return self._state[name].detach().cpu()
+        value, wider = read(name), self._reads.get(name)
+        return value if wider is None else _widened(value, wider, self._plan)
+
+
+def _widened(value: Tensor, read: Read, plan: Plan) -> Tensor:
+    site = read.site
+    stored = value.dtype
+    if value.itemsize == 1:  # float8: nothing computes in it, and every value is one of float32's
+        value = value.float()
+    wide = widen_weight(value, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
+    return wide.to(stored)
+
+
+def _stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Tensors to store, and the names that stand for stored ones."""
+    entries: dict[str, Entry] = {}
+    aliases: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, value in state.items():
+        if not _is_tensor(value):
+            raise CheckpointError(
+                f"{path}: {name} is a {type(value).__name__}, no tensor, and can't be stored"
+            )
+        if id(value) in first:
+            aliases[name] = first[id(value)]
+            continue
+        first[id(value)] = name
+        entries[name] = entry_of(value)
+    return entries, aliases
+
+
+def in_dtype_of(model: Any, example: Inputs | None) -> Inputs | None:
+    """A floating example input in the model's dtype, where that is one alone; on its device."""
+    if not isinstance(example, Tensor) or not isinstance(model, nn.Module):
+        return example
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    dtypes = {p.dtype for p in parameters}
+    if parameters:
+        example = example.to(parameters[0].device)
+    return example.to(dtypes.pop()) if len(dtypes) == 1 else example
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _is_odd(value: Tensor) -> bool:
+    """Whether there is a NaN or an infinity among the values."""
+    if not value.is_floating_point() or not value.numel():
+        return False
+    if value.itemsize == 1:
+        value = value.float()
+    return not bool(value.sum().isfinite()) and not bool(value.isfinite().all())

@@ -1,0 +1,79 @@
+"""Make the table of known models that `aim-surgery inspect` gives hints by.
+
+    python -m benchmarks.known_models [--quick]
+
+Each model is built twice without weights; what differs between two numbers of classes is its
+classifier.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+from typing import Any
+
+from aim_surgery.checkpoint.known import TABLE, names_digest, shapes_digest
+from aim_surgery.checkpoint.skeleton import build_skeleton
+from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.errors import AimSurgeryError
+
+CLASSES = (1000, 7)
+
+
+def main() -> None:
+    """Build all models, write the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.known_models")
+    parser.add_argument("--quick", action="store_true", help="torchvision alone")
+
+    known = import_torchvision().models.list_models()
+    # one made ready for quantization is the plain model until then
+    specs = [f"torchvision:{name}" for name in known if not name.startswith("quantized_")]
+    if not parser.parse_args().quick:
+        import timm  # after torchvision, which it imports
+
+        specs += [f"timm:{name}" for name in timm.list_models()]
+    models: dict[str, list[Any]] = {}
+    for spec in specs:
+        try:
+            names, row = row_of(spec)
+        except (AimSurgeryError, RuntimeError, ValueError, TypeError) as err:
+            print(f"{spec}: left out: {str(err)[:100]}", flush=True)
+            continue
+        models.setdefault(names, []).append(row)
+    versions = {name: importlib.metadata.version(name) for name in ("torchvision", "timm")}
+    lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(models.items()))
+    TABLE.write_text(
+        f'{{"versions": {json.dumps(versions)}, "models": {{\n{lines}\n}}}}\n', "utf-8"
+    )
+    print(f"{sum(map(len, models.values()))} models written to {TABLE}")
+
+
+def row_of(spec: str) -> tuple[str, list[Any]]:
+    """A model's digest of names, and its row.
+
+    Args:
+        spec: The model spec.
+
+    Returns:
+        The digest; spec, digest of shapes, names of the classifier, usual number of classes.
+    """
+    plain = shapes_of(spec, {})
+    head: list[str] = []
+    try:
+        one, two = (shapes_of(spec, {"num_classes": classes}) for classes in CLASSES)
+        head = [name for name in one if one[name] != two.get(name) and one[name][0] == CLASSES[0]]
+    except AimSurgeryError:
+        pass  # it has no classes
+    usual = plain[head[0]][0] if head and head[0] in plain else None
+    return names_digest(plain), [spec, shapes_digest(plain, head), head, usual]
+
+
+def shapes_of(spec: str, args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's state dict."""
+    state = build_skeleton(spec, args).state_dict()
+    return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
+
+
+if __name__ == "__main__":
+    main()

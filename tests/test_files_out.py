@@ -1,0 +1,411 @@
+"""What goes out: whole or not at all, every value right, and fit to go on with."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from typer.testing import CliRunner, Result
+
+import aim_surgery
+from aim_surgery import cli
+from aim_surgery.checkpoint import shards_out
+from aim_surgery.checkpoint.inspect import inspect
+from aim_surgery.checkpoint.known import models_that_fit
+from aim_surgery.checkpoint.models import build
+from aim_surgery.checkpoint.read import open_source, read_state_dict, tensors_of
+from aim_surgery.checkpoint.skeleton import build_skeleton
+from aim_surgery.checkpoint.source import Entry
+from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.checkpoint.write import load
+from aim_surgery.errors import CheckpointError
+from tests.test_files_in import FACTORY, net, prefixed, save_distributed
+
+SPEC = "nets.py:Net"
+INPUT = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("nets.py").write_text(FACTORY)
+    torch.manual_seed(0)
+    torch.save(net().state_dict(), "net.pt")
+    return tmp_path
+
+
+def run(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, [*words], prog_name="aim-surgery")
+
+
+def transformed(*words: str) -> str:
+    result = run("transform", *words, "--model", SPEC, "--budget", "none", "--memory", "100")
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    return result.stdout
+
+
+def contents(folder: Path = Path()) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def assert_operates(output: str, state) -> None:
+    """The file holds a model that computes what the original does, with its very values."""
+    gm = load(output, SPEC)
+    model = build(SPEC)
+    model.load_state_dict(state)
+    assert torch.equal(gm.eval()(INPUT), model.eval()(INPUT)) or torch.allclose(
+        gm(INPUT), model(INPUT), rtol=1e-5, atol=1e-6
+    )
+    for name, value in state.items():
+        made = gm.state_dict()[name]
+        assert torch.equal(made.narrow(1, 0, value.shape[1]) if made.ndim > 1 else made, value)
+    with torch.no_grad():  # that the comparison can fail
+        gm.get_parameter("3.weight").add_(1)
+    assert not torch.allclose(gm(INPUT), model(INPUT), rtol=1e-5, atol=1e-6)
+
+
+# Layouts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["o.safetensors", "o.pt", "o.pth", "o.ckpt", "o.bin"])
+@pytest.mark.parametrize("file", ["net.pt", "net.safetensors"])
+def test_every_layout_from_every_kind(folder, file, output):
+    state = torch.load("net.pt")
+    safetensors.torch.save_file(state, "net.safetensors")
+    transformed(file, "-o", output)
+    assert_operates(output, state)
+    kind = "safetensors" if output.endswith("safetensors") else "PyTorch file"
+    assert inspect(output).kind == kind
+    if kind == "PyTorch file":
+        plain = torch.load(output, weights_only=True)  # PyTorch reads it by itself
+        assert_same(dict(plain), tensors_of(open_source(output)))
+
+
+def assert_same(found, expected) -> None:
+    assert sorted(found) == sorted(expected)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_shards_out(folder, monkeypatch):
+    monkeypatch.setattr(shards_out, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards_out.write_shards, "__kwdefaults__", {"shard_bytes": 2000})
+    state = torch.load("net.pt")
+    transformed("net.pt", "-o", "o.safetensors.index.json")
+    first = sorted(Path().glob("o-*.safetensors"))
+    assert first[0].name.startswith("o-00001-of-0000")
+    assert len(first) > 1
+    assert_operates("o.safetensors.index.json", state)
+    index = json.loads(Path("o.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f.name for f in first}
+    transformed("net.pt", "-o", "o.safetensors.index.json")  # again: new shards, old ones gone
+    second = sorted(Path().glob("o-*.safetensors"))
+    assert len(second) == len(first)
+    assert not set(first) & set(second)
+    assert_operates("o.safetensors.index.json", state)
+
+
+def test_shards_of_others_are_not_removed(folder):
+    safetensors.torch.save_file(torch.load("net.pt"), "theirs.safetensors")
+    index = {"weight_map": dict.fromkeys(torch.load("net.pt"), "theirs.safetensors")}
+    Path("o.index.json").write_text(json.dumps(index))
+    transformed("net.pt", "-o", "o.index.json")
+    assert Path("theirs.safetensors").exists()
+
+
+def test_a_program_on_request(folder):
+    transformed("net.pt", "-o", "o.pt2", "--input", "2,3,12,12")
+    program = torch.export.load("o.pt2")
+    model = build(SPEC)
+    model.load_state_dict(torch.load("net.pt"))
+    batch = torch.randn(5, 3, 12, 12)  # another batch size
+    torch.testing.assert_close(program.module()(batch), model.eval()(batch))
+    operation = inspect("o.pt2").operation
+    assert operation is not None
+    assert operation["memory_floats"] == 100
+    assert (
+        "torch.export.load reads by itself"
+        in run("verify", "net.pt", "o.pt2", "--model", SPEC).stderr
+    )
+
+
+def training_checkpoint(prefix: str = "module.") -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(INPUT).sum().backward()
+    optimizer.step()
+    content = {
+        "epoch": 7,
+        "model": prefixed(model.state_dict(), prefix),
+        "nested": {"list": [1, "two", torch.arange(3)]},
+        "model_ema": {"n_averaged": torch.tensor(4), **prefixed(net().state_dict(), "module.")},
+        "other_model": {"w": torch.ones(2)},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"last_epoch": 7, "_last_lr": [0.1]},
+    }
+    torch.save(content, "train.pt")
+    return model, optimizer
+
+
+def test_a_training_checkpoint_keeps_its_layout(folder):
+    model, _ = training_checkpoint("module._orig_mod.")
+    old = torch.load("train.pt")
+    told = transformed("train.pt", "-o", "o.pt", "--drop-optimizer")
+    assert "note        left out: optimizer\n" in told
+    assert "left as it was: other_model, not this model's weights" in told
+    new = torch.load("o.pt", weights_only=True)
+    assert list(new) == [name for name in old if name != "optimizer"]
+    for name in ("epoch", "scheduler"):
+        assert new[name] == old[name]
+    assert new["nested"]["list"][:2] == old["nested"]["list"][:2]
+    assert torch.equal(new["nested"]["list"][2], torch.arange(3))
+    assert torch.equal(new["other_model"]["w"], torch.ones(2))
+    assert list(new["model"])[: len(old["model"])] == list(old["model"])
+    assert "module._orig_mod.aim.memory.weight" in new["model"]
+
+    # the script's own way to go on: its model, operated on, takes the file's weights
+    plan = load("o.pt", SPEC).plan
+    gm = aim_surgery.apply(build(SPEC), plan)
+    gm.load_state_dict({n.removeprefix("module._orig_mod."): v for n, v in new["model"].items()})
+    torch.testing.assert_close(gm.eval()(INPUT), model.eval()(INPUT))
+
+    averaged = torch.optim.swa_utils.AveragedModel(aim_surgery.apply(build(SPEC), plan))
+    averaged.load_state_dict(new["model_ema"])
+    expected = torch.optim.swa_utils.AveragedModel(net())
+    expected.load_state_dict(old["model_ema"])
+    torch.testing.assert_close(averaged.eval()(INPUT), expected.eval()(INPUT))
+
+
+def test_an_optimizer_is_not_lost_silently(folder):
+    training_checkpoint()
+    content = torch.load("train.pt")
+    content["optimizer"]["param_groups"][0]["params"].append(99)  # of another model
+    torch.save(content, "train.pt")
+    before = contents()
+    result = run("transform", "train.pt", "--model", SPEC, "-o", "o.pt", "--budget", "none")
+    assert result.exit_code == 1
+    assert "--drop-optimizer" in result.stderr
+    assert contents() == before
+    told = transformed("train.pt", "-o", "o.safetensors")
+    assert "not taken along: epoch, nested, model_ema, other_model, optimizer, scheduler" in told
+
+
+def test_a_training_run_goes_on(folder):
+    """The script's own way to resume, on the operated model, with its optimizer's state."""
+    training_checkpoint()
+    transformed("train.pt", "-o", "o.pt")
+    new = torch.load("o.pt")
+    gm = load("o.pt", SPEC)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.1, momentum=0.9)
+    optimizer.load_state_dict(new["optimizer"])
+    moment = optimizer.state[gm.get_parameter("3.weight")]["momentum_buffer"]
+    old = torch.load("train.pt")["optimizer"]["state"][4]["momentum_buffer"]
+    assert moment.shape == gm.get_parameter("3.weight").shape
+    assert torch.equal(moment[:, : old.shape[1]], old)
+    assert old.any()
+    assert not moment[:, old.shape[1] :].any()
+
+
+@pytest.mark.parametrize("output", ["o.pt", "o.safetensors"])
+def test_what_a_distributed_checkpoint_holds_besides_is_told(folder, output):
+    save_distributed({"model": net().state_dict(), "epoch": 3, "optimizer": {"m": torch.ones(2)}})
+    told = transformed("dcp", "-o", output)
+    assert "note        not taken along: epoch, optimizer\n" in told
+    assert_operates(output, read_state_dict("dcp"))
+
+
+def test_shared_tensors_stay_shared_in_a_pytorch_file(folder):
+    torch.save(build("nets.py:Tied").state_dict(), "tied.pt")
+    run("transform", "tied.pt", "--model", "nets.py:Tied", "-o", "o.pt")
+    found = torch.load("o.pt")
+    assert found["head.weight"].data_ptr() == found["embedding.weight"].data_ptr()
+    assert load("o.pt", "nets.py:Tied").get_parameter("head.weight").shape == (50, 32)
+
+
+def test_a_written_pytorch_file_can_be_mapped(folder):
+    transformed("net.pt", "-o", "o.pt")
+    for value in torch.load("o.pt", mmap=True).values():
+        assert value.data_ptr() % 64 == 0
+
+
+# load ---------------------------------------------------------------------------------------
+
+
+def test_load_tells_what_became_of_the_factory(folder):
+    transformed("net.pt", "-o", "o.safetensors")
+    Path("nets.py").write_text(FACTORY.replace("width=8", "width=4").replace("nn.ReLU(),", ""))
+    with pytest.raises(CheckpointError) as caught:
+        load("o.safetensors", SPEC)
+    message = str(caught.value)
+    assert "the model that nets.py:Net gives is not the one that was operated on" in message
+    assert "2 missing: 2.weight, 2.bias" in message
+    assert "0.weight (expected (4, 3, 3, 3), got (8, 3, 3, 3))" in message
+    assert "Check the factory" in message
+
+
+def test_load_in_a_fresh_process(folder):
+    torch.manual_seed(0)
+    model = build("torchvision:squeezenet1_1", num_classes=3)
+    torch.save(model.state_dict(), "s.pt")
+    args = ("--model", "torchvision:squeezenet1_1", "--model-args", '{"num_classes": 3}')
+    for output in ("o.safetensors", "o.pt"):
+        assert run("transform", "s.pt", *args, "-o", output).exit_code == 0
+    code = (
+        "import torch, aim_surgery\n"
+        "one, two = (aim_surgery.load(f).eval() for f in ('o.safetensors', 'o.pt'))\n"
+        "x = torch.ones(2, 3, 64, 64)\n"
+        "torch.save((one(x), two(x)), 'out.pt')\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+    expected = model.eval()(torch.ones(2, 3, 64, 64))
+    for found in torch.load("out.pt"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# Values -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("output", ["o.safetensors", "o.pt"])
+def test_odd_values_are_kept_and_told(folder, output):
+    state = net().state_dict()
+    state["0.weight"][0, 0, 0, 0] = torch.nan
+    state["1.bias"][1] = -torch.inf
+    torch.save(state, "odd.pt")
+    told = transformed("odd.pt", "-o", output)
+    if output == "o.safetensors":
+        assert "NaN or Inf, kept: 0.weight, 1.bias" in told
+    found = load(output, SPEC).state_dict()
+    assert found["0.weight"][0, 0, 0, 0].isnan()
+    assert found["0.weight"].isnan().sum() == 1
+    assert found["1.bias"][1] == -torch.inf
+
+
+# Many files ---------------------------------------------------------------------------------
+
+
+def test_many_files_one_fails_the_others_go_on(folder):
+    Path("in").mkdir()
+    for name in ("a.pt", "b.pt", "c.pth"):
+        torch.save(net().state_dict(), f"in/{name}")
+    Path("in/b.pt").write_bytes(b"PK broken")
+    Path("in/readme.txt").write_text("not a checkpoint")
+    for words in (("in",), ("in/a.pt", "in/b.pt", "in/c.pth")):
+        result = run("transform", *words, "--model", SPEC, "-o", "out", "--budget", "none")
+        assert result.exit_code == 1
+        assert result.stderr.count("error: in/b.pt: cut short or damaged") == 1
+        assert result.stderr.count("\n") == 1
+        assert sorted(f.name for f in Path("out").iterdir()) == ["a.safetensors", "c.safetensors"]
+        assert result.stdout.count("wrote") == 2
+    for name in ("a.pt", "c.pth"):
+        assert_operates(f"out/{name[0]}.safetensors", torch.load(f"in/{name}"))
+    Path("in/b.pt").unlink()
+    assert run("transform", "in", "--model", SPEC, "-o", "new", "--format", "pt").exit_code == 0
+    assert sorted(f.name for f in Path("new").iterdir()) == ["a.pt", "c.pt"]
+
+
+def test_json_and_dry_run(folder):
+    before = contents()
+    result = run("transform", "net.pt", "--model", SPEC, "-o", "o.safetensors", "--dry-run")
+    assert result.stdout.startswith("would write o.safetensors\n")
+    assert contents() == before
+    many = ("net.pt", "gone.pt", "--model", SPEC, "-o", "out", "--json", "--budget", "none")
+    result = run("transform", *many)
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert [one["ok"] for one in told] == [True, False]
+    assert told[0]["output"] == "out/net.safetensors"
+    assert told[0]["reads"] == 2
+    assert told[1]["error"] == "gone.pt: no such file"
+
+
+def test_misuse_of_many_files(folder):
+    Path("empty").mkdir()
+    Path("more").mkdir()
+    torch.save(net().state_dict(), "more/net.pth")
+    two = ("net.pt", "more/net.pth", "--model", SPEC)
+    result = run("transform", *two, "-o", "o.safetensors")
+    assert result.exit_code == 2
+    assert "name a folder for 2 checkpoints" in " ".join(result.stderr.split())
+    assert (
+        "would both be written to out/net.safetensors" in run("transform", *two, "-o", "out").stderr
+    )
+    assert "without checkpoints" in run("transform", "empty", "--model", SPEC, "-o", "x").stderr
+    assert run("transform", "net.pt", "--model", SPEC, "-o", "./net.pt").exit_code == 2
+    os.link("net.pt", "link.pt")
+    assert (
+        "is the checkpoint itself"
+        in run("transform", "net.pt", "--model", SPEC, "-o", "link.pt").stderr
+    )
+
+
+# inspect ------------------------------------------------------------------------------------
+
+
+def test_inspect(folder):
+    training_checkpoint()
+    told = run("inspect", "train.pt").stdout
+    assert "under 'model': 9 tensors" in told
+    assert "prefix 'module.'" in told
+    assert "also        weights under 'model_ema': 10 tensors" in told
+    assert "epoch: 7" in told
+    assert "optimizer: optimizer state of 6 parameters" in told
+    assert "operated    no" in told
+    transformed("train.pt", "-o", "o.pt", "--drop-optimizer")
+    told = run("inspect", "o.pt", "--keys").stdout
+    assert "operated    yes, by aim-surgery" in told
+    assert "memory of 100 floats, 2 reads" in told
+    assert f"model       {SPEC}" in told
+    assert "module.aim.memory.weight" in told
+    found = json.loads(run("inspect", "o.pt", "--json").stdout)
+    assert found["operated"]["memory_floats"] == 100
+    assert "every name and shape" in run("inspect", "train.pt", "--model", SPEC).stdout
+    assert "0.weight (expected" in run("inspect", "train.pt", "--model", SPEC, "--model-args",
+        '{"width": 4}').stdout  # fmt: skip
+    assert "ambiguous.pt: no such file" in run("inspect", "ambiguous.pt").stderr
+    torch.save({"a": net().state_dict(), "b": net().state_dict()}, "two.pt")
+    assert "choose with --key" in run("inspect", "two.pt").stdout
+    assert "under 'b'" in run("inspect", "two.pt", "--key", "b").stdout
+
+
+@pytest.mark.parametrize("words", [["--help"], ["transform", "--help"], ["--version"],
+    ["inspect", "net.pt"], ["inspect", "net.safetensors"]])  # fmt: skip
+def test_answers_without_torch(folder, words):
+    safetensors.torch.save_file(torch.load("net.pt"), "net.safetensors")
+    code = (
+        "import sys\nfrom aim_surgery import cli\n"
+        "try:\n    cli.app(sys.argv[1:])\nexcept SystemExit as err:\n    assert not err.code\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(("spec", "args"), [
+    ("torchvision:resnet18", {}), ("torchvision:resnet18", {"num_classes": 12}),
+])  # fmt: skip
+def test_inspect_gives_a_hint_at_known_models(folder, spec, args):
+    state = prefixed(build_skeleton(spec, args).state_dict(), "module.")
+    entries = {name: entry_of(value) for name, value in state.items()}
+    told = [spec + (f""" --model-args '{json.dumps(args)}'""" if args else "")]
+    assert [m for m in models_that_fit(entries, "module.") if "torchvision" in m] == told
+    entries["module.layer1.0.conv1.weight"] = Entry((64, 64, 5, 5), "float32")
+    assert models_that_fit(entries, "module.") == []
+
+
+def test_a_bar_is_drawn_for_a_terminal_alone(folder, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with cli._progress_bar("o.safetensors", shown=True) as begin:
+            advance = begin(1000)
+            advance(600)
+        assert ("o.safetensors" in stream.getvalue()) == shown
