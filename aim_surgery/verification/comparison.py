@@ -14,15 +14,16 @@ first are: they are sums over all that came in, and don't jump.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.planning import Plan, Read
+from aim_surgery.verification.differences import detached, differences_of, is_empty, largest, number
+from aim_surgery.verification.rounding import RoundedOtherwise
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import call, modes_of, put_modes, split_entries
 
@@ -38,8 +39,6 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 _TINY = 1e-3
 _JUMP = 1e-2  # of what a nudge by rounding changes: a smooth function would not do that
 _NUDGES = 4
-_ERROR = 2  # of products, in last bits of their usual size; measured: 1.2 to 2.4 for 64 to 12,544
-_SUMS = ("conv", "mm", "mv", "linear", "attention", "dot")  # in names of kernels that sum products
 _NAMED = 5  # offenders that a comparison names in words
 
 
@@ -167,7 +166,7 @@ class Pair:
                 self.align_buffers()
                 return reason_of(err)
             gradients = self._base_gradients(expected, notes) if case.gradients else None
-            expected = _detached(expected)
+            expected = detached(expected)
             try:
                 self._enter(self.operated, case.training)
                 got = named_leaves(call(self.operated, case.samples))
@@ -175,7 +174,7 @@ class Pair:
                 return [
                     self._failure("outputs", case, f"the operated model fails: {reason_of(err)}")
                 ]
-            differences = _differences(expected, _detached(got))
+            differences = differences_of(expected, detached(got))
             found = [self._compared("outputs", case, differences)]
             unsure = {} if found[0].ok else self._unsure(case, expected, differences, notes)
             if unsure:
@@ -184,7 +183,7 @@ class Pair:
             if gradients is not None and not any(unsure.values()):
                 self._leave_out_frozen(gradients, notes)
                 found.append(self._compare_gradients(case, gradients, got))
-            if _is_empty(expected, except_for=unsure):
+            if is_empty(expected, except_for=unsure):
                 found[0] = replace(found[0], judged=False)
                 notes.append(f"{case}: no outputs are left that would say anything")
         if case.training is not False:
@@ -231,7 +230,7 @@ class Pair:
                 self._enter(self.base, case.training)
                 call(self.base, case.samples.nudged(seed))
             nudged = dict(self.base.named_buffers())
-            for name, size in _differences(after, nudged, self._floor(after)).items():
+            for name, size in differences_of(after, nudged, self._floor(after)).items():
                 moved[name] = max(moved[name], size if isinstance(size, float) else 0.0)
         self._put_buffers(tuple(after.values()))
         return moved
@@ -274,7 +273,7 @@ class Pair:
             self._enter(self.base, case.training)
             nudged = named_leaves(call(self.base, case.samples.nudged(seed)))
         self._put_buffers(buffers)
-        return _differences(expected, _detached(nudged))
+        return differences_of(expected, detached(nudged))
 
     def _enter(self, module: nn.Module, training: bool | None) -> None:
         if training is None:
@@ -336,8 +335,8 @@ class Pair:
         self, case: Case, expected: dict[str, torch.Tensor], outputs: Mapping[str, Any]
     ) -> Comparison:
         """Subtract the operated model's gradients from the original's as they come in."""
-        largest = {name: _largest(gradient) for name, gradient in expected.items()}
-        floor = _TINY * max(largest.values(), default=0.0)
+        sizes = {name: largest(gradient) for name, gradient in expected.items()}
+        floor = _TINY * max(sizes.values(), default=0.0)
         differences: dict[str, float | str] = {}
         shapes = {name: parameter.shape for name, parameter in self.base.named_parameters()}
         reads = {name: read for read in self.plan.reads for name in read.site.weights}
@@ -358,8 +357,8 @@ class Pair:
                 handle.remove()
             self.operated.zero_grad(set_to_none=True)
         for name, rest in expected.items():
-            scale = max(largest.get(name, 0.0), floor) or 1.0
-            differences.setdefault(name, _number(_largest(rest) / scale))
+            scale = max(sizes.get(name, 0.0), floor) or 1.0
+            differences.setdefault(name, number(largest(rest) / scale))
         return self._compared("gradients", case, differences)
 
     def align_buffers(self) -> None:
@@ -386,10 +385,10 @@ class Pair:
             )
         expected = {name: value for name, value in expected.items() if name not in caches}
         mine = {name: mine[name] for name in expected if name in mine}
-        return _differences(expected, mine, self._floor(expected))
+        return differences_of(expected, mine, self._floor(expected))
 
     def _floor(self, buffers: Mapping[str, torch.Tensor]) -> float:
-        sizes = [_largest(buffer) for buffer in buffers.values() if buffer.is_floating_point()]
+        sizes = [largest(buffer) for buffer in buffers.values() if buffer.is_floating_point()]
         return _TINY * max(sizes, default=0.0)
 
 
@@ -422,25 +421,6 @@ class _Subtract:
             self.expected[self.name] = -gradient
 
 
-class RoundedOtherwise(TorchDispatchMode):
-    """Adds to products what their rounding error usually is."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.rpartition("::")[2]
-        if not any(part in name for part in _SUMS) or not isinstance(result, torch.Tensor):
-            return result
-        if result.is_floating_point() and result.numel():
-            noise = torch.randn(result.shape, generator=self._generator).to(result)
-            size = result.square().mean().sqrt()
-            result.add_(noise * size * (_ERROR * torch.finfo(result.dtype).eps))
-        return result
-
-
 def _random_loss(outputs: Mapping[str, Any]) -> torch.Tensor | None:
     """Σ output · noise over everything that has a gradient; the same noise for the same shapes."""
     generator = torch.Generator().manual_seed(1)
@@ -451,54 +431,6 @@ def _random_loss(outputs: Mapping[str, Any]) -> torch.Tensor | None:
             noise = torch.randn(value.shape, generator=generator).to(value)
             terms.append((torch.where(value.isfinite(), value, 0) * noise).sum())
     return torch.stack([term.double() for term in terms]).sum() if terms else None
-
-
-def _detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in outputs.items()}
-
-
-def _differences(
-    expected: Mapping[str, Any], got: Mapping[str, Any], floor: float = 0.0
-) -> dict[str, float | str]:
-    """Relative difference of each pair, or why it can't be told."""
-    found: dict[str, float | str] = {}
-    for name, value in expected.items():
-        found[name] = _difference(value, got[name], floor) if name in got else "is missing"
-    found.update({name: "is new" for name in got if name not in expected})
-    return found
-
-
-def _difference(expected: Any, got: Any, floor: float) -> float | str:
-    if not isinstance(expected, torch.Tensor):
-        if isinstance(expected, bool | int | float | str | None):
-            same = expected == got or (expected != expected and got != got)
-            return 0.0 if same else f"is {got!r}, not {expected!r}"
-        return 0.0 if type(expected) is type(got) else f"is a {type(got).__name__}"
-    if not isinstance(got, torch.Tensor):
-        return f"is a {type(got).__name__}, not a tensor"
-    if (got.shape, got.dtype) != (expected.shape, expected.dtype):
-        return f"is {got.dtype} {tuple(got.shape)}, not {expected.dtype} {tuple(expected.shape)}"
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    a, b = (value.to_dense().to(wide) for value in (expected, got))  # sparse ones have no `max`
-    same = (a == b) | (a.isnan() & b.isnan())
-    scale = max(_largest(torch.where(a.isfinite(), a, 0)), floor) or 1.0
-    return _number(_largest(torch.where(same, 0, a - b)) / scale)
-
-
-def _is_empty(outputs: Mapping[str, Any], *, except_for: Collection[str]) -> bool:
-    """Whether there are tensors among outputs, and nothing in any of them."""
-    tensors = {name: v for name, v in outputs.items() if isinstance(v, torch.Tensor)}
-    rest = (tensor for name, tensor in tensors.items() if name not in except_for)
-    return bool(tensors) and not any(tensor.numel() for tensor in rest)
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    return float(tensor.to_dense().abs().max()) if tensor.numel() else 0.0
-
-
-def _number(value: float) -> float:
-    """NaN, which no limit catches, as infinity."""
-    return float("inf") if value != value else value
 
 
 def dtype_name(dtype: torch.dtype) -> str:
