@@ -20,6 +20,7 @@ import typer
 
 import aim_surgery
 from aim_surgery.cli_options import (
+    PLANNED,
     Budget,
     Carry,
     CheckpointFile,
@@ -33,16 +34,18 @@ from aim_surgery.cli_options import (
     Memory,
     Model,
     ModelArgs,
+    OperatedFile,
     Trust,
     Write,
     WriteAt,
+    config_of,
+    example_input,
+    parsed_arguments,
+    refuse_beside_plan,
 )
-from aim_surgery.config import AimConfig
-from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, PlanError
+from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from aim_surgery.checkpoint.transform import Outcome, Reading
 
 DEMO_SPEC = "torchvision:resnet50"
@@ -121,8 +124,8 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> Any:
     """Show what an operation would do: which layer reads how much, and what it costs."""
-    config = _config(memory, budget, init, include, exclude, write, write_at, carry)
-    arguments, example = _model_args(model_args), _example_input(input)
+    config = config_of(memory, budget, init, include, exclude, write, write_at, carry)
+    arguments, example = parsed_arguments(model_args), example_input(input)
     from aim_surgery.checkpoint.operated import plan_checkpoint
     from aim_surgery.checkpoint.read import not_operated, open_source
 
@@ -181,10 +184,10 @@ def transform_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> Any:
     """Give a model a memory that every layer reads, and write it to OUT."""
-    config = _config(memory, budget, init, include, exclude, write, write_at, carry)
-    arguments, example = _model_args(model_args), _example_input(input)
+    config = config_of(memory, budget, init, include, exclude, write, write_at, carry)
+    arguments, example = parsed_arguments(model_args), example_input(input)
     if plan is not None:
-        _refuse_beside_plan(context, *_PLANNED)
+        refuse_beside_plan(context, *PLANNED)
     from aim_surgery.checkpoint import transform
     from aim_surgery.checkpoint.open import open_plan
 
@@ -194,8 +197,7 @@ def transform_command(
     )
     many = transform.several(checkpoints)
     if many is None:
-        if checkpoints[0].resolve() == output.resolve():
-            raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
+        _refuse_itself(checkpoints[0], output)
         jobs = {checkpoints[0]: output}
     else:
         if transform.names_a_file(output):
@@ -295,7 +297,7 @@ def verify_command(
     trust: Trust = False,
 ) -> Any:
     """Check that the model in OUT computes what the original does, and that its memory learns."""
-    arguments, example = _model_args(model_args), _example_input(input)
+    arguments, example = parsed_arguments(model_args), example_input(input)
     from aim_surgery.checkpoint.open import open_model
     from aim_surgery.checkpoint.operated import in_dtype_of
     from aim_surgery.checkpoint.write import load
@@ -308,6 +310,72 @@ def verify_command(
         typer.echo(f"error: {output} failed verification against {checkpoint}", err=True)
         raise typer.Exit(1)
     return result
+
+
+@app.command("restore")
+@_failing_in_one_line
+def restore_command(
+    checkpoint: OperatedFile,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="OUT", help="A .safetensors or .pt file.")
+    ],
+    model: Model = None,
+    model_args: ModelArgs = None,
+    input: Input = None,
+) -> Any:
+    """Take the memory out again: the original's names and shapes, weights alone."""
+    _refuse_itself(checkpoint, output)
+    arguments, example = parsed_arguments(model_args), example_input(input)
+    from aim_surgery.checkpoint.back import restore_checkpoint, write_restored
+    from aim_surgery.checkpoint.layout_out import left_behind
+    from aim_surgery.checkpoint.read import open_source
+
+    base = restore_checkpoint(checkpoint, _built(model, arguments), example)
+    write_restored(base, output)
+    typer.echo(f"wrote       {output}")
+    typer.echo(f"restored    {base.restored}")
+    for note in left_behind(open_source(checkpoint)):
+        typer.echo(f"note        {note}")
+    return base.restored
+
+
+@app.command("fold")
+@_failing_in_one_line
+def fold_command(
+    checkpoint: OperatedFile,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file.")],
+    model: Model = None,
+    model_args: ModelArgs = None,
+    input: Input = None,
+    norms: Annotated[
+        bool, typer.Option("--norms", help="Merge batch norms into convolutions, too.")
+    ] = False,
+) -> Any:
+    """Fold constant memory away for inference, and write the model as an exported program."""
+    _refuse_itself(checkpoint, output)
+    arguments, example = parsed_arguments(model_args), example_input(input)
+    from aim_surgery.checkpoint.back import fold_checkpoint, write_folded
+
+    folded = fold_checkpoint(checkpoint, _built(model, arguments), example, batch_norm=norms)
+    write_folded(folded, output, example)
+    typer.echo(f"wrote       {output}")
+    for note in folded.notes:
+        typer.echo(f"note        {note}")
+    return folded
+
+
+def _built(model: str | None, arguments: dict[str, Any]) -> Any:
+    """The model that the options name; without arguments its spec, without either the file's."""
+    if model is None or not arguments:
+        return model
+    from aim_surgery.checkpoint.models import build
+
+    return build(model, **arguments)
+
+
+def _refuse_itself(checkpoint: Path, output: Path) -> None:
+    if checkpoint.resolve() == output.resolve():
+        raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
 
 
 @app.command("inspect")
@@ -324,7 +392,7 @@ def inspect_command(
     """Show what is in a file: its kind, tensors, prefixes, and whether it was operated on."""
     from aim_surgery.checkpoint.inspect import inspect
 
-    arguments = _model_args(model_args)
+    arguments = parsed_arguments(model_args)
     found = inspect(checkpoint, key=key, ema=ema, spec=model, model_args=arguments)
     typer.echo(found.to_json(keys=keys) if as_json else found.to_text(keys=keys))
 
@@ -384,85 +452,6 @@ def _save_random_weights(path: Path, spec: str, arguments: dict[str, Any]) -> No
         model = build(spec, **arguments)
     with replacing(path) as temporary:
         torch.save(model.state_dict(), temporary)
-
-
-# Options ------------------------------------------------------------------------------------
-
-
-def _config(
-    memory: int | None,
-    budget: str,
-    init: Literal["preserve", "fresh"],
-    include: list[str] | None,
-    exclude: list[str] | None,
-    write: Literal["sample", "batch", "none"],
-    write_at: list[str] | None,
-    carry: Literal["weights", "state"],
-) -> AimConfig:
-    try:
-        return AimConfig(
-            budget=_budget(budget),
-            memory=memory,
-            init=init,
-            write=write,
-            write_at=tuple(write_at) if write_at else None,
-            carry=carry,
-            include=tuple(include or ("*",)),
-            exclude=tuple(exclude or ()),
-        )
-    except PlanError as err:
-        raise typer.BadParameter(str(err)) from err
-
-
-def _budget(text: str) -> float | Literal["auto"] | None:
-    word = text.strip().lower()
-    if word == "none":
-        return None
-    if word == "auto":
-        return "auto"
-    try:
-        return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
-    except ValueError as err:
-        raise typer.BadParameter(
-            f"{text!r} is no budget: write 1.5%, 0.015, auto or none", param_hint="--budget"
-        ) from err
-
-
-def _example_input(text: str | None) -> Tensor | None:
-    if text is None:
-        return None
-    import torch
-
-    try:
-        sizes = torch.Size(int(size) for size in text.split(","))
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
-    except (ValueError, TypeError, RuntimeError) as err:  # also sizes below 0, or too large
-        raise typer.BadParameter(
-            f"{text!r} is no size of an input: write 1,3,224,224", param_hint="--input"
-        ) from err
-
-
-def _model_args(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    from aim_surgery.checkpoint.models import parse_model_args
-
-    try:
-        return parse_model_args(text)
-    except ModelSpecError as err:
-        raise typer.BadParameter(str(err), param_hint="--model-args") from err
-
-
-_PLANNED = (
-    "memory", "budget", "init", "include", "exclude", "write", "write_at", "carry", "emit",
-)  # fmt: skip
-
-
-def _refuse_beside_plan(context: typer.Context, *names: str) -> None:
-    for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(f"the plan decides that: leave out --{name.replace('_', '-')}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""Options that several commands share, as Typer reads them."""
+"""Options that several commands share, as Typer reads them, and what they mean."""
+
+from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from aim_surgery.config import AimConfig
+from aim_surgery.errors import ModelSpecError, PlanError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CheckpointFile = Annotated[
     Path,
@@ -11,6 +19,9 @@ CheckpointFile = Annotated[
         metavar="CHECKPOINT",
         help="Weights: .pt, .pth, .bin, .ckpt, .safetensors, .index.json, .pt2, or a DCP folder.",
     ),
+]
+OperatedFile = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="What transform or save wrote.")
 ]
 Model = Annotated[
     str | None,
@@ -73,3 +84,83 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(metavar="GLOB", help="Sites or layers to leave out; may be repeated."),
 ]
+
+
+def config_of(
+    memory: int | None,
+    budget: str,
+    init: Literal["preserve", "fresh"],
+    include: list[str] | None,
+    exclude: list[str] | None,
+    write: Literal["sample", "batch", "none"],
+    write_at: list[str] | None,
+    carry: Literal["weights", "state"],
+) -> AimConfig:
+    """The configuration that options ask for."""
+    try:
+        return AimConfig(
+            budget=_budget(budget),
+            memory=memory,
+            init=init,
+            write=write,
+            write_at=tuple(write_at) if write_at else None,
+            carry=carry,
+            include=tuple(include or ("*",)),
+            exclude=tuple(exclude or ()),
+        )
+    except PlanError as err:
+        raise typer.BadParameter(str(err)) from err
+
+
+def _budget(text: str) -> float | Literal["auto"] | None:
+    word = text.strip().lower()
+    if word == "none":
+        return None
+    if word == "auto":
+        return "auto"
+    try:
+        return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+    except ValueError as err:
+        raise typer.BadParameter(
+            f"{text!r} is no budget: write 1.5%, 0.015, auto or none", param_hint="--budget"
+        ) from err
+
+
+def example_input(text: str | None) -> Tensor | None:
+    """Noise of the sizes "1,3,224,224"."""
+    if text is None:
+        return None
+    import torch
+
+    try:
+        sizes = torch.Size(int(size) for size in text.split(","))
+        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
+    except (ValueError, TypeError, RuntimeError) as err:  # also sizes below 0, or too large
+        raise typer.BadParameter(
+            f"{text!r} is no size of an input: write 1,3,224,224", param_hint="--input"
+        ) from err
+
+
+def parsed_arguments(text: str | None) -> dict[str, Any]:
+    """The factory's arguments from their JSON."""
+    if text is None:
+        return {}
+    from aim_surgery.checkpoint.models import parse_model_args
+
+    try:
+        return parse_model_args(text)
+    except ModelSpecError as err:
+        raise typer.BadParameter(str(err), param_hint="--model-args") from err
+
+
+PLANNED = (
+    "memory", "budget", "init", "include", "exclude", "write", "write_at", "carry", "emit",
+)  # fmt: skip
+
+
+def refuse_beside_plan(context: typer.Context, *names: str) -> None:
+    """Refuse options that a plan has decided."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(f"the plan decides that: leave out --{name.replace('_', '-')}")

@@ -86,7 +86,9 @@ def test_version():
     assert run_well("--version") == f"aim-surgery {aim_surgery.__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["plan", "transform", "verify", "demo"])
+@pytest.mark.parametrize(
+    "command", ["plan", "transform", "verify", "inspect", "restore", "fold", "demo"]
+)
 def test_help(command):
     assert "aim-surgery" in run_well("--help")
     assert "--" in run_well(command, "--help")

@@ -12,8 +12,6 @@ The name of a file tells its layout:
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from aim_surgery.checkpoint.atomic import replacing
+from aim_surgery.checkpoint.exported_out import write_exported
 from aim_surgery.checkpoint.layout_out import CarryOptimizer, left_behind, same_layout
 from aim_surgery.checkpoint.loading import load_into
 from aim_surgery.checkpoint.metadata import aliases_in, json_in, metadata_of, plan_in
@@ -151,38 +149,7 @@ def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str])
     gm: Any = operated.model
     if any(value.is_meta for value in gm.state_dict().values() if isinstance(value, Tensor)):
         gm = _with_values(operated)
-    inputs = inputs_of_plan(operated.plan.inputs, gm)
-    if inputs is None:
-        raise CheckpointError(f"{path}: the plan's example inputs can't be made for an export")
-    free = {0: torch.export.Dim.AUTO}
-    shapes = tuple(free if isinstance(a, Tensor) and a.ndim else None for a in inputs.args)
-    named = {
-        name: free if isinstance(a, Tensor) and a.ndim else None
-        for name, a in inputs.kwargs.items()
-    }
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                gm.eval(),
-                tuple(inputs.args),
-                dict(inputs.kwargs),
-                dynamic_shapes={**dict(zip(_placeholders(gm), shapes, strict=False)), **named},
-            )
-    except Exception as err:  # the exporter has errors of many kinds
-        raise CheckpointError(
-            f"{path}: the operated model can't be exported: {err}; write a .safetensors file"
-        ) from err
-    with replacing(path) as temporary, temporary.open("w+b") as file:
-        torch.export.save(
-            program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
-        )
-
-
-def _placeholders(gm: nn.Module) -> list[str]:
-    import inspect
-
-    return list(inspect.signature(gm.forward).parameters)
+    write_exported(gm, inputs_of_plan(operated.plan.inputs, gm), path, metadata)
 
 
 def _with_values(operated: Operated) -> nn.Module:

@@ -1,0 +1,52 @@
+"""Exported programs out: a model in evaluation mode, its first axes left free for other batches."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aim_surgery.capture import ExampleInputs
+from aim_surgery.checkpoint.atomic import replacing
+from aim_surgery.errors import CheckpointError
+
+
+def write_exported(
+    gm: nn.Module, inputs: ExampleInputs | None, path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Export a model and write the program; it appears whole or not at all.
+
+    Args:
+        gm: The model with its weights; left in evaluation mode.
+        inputs: What to export it with; None where the plan could not make any.
+        path: The file to write or replace.
+        metadata: Text by name, which goes along as `aim_surgery.json`.
+
+    Raises:
+        CheckpointError: There are no inputs, the exporter refuses, or the file can't be written.
+    """
+    if inputs is None:
+        raise CheckpointError(f"{path}: the plan's example inputs can't be made for an export")
+    free = {0: torch.export.Dim.AUTO}
+    values = dict(zip(inspect.signature(gm.forward).parameters, inputs.args, strict=False))
+    values.update(inputs.kwargs)
+    shapes = {n: free if isinstance(v, Tensor) and v.ndim else None for n, v in values.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                gm.eval(), tuple(inputs.args), dict(inputs.kwargs), dynamic_shapes=shapes
+            )
+    except Exception as err:  # the exporter has errors of many kinds
+        raise CheckpointError(
+            f"{path}: the model can't be exported: {err}; keep the .safetensors file"
+        ) from err
+    with replacing(path) as temporary, temporary.open("w+b") as file:
+        torch.export.save(
+            program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
+        )
