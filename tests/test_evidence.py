@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import nn
 
 import aim_surgery
+from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.write_block import WriteBlock
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import data, dogs, page, tables
 from benchmarks.evidence.adapting import METHODS, closest_sum, trained_parameters
@@ -95,12 +99,12 @@ def test_zeroed_memory_is_zero_at_evaluation() -> None:
 def test_memory_arms_differ_from_the_default_in_one_thing() -> None:
     plan = default_plan(network())
     assert len(plan.writes) == 3
-    no_writes = ARMS["no-writes"].make(network(), 0).plan
+    no_writes = plan_of(ARMS["no-writes"].make(network(), 0))
     assert (no_writes.memory, no_writes.writes) == (plan.memory, ())
     assert [r.planes for r in no_writes.reads] == [r.planes for r in plan.reads]
-    assert {w.per for w in ARMS["per-batch"].make(network(), 0).plan.writes} == {"batch"}
-    assert ARMS["carried"].make(network(), 0).plan.memory.carry == "state"
-    four = ARMS["memory-fourfold"].make(network(), 0).plan
+    assert {w.per for w in plan_of(ARMS["per-batch"].make(network(), 0)).writes} == {"batch"}
+    assert plan_of(ARMS["carried"].make(network(), 0)).memory.carry == "state"
+    four = plan_of(ARMS["memory-fourfold"].make(network(), 0))
     assert four.memory.floats == 4 * plan.memory.floats
     assert [r.planes for r in four.reads] == [r.planes for r in plan.reads]
 
@@ -138,7 +142,7 @@ def test_bias_maps_have_no_memory_and_express_what_memory_without_writes_does(na
 def _maps(gm: nn.Module) -> dict[str, torch.Tensor]:
     """conv(m, W_m) of each widened layer, from what reaches it and its own weight."""
     inputs: dict[str, torch.Tensor] = {}
-    reads = {read.site.layer: read for read in gm.plan.reads}  # pyright: ignore[reportAttributeAccessIssue]
+    reads = {read.site.layer: read for read in plan_of(gm).reads}
     handles = [
         gm.get_submodule(layer).register_forward_hook(
             lambda _m, args, _o, layer=layer: inputs.update({layer: args[0]})
@@ -173,6 +177,7 @@ def test_first_planes_are_the_first_not_the_mean() -> None:
     moved = [_moved_by(model, slice(-16, None)) for model in (first, usual)]  # the last plane
     assert moved == [False, True]
     assert _moved_by(first, slice(0, 1))
+    assert isinstance(first, AimGraphModule)
     with pytest.raises(ValueError, match="were found"):
         read_first_planes(first)  # nothing is averaged any more
 
@@ -180,7 +185,7 @@ def test_first_planes_are_the_first_not_the_mean() -> None:
 def _moved_by(model: nn.Module, floats: slice) -> bool:
     """Whether floats reach the output, writes left out."""
     for module in model.modules():
-        if isinstance(module, aim_surgery.nn.write_block.WriteBlock):
+        if isinstance(module, WriteBlock):
             module.out.weight.data.zero_()
     before = model.eval()(IMAGES)
     model.get_parameter("aim.memory.bias").data[floats] += 10
@@ -190,7 +195,7 @@ def _moved_by(model: nn.Module, floats: slice) -> bool:
 
 
 def test_the_settings_of_2021_have_two_memories_with_one_value_a_channel() -> None:
-    plan = ARMS["lunkad2021"].make(network(), 0).plan
+    plan = plan_of(ARMS["lunkad2021"].make(network(), 0))
     assert [memory.shared for memory in plan.memories] == [16, 16]
     assert {w.mode for w in plan.writes} == {"replace"}
     assert {r.version for r in plan.reads if r.memory == "identity"} == {0}
@@ -198,12 +203,14 @@ def test_the_settings_of_2021_have_two_memories_with_one_value_a_channel() -> No
 
 
 def test_twice_the_resolution() -> None:
-    sizes = {}
+    sizes: dict[str, int] = {}
+
+    def note(arm: str) -> Callable[[nn.Module, object, torch.Tensor], None]:
+        return lambda _module, _args, output: sizes.update({arm: output.shape[-1]})
+
     for arm in ("base", "resolution"):
         model = ARMS[arm].make(network(), 0)
-        model.get_submodule("stages").register_forward_hook(
-            lambda _m, _a, out, arm=arm: sizes.update({arm: out.shape[-1]})
-        )
+        model.get_submodule("stages").register_forward_hook(note(arm))
         model(IMAGES)
     assert sizes == {"base": 4, "resolution": 7}
 

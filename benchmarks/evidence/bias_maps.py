@@ -10,6 +10,8 @@ is a parameter of its own: whatever memory without writes can learn, this can, w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -43,12 +45,11 @@ def add_bias_maps(model: nn.Module, example: Tensor) -> nn.Module:
         if isinstance(module, nn.Conv2d | nn.Linear)
     }
     shapes: dict[str, torch.Size] = {}
-    handles = [
-        layer.register_forward_hook(
-            lambda _module, _args, output, name=name: shapes.update({name: output.shape[1:]})
-        )
-        for name, layer in layers.items()
-    ]
+
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        return lambda _module, _args, output: shapes.update({name: output.shape[1:]})
+
+    handles = [layer.register_forward_hook(note(name)) for name, layer in layers.items()]
     training = model.training
     with torch.no_grad():
         model.eval()(example)  # evaluation: no running average moves

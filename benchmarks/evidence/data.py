@@ -170,8 +170,8 @@ def _digits() -> tuple[Images, Images]:
     """There is no official test part: 40 images of each class, chosen once, are it."""
     from sklearn.datasets import load_digits
 
-    found = load_digits()
-    pixels = torch.from_numpy(found.images / 16 * 255).round().to(torch.uint8).unsqueeze(1)
-    images = Images(pixels, torch.from_numpy(found.target.astype(np.int64)))
+    values, labels = (np.asarray(part) for part in load_digits(return_X_y=True))
+    pixels = torch.from_numpy(values.reshape(-1, 1, 8, 8) / 16 * 255).round().to(torch.uint8)
+    images = Images(pixels, torch.from_numpy(labels.astype(np.int64)))
     cut = split(images.labels, None, _DIGITS_TEST_PER_CLASS, seed=0)
     return images[cut.train], images[cut.validation]

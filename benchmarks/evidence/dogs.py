@@ -151,7 +151,7 @@ class Photographs(Dataset):
             steps += [
                 v2.Pad(margin, padding_mode="reflect"),
                 v2.RandomAffine(
-                    degrees=0.15 * 360,
+                    degrees=[-0.15 * 360, 0.15 * 360],
                     translate=(0.1 * size / (size + 2 * margin),) * 2,
                     interpolation=v2.InterpolationMode.BILINEAR,
                 ),

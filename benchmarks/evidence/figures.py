@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.recipes import Study
@@ -150,10 +152,9 @@ def _memories(memories: Mapping[str, Any]) -> Figure:
             f"after the write at {after[-1][0]}": after[-1][1],
         }
         largest = max(abs(value) for values in pictures.values() for value in values)
+        image = ScalarMappable(Normalize(-largest, largest), "RdBu_r")
         for axes, (title, values) in zip(line, pictures.items(), strict=True):
-            image = axes.imshow(
-                mosaic(values, memory["layout"]), cmap="RdBu_r", vmin=-largest, vmax=largest
-            )
+            axes.imshow(mosaic(values, memory["layout"]), cmap=image.cmap, norm=image.norm)
             axes.set_title(f"{network}, {title}", fontsize=9)
             axes.set_axis_off()
         figure.colorbar(image, ax=list(line), shrink=0.8)

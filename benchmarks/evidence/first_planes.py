@@ -40,10 +40,13 @@ def read_first_planes(gm: AimGraphModule) -> int:
     for graph in gm._distinct_graphs():
         for node in list(graph.nodes):
             axis = _AVERAGES.get(node.target) if node.op == "call_function" else None
-            size = node.args[1] if len(node.args) > 1 else None
-            if axis is None or isinstance(size, fx.Node) or not _is_memory(node.args[0]):
-                continue  # a size that is a node brings planes to the input's, which stays
-            node.args = (node.args[0], size if isinstance(size, int) else size[0], axis)
+            if axis is None or not _is_memory(node.args[0]):
+                continue
+            size = node.args[1]
+            count = size[0] if isinstance(size, tuple | list) else size
+            if not isinstance(count, int):
+                continue  # brings planes to an input's size, which stays
+            node.args = (node.args[0], count, axis)
             node.target = first
             edited += 1
     gm.recompile()

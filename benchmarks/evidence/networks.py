@@ -109,7 +109,7 @@ class VGG(nn.Module):
         super().__init__()
         stages, channels = [], in_channels
         for index, width in enumerate(widths):
-            layers = [nn.MaxPool2d(2)] if index else []
+            layers: list[nn.Module] = [nn.MaxPool2d(2)] if index else []
             for _ in range(2):
                 first = not index and not layers
                 layers += [_conv(channels, width, stride if first else 1), nn.BatchNorm2d(width)]

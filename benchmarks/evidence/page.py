@@ -28,7 +28,8 @@ METHOD = (
     "Learning rates are chosen for each arm from the same grid, by mean validation accuracy over "
     "tuning seeds that are not among the seeds that count. A star marks a rate at an end of the "
     "grid. Validation images are trained on by no seed.",
-    "The test set is looked at once a run, after its last step; it chooses no step, rate or epoch.",
+    "The test set is looked at once a run, after its last step; it chooses no step, rate or epoch. "
+    '"Zeroed at evaluation" is the same trained network, looked at with its memory disabled.',
     "Differences are paired by seed, in percentage points, with 95 % bootstrap intervals (BCa, "
     "9,999 resamples of seeds). They are not widened for how many arms stand in a table: of twenty "
     "true zeros, one is expected to miss zero.",

@@ -193,7 +193,7 @@ STUDIES = {
             "Does memory help where data is not scarce?",
             "arms",
             FROM_SCRATCH,
-            Recipe(epochs=3, batch_size=100, per_class=None),
+            Recipe(epochs=2, batch_size=100, per_class=None),
             tuning_seeds=TUNING_SEEDS[:1],
         ),
         Study(

@@ -98,6 +98,7 @@ def _step(model: nn.Module, network: Network, device: str, training: bool) -> Ca
     optimizer = torch.optim.Adam(p for p in model.parameters() if p.requires_grad)
 
     def steps() -> object:
+        loss = inputs.new_zeros(())
         for _ in range(_STEPS):
             loss = F.cross_entropy(model(inputs), labels)
             optimizer.zero_grad()
