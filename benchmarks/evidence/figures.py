@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.evidence.recipes import Study
 from benchmarks.evidence.statistics import paired
-from benchmarks.evidence.tables import Cell
+from benchmarks.evidence.tables import Cell, title_of
 
 DPI = 120
 _PANEL = 4.2  # inches
@@ -39,7 +39,7 @@ def draw(study: Study, found: Cells, folder: Path) -> list[tuple[str, Path]]:
     made: list[tuple[str, Path]] = []
     if not found:
         return made
-    reference = next(iter(found.values()))[study.arms[0]].title
+    reference = title_of(study, study.arms[0])
     drawings = {
         "differences": (
             _differences,
@@ -53,7 +53,12 @@ def draw(study: Study, found: Cells, folder: Path) -> list[tuple[str, Path]]:
         ),
     }
     for name, (function, caption) in drawings.items():
-        figure = _panels(study, found, function)
+        shown = found
+        if name == "differences":  # another study's runs of a shared arm have no reference here
+            shown = {n: cells for n, cells in found.items() if study.arms[0] in cells}
+        if not shown:
+            continue
+        figure = _panels(study, shown, function)
         made.append((caption, _save(figure, folder / f"{study.name}-{name}.png")))
     memories = {
         network: row.memory

@@ -1,6 +1,6 @@
 """The other read rule: the first k planes of the memory, where the package averages all K to k.
 
-    adaptive_avg_pool(planes, k)  ->  planes[:k]
+    averaged(planes, k)  ->  planes[:, :k]
 
 A plan can't say this, so the graph that was emitted is edited. Everything else stays: shapes,
 parameters, writes.
@@ -8,17 +8,15 @@ parameters, writes.
 
 from __future__ import annotations
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx
 
 from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.views import averaged
 
-_AVERAGES = {F.adaptive_avg_pool1d: -1, F.adaptive_avg_pool2d: -2}
 
-
-def first(planes: Tensor, count: int, axis: int) -> Tensor:
-    """The first entries along an axis."""
-    return planes.narrow(axis, 0, count)
+def first(memory: Tensor, count: int) -> Tensor:
+    """The first floats (N, n) -> (N, k), or planes (N, n, S) -> (N, k, S)."""
+    return memory[:, :count]
 
 
 fx.wrap("first")
@@ -36,41 +34,30 @@ def read_first_planes(gm: AimGraphModule) -> int:
     Raises:
         ValueError: No read is averaged, or not all of them were found.
     """
-    edited = 0
-    for graph in gm._distinct_graphs():
-        for node in list(graph.nodes):
-            axis = _AVERAGES.get(node.target) if node.op == "call_function" else None
-            if axis is None or not _is_memory(node.args[0]):
-                continue
-            size = node.args[1]
-            count = size[0] if isinstance(size, tuple | list) else size
-            if not isinstance(count, int):
-                continue  # brings planes to an input's size, which stays
-            node.args = (node.args[0], count, axis)
-            node.target = first
-            edited += 1
+    graphs = gm._distinct_graphs()
+    views = _averaged_views(gm)
+    found = [node for graph in graphs for node in graph.nodes if node.target is averaged]
+    if not views or len(found) != len(views) * len(graphs):
+        raise ValueError(
+            f"{len(views)} views of the memory are averaged, {len(found)} were found in "
+            f"{len(graphs)} graph(s)"
+        )
+    for node in found:
+        node.target = first
     gm.recompile()
+    return len(found)
+
+
+def _averaged_views(gm: AimGraphModule) -> set[tuple[object, ...]]:
+    """What the plan averages: one view for all that see the same version alike."""
     plan = gm.plan
-    averaged = {
+    reads: set[tuple[object, ...]] = {
         (read.memory, read.version, read.site.spatial, read.planes)
         for read in plan.reads
         if read.averaged
-    } | {
+    }
+    return reads | {
         (write.memory, write.source, write.point.spatial, write.planes)
         for write in plan.writes
         if 0 < write.planes < write.available
     }
-    if not averaged or edited != len(averaged) * len(gm._distinct_graphs()):
-        raise ValueError(
-            f"{len(averaged)} views of the memory are averaged, {edited} were found in the graph"
-        )
-    return edited
-
-
-def _is_memory(node: object) -> bool:
-    """Whether a node is a version of the memory, padded or reshaped at most."""
-    while isinstance(node, fx.Node) and node.op != "call_module":
-        if node.target not in ("reshape", F.pad):
-            return False
-        node = node.args[0]
-    return isinstance(node, fx.Node) and str(node.target).startswith("aim.")
