@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test lint types unit zoo clean
+.PHONY: demo test lint types unit zoo evidence clean
 
 demo: $(READY)
 	$(BIN)/aim-surgery demo
@@ -27,6 +27,12 @@ zoo: $(READY)
 	$(BIN)/python -m benchmarks.zoo --library torchvision --resume
 	$(BIN)/python -m benchmarks.zoo --library transformers --resume
 	$(BIN)/python -m benchmarks.zoo --library timm --resume
+
+# Does memory help? All studies that need no GPU: hours. Runs that have a row are kept.
+evidence: $(READY)
+	for study in low-data adapting ablations full-data step-time; do \
+		$(BIN)/python -m benchmarks.evidence --study $$study --jobs 2 --resume || exit 1; \
+	done
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,0 +1,231 @@
+"""All that decides a run, as frozen data: fixed here before the runs whose results count.
+
+A run is a `Config`; its digest is its name. `EDITION` is raised when code changes what a
+configuration means, so that no row of an older meaning is taken for one of the new.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+
+from benchmarks.evidence.networks import NETWORKS
+
+EDITION = 1
+SEEDS = tuple(range(10))
+TUNING_SEEDS = (1000, 1001)  # never among `SEEDS`
+GRID = (1e-3, 3e-3, 1e-2)
+TUNING, FINAL = "tuning", "final"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained: Adam, its rate falling to zero along a half cosine.
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images a step; the last, smaller batch of a pass is left out.
+        per_class: Training images of each class, None for all that are not for validation.
+        validation_per_class: Validation images of each class.
+        evaluations: Points of the curve, evenly spaced.
+    """
+
+    epochs: int
+    batch_size: int = 50
+    per_class: int | None = 100
+    validation_per_class: int = 100
+    evaluations: int = 10
+
+
+@dataclass(frozen=True)
+class Adapting(Recipe):
+    """How a base is trained on half of the classes and adapted to the others.
+
+    Attributes:
+        base_per_class: Images of each of its classes that the base is trained on.
+        base_epochs: Passes over them.
+        base_rate: Its learning rate, at the beginning.
+    """
+
+    base_per_class: int = 1000
+    base_epochs: int = 6
+    base_rate: float = 3e-3
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run.
+
+    Attributes:
+        data: Name of the data set.
+        network: Name of the network.
+        group: "arms" (`arms.py`) or "methods" (`adapting.py`).
+        arm: Name of the arm or method.
+        rate: Learning rate at the beginning.
+        seed: Of the images drawn, of the initial weights and of the order of batches.
+        phase: "tuning" (the test set is not looked at) or "final".
+        recipe: How it is trained.
+        edition: `EDITION`.
+    """
+
+    data: str
+    network: str
+    group: str
+    arm: str
+    rate: float
+    seed: int
+    phase: str
+    recipe: Recipe
+    edition: int = EDITION
+
+    @property
+    def digest(self) -> str:
+        """Its name, 16 hexadecimal digits."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it.
+
+    Attributes:
+        name: On the command line.
+        title: In headings.
+        question: In one sentence.
+        group: Of its arms.
+        arms: Their names; the first is what all others are compared with.
+        recipe: How they are trained.
+        networks: On which networks.
+        seeds: Of the runs that count.
+        tuning_seeds: Of the runs that choose the learning rate.
+        grid: Learning rates to choose from, the same for all arms.
+    """
+
+    name: str
+    title: str
+    question: str
+    group: str
+    arms: tuple[str, ...]
+    recipe: Recipe
+    networks: tuple[str, ...] = NETWORKS
+    seeds: tuple[int, ...] = SEEDS
+    tuning_seeds: tuple[int, ...] = TUNING_SEEDS
+    grid: tuple[float, ...] = GRID
+
+    def tuning(self, data: str) -> list[Config]:
+        """The runs that choose learning rates; none where there is only one."""
+        if len(self.grid) == 1:
+            return []
+        return [
+            self._config(data, network, arm, rate, seed, TUNING)
+            for network in self.networks
+            for seed in self.tuning_seeds
+            for arm in self.arms
+            for rate in self.grid
+        ]
+
+    def final(self, data: str, rates: dict[tuple[str, str], float]) -> list[Config]:
+        """The runs that count, seed by seed, so that a stopped study is balanced.
+
+        Args:
+            data: Name of the data set.
+            rates: Learning rates by network and arm; pairs that are not there are left out.
+        """
+        return [
+            self._config(data, network, arm, rates[network, arm], seed, FINAL)
+            for seed in self.seeds
+            for network in self.networks
+            for arm in self.arms
+            if (network, arm) in rates
+        ]
+
+    def _config(
+        self, data: str, network: str, arm: str, rate: float, seed: int, phase: str
+    ) -> Config:
+        return Config(data, network, self.group, arm, rate, seed, phase, self.recipe)
+
+    def on(self, data: str) -> Study:
+        """The same on another data set: the digits have 138 images a class for both parts."""
+        few = {"digits": replace(self.recipe, validation_per_class=30)}
+        return replace(self, recipe=few.get(data, self.recipe))
+
+    def quick(self) -> Study:
+        """The same at a size that only shows that it runs."""
+        recipe = replace(self.recipe, epochs=2, evaluations=2)
+        if isinstance(recipe, Adapting):
+            recipe = replace(recipe, base_per_class=100, base_epochs=2)
+        elif recipe.per_class is None:
+            recipe = replace(recipe, per_class=90, batch_size=45)
+        return replace(
+            self, recipe=recipe, seeds=self.seeds[:3], tuning_seeds=(TUNING_SEEDS[0],), grid=(3e-3,)
+        )
+
+
+FROM_SCRATCH = (
+    "base",
+    "widened",
+    "resolution",
+    "no-writes",
+    "per-sample",
+    "per-batch",
+    "carried",
+    "lunkad2021",
+    "frozen-floats",
+    "bias-map",
+)
+STUDIES = {
+    study.name: study
+    for study in (
+        Study(
+            "low-data",
+            "A. From scratch, 100 images a class",
+            "Does memory help a network that is trained from scratch on as few images a class as "
+            "Stanford Dogs has?",
+            "arms",
+            FROM_SCRATCH,
+            Recipe(epochs=20),
+        ),
+        Study(
+            "full-data",
+            "A. From scratch, all images",
+            "Does memory help where data is not scarce?",
+            "arms",
+            FROM_SCRATCH,
+            Recipe(epochs=2, batch_size=100, per_class=None),
+            tuning_seeds=TUNING_SEEDS[:1],
+        ),
+        Study(
+            "adapting",
+            "B. Adapting a trained network",
+            "A network has learned half of the classes; what adapts it to the other half, at which "
+            "price?",
+            "methods",
+            ("probe", "bias", "lora", "memory", "memory-head", "full"),
+            Adapting(epochs=20),
+            grid=(1e-3, 3e-3, 1e-2, 3e-2),
+        ),
+        Study(
+            "ablations",
+            "C. What the defaults should be",
+            "Which budget, size of memory, read rule, init and write is best?",
+            "arms",
+            (
+                "per-sample",
+                "budget-auto",
+                "budget-20",
+                "budget-40",
+                "memory-quarter",
+                "memory-fourfold",
+                "first-planes",
+                "init-fresh",
+                "no-writes",
+                "per-batch",
+                "mode-replace",
+                "carried",
+            ),
+            Recipe(epochs=20),
+        ),
+    )
+}

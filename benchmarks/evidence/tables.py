@@ -1,0 +1,223 @@
+"""From rows to tables and sentences: every word about a result is made from its numbers."""
+
+from __future__ import annotations
+
+import statistics as std
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.evidence.adapting import METHODS
+from benchmarks.evidence.arms import ARMS
+from benchmarks.evidence.recipes import FINAL, TUNING, Study
+from benchmarks.evidence.rows import Row
+from benchmarks.evidence.statistics import Paired, paired, spread
+
+HEADER = ("", "parameters", "trained", "rate", "test accuracy", "difference", "seeds")
+CONTRASTS = {
+    "arms": (
+        ("per-sample", "widened", "memory or just parameters?"),
+        ("per-sample", "frozen-floats", "do learned floats matter?"),
+        ("per-sample", "no-writes", "do writes matter?"),
+        ("per-batch", "per-sample", "a copy for each sample, or one?"),
+        ("carried", "per-sample", "does a carried state matter?"),
+        ("per-sample", "per-sample, zeroed", "does the network use its memory?"),
+        ("bias-map", "no-writes", "what would free constant maps add?"),
+        ("lunkad2021", "resolution", "the article's network against what it also changed"),
+    ),
+    "methods": (
+        ("memory-head", "lora", "memory or LoRA, at equal parameters?"),
+        ("memory-head", "bias", "memory or biases?"),
+        ("memory-head", "memory", "what does a new head add?"),
+        ("full", "memory-head", "what does training everything add?"),
+    ),
+}
+
+
+@dataclass
+class Cell:
+    """All final runs of one arm on one network.
+
+    Attributes:
+        arm: Its name (of a derived row: `Arm.zeroed`).
+        title: In tables.
+        parameters: Of the model.
+        trained: Those that are trained.
+        rate: Learning rate.
+        test: Accuracy by seed.
+        rows: The runs; none for a derived row.
+    """
+
+    arm: str
+    title: str
+    parameters: int
+    trained: int
+    rate: float
+    test: dict[int, float] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def mean(self) -> float:
+        """Of the test accuracies."""
+        return std.mean(self.test.values())
+
+
+def title_of(study: Study, arm: str) -> str:
+    """An arm's title."""
+    return (ARMS if study.group == "arms" else METHODS)[arm].title
+
+
+def chosen_rates(study: Study, data: str, rows: Mapping[str, Row]) -> dict[tuple[str, str], float]:
+    """The learning rate of each network and arm: best mean validation accuracy in tuning.
+
+    Args:
+        study: The study.
+        data: Name of the data set.
+        rows: Rows by digest.
+
+    Returns:
+        Rates by network and arm, where all tuning runs are done; the smaller of two equal ones.
+    """
+    if len(study.grid) == 1:
+        return {(n, a): study.grid[0] for n in study.networks for a in study.arms}
+    found: dict[tuple[str, str], dict[float, list[float]]] = {}
+    wanted = study.tuning(data)
+    for config in wanted:
+        by_rate = found.setdefault((config.network, config.arm), {})
+        values = by_rate.setdefault(config.rate, [])
+        if config.digest in rows:
+            values.append(rows[config.digest].validation)
+    count = len(study.tuning_seeds)
+    return {
+        key: max(sorted(by_rate), key=lambda rate: std.mean(by_rate[rate]))
+        for key, by_rate in found.items()
+        if all(len(values) == count for values in by_rate.values())
+    }
+
+
+def cells(study: Study, data: str, network: str, rows: Mapping[str, Row]) -> dict[str, Cell]:
+    """The arms of one network that have final runs, by name, zeroed ones after their arms."""
+    found: dict[str, Cell] = {}
+    for config in study.final(data, chosen_rates(study, data, rows)):
+        row = rows.get(config.digest)
+        if config.network != network or row is None or row.test is None:
+            continue
+        title = title_of(study, config.arm)
+        made = Cell(config.arm, title, row.parameters, row.trained_parameters, config.rate)
+        cell = found.setdefault(config.arm, made)
+        cell.test[config.seed] = row.test
+        cell.rows.append(row)
+        zeroed = ARMS[config.arm].zeroed if study.group == "arms" else ""
+        if zeroed and row.test_zeroed is not None:
+            title += ", zeroed at evaluation"
+            made = Cell(zeroed, title, row.parameters, row.trained_parameters, config.rate)
+            found.setdefault(zeroed, made).test[config.seed] = row.test_zeroed
+    order = [
+        name
+        for arm in study.arms
+        for name in (arm, ARMS[arm].zeroed if study.group == "arms" else "")
+    ]
+    return {name: found[name] for name in order if name in found}
+
+
+def table_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]:
+    """A network's table, with `HEADER`; differences are to the study's first arm, in points."""
+    reference = found.get(study.arms[0])
+    rows = []
+    for cell in found.values():
+        deviation = spread(list(cell.test.values()))
+        accuracy = f"{100 * cell.mean:.2f} %"
+        if deviation is not None:
+            accuracy += f" ± {100 * deviation:.2f}"
+        against = None if reference is None else paired(cell.test, reference.test)
+        rows.append(
+            (
+                cell.title,
+                f"{cell.parameters:,}",
+                f"{cell.trained:,}",
+                _rate(study, cell.rate),
+                accuracy,
+                "-" if cell is reference or against is None else points(against),
+                str(len(cell.test)),
+            )
+        )
+    return rows
+
+
+def points(value: Paired) -> str:
+    """A difference in percentage points with its interval: "+0.42 [-0.10, +0.93]"."""
+    text = f"{100 * value.mean:+.2f}"
+    if value.low is None or value.high is None:
+        return text
+    return f"{text} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
+
+
+def sorted_by_side(study: Study, found: Mapping[str, Cell]) -> list[str]:
+    """Sentences: which arms are above, below, or not told apart from the first."""
+    reference = found.get(study.arms[0])
+    if reference is None:
+        return []
+    sides: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    for cell in found.values():
+        against = paired(cell.test, reference.test)
+        if cell is not reference and against is not None:
+            sides[against.side].append(f"{cell.title} {points(against)}")
+    texts = {
+        1: f"above {reference.title}",
+        -1: f"below {reference.title}",
+        0: f"not told apart from {reference.title} (the interval holds zero)",
+    }
+    return [f"{texts[side]}: {'; '.join(arms)}" for side, arms in sides.items() if arms]
+
+
+def contrast_rows(
+    study: Study, by_network: Mapping[str, Mapping[str, Cell]]
+) -> list[tuple[str, ...]]:
+    """Further pairs of arms: question, pair, and a difference for each network."""
+    rows = []
+    for first, second, question in CONTRASTS[study.group]:
+        pairs = [
+            paired(found[first].test, found[second].test)
+            if first in found and second in found
+            else None
+            for found in by_network.values()
+        ]
+        if any(pairs) and {first, second.partition(",")[0]} <= set(study.arms):
+            sides = f"{_plain(study, first)} - {_plain(study, second)}"
+            rows.append((question, sides, *("-" if p is None else points(p) for p in pairs)))
+    return rows
+
+
+def tuning_seconds(study: Study, data: str, rows: Mapping[str, Row]) -> float:
+    """Of all runs that chose learning rates."""
+    return _seconds(rows[c.digest] for c in study.tuning(data) if c.digest in rows)
+
+
+def final_seconds(found: Iterable[Mapping[str, Cell]]) -> float:
+    """Of all runs that count."""
+    return _seconds(row for cells_ in found for cell in cells_.values() for row in cell.rows)
+
+
+def used_rows(
+    study: Study, data: str, found: Iterable[Mapping[str, Cell]], rows: Mapping[str, Row]
+) -> list[Row]:
+    """All rows behind a study's tables."""
+    final = [row for cells_ in found for cell in cells_.values() for row in cell.rows]
+    assert all(row.config["phase"] == FINAL for row in final)
+    tuned = [rows[c.digest] for c in study.tuning(data) if c.digest in rows]
+    assert all(row.config["phase"] == TUNING for row in tuned)
+    return final + tuned
+
+
+def _seconds(rows: Iterable[Row]) -> float:
+    return sum(row.total_seconds for row in rows)
+
+
+def _plain(study: Study, arm: str) -> str:
+    name, _, zeroed = arm.partition(",")
+    return title_of(study, name) + (", zeroed" if zeroed else "")
+
+
+def _rate(study: Study, rate: float) -> str:
+    """A rate, marked where it is at an end of the grid and a better one may lie beyond."""
+    grid: Sequence[float] = study.grid
+    return f"{rate:g}" + ("*" if len(grid) > 1 and rate in (min(grid), max(grid)) else "")
