@@ -53,6 +53,7 @@ PRODUCTS: dict[str, Multiply] = {
     "sizes of the table": lambda q, t: torch.einsum(
         "bqc,qkc->bqk", q, t.view(1, t.shape[0], t.shape[1]).expand(q.shape[1], -1, -1)
     ),
+    "squeezed elsewhere": lambda q, t: q @ t.unsqueeze(0)[:, : q.shape[1]].squeeze(0).T,
     "sizes as one": lambda q, t: q @ t.reshape(t.shape)[: q.shape[1]].T,
 }
 
@@ -211,6 +212,8 @@ REFUSED: dict[str, Multiply] = {
     "columns are cut": lambda q, t: q[..., :2] @ t[: q.shape[1], :2].T,
     "columns are flipped": lambda q, t: q @ t[: q.shape[1]].flip(1).T,
     "columns are weighted": lambda q, t: q @ (t[: q.shape[1]] * torch.arange(WIDTH)).T,
+    "columns may be squeezed": lambda q, t: q @ t[: q.shape[1]].unsqueeze(0).squeeze().T,
+    "columns might go alone": lambda q, t: q @ t[: q.shape[1]].squeeze(-1).T,
     "rows are summed over": lambda q, t: q.mT @ t[: q.shape[1]],
     "more is summed over": lambda q, t: torch.einsum("bqc,qkc->bk", q, t[distances(q)]),
     "the table is summed alone": lambda q, t: torch.einsum("bqc,dkc->bqk", q, t[distances(q)]),

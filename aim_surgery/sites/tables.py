@@ -236,6 +236,12 @@ def _known(capture: Capture, move: Move) -> int | None:
     return rule_of(capture, move.node)(move)
 
 
+def _squeezed(capture: Capture, move: Move) -> int | None:
+    """Not where it is asked to squeeze the columns: R's stay, a single one of R_m would go."""
+    asked = dims_of(move.argument(1, "dim"), len(move.before))
+    return None if move.axis in asked else _known(capture, move)
+
+
 def _attribute(capture: Capture, move: Move) -> int | None:
     return _known(capture, move) if move.argument(1) in ("T", "mT") else None
 
@@ -307,7 +313,8 @@ def _looked_up(_: Capture, move: Move) -> int | None:
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(
         ("permute", "transpose", "swapaxes", "swapdims", "t", "movedim", "moveaxis", "unsqueeze",
-         "squeeze", "select"), _first(_known)),
+         "select"), _first(_known)),
+    "squeeze": _first(_squeezed),
     **dict.fromkeys(("reshape", "view", "flatten"), _first(lambda _, move: reshaped(move))),
     "unflatten": _first(_unflattened),
     **dict.fromkeys(("contiguous", "clone", "to", "type", "float", "double", "half", "bfloat16"),
