@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import tests
 from aim_surgery.capture import capture
 from aim_surgery.capture.packages import packages_of
 
@@ -27,6 +28,24 @@ def swap(x):
 def _axes(count):
     return count - 2, count - 1
 """
+
+
+OWN_FILES = {
+    "tests.a_file": "from a_package_of_functions import swap\ndef flat(x):\n    return swap(x)",
+    "tests.its_twin": "from tests import a_file\ndef flat(x):\n    return a_file.flat(x)",
+}
+
+
+@pytest.fixture
+def own_files(elsewhere: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the package that the models below are in."""
+    for name, source in OWN_FILES.items():
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+        monkeypatch.setattr(tests, name.rpartition(".")[2], module, raising=False)
+        exec(compile(source, f"{name}.py", "exec"), vars(module))
+    monkeypatch.setitem(globals(), "own_file", sys.modules["tests.a_file"])
+    monkeypatch.setitem(globals(), "flat", vars(sys.modules["tests.its_twin"])["flat"])
 
 
 @pytest.fixture
@@ -69,13 +88,32 @@ class InModule(CallsElsewhere):
         return self.layer(self.by_module(x))
 
 
+class KnowsOwnFiles(nn.Module):
+    def __init__(self, _: types.ModuleType) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+
+class InOwnModule(KnowsOwnFiles):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(own_file.flat(x))  # type: ignore[name-defined] # noqa: F821
+
+
+class InTwins(KnowsOwnFiles):
+    """Two functions of one name, in two files of one package."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(flat(x))  # type: ignore[name-defined] # noqa: F821
+
+
 def _helper(x: Tensor) -> Tensor:
     return swap(x)  # type: ignore[name-defined] # noqa: F821
 
 
-@pytest.mark.parametrize("kind", [InForward, InNested, InModule])
+@pytest.mark.parametrize("kind", [InForward, InNested, InModule, InOwnModule, InTwins])
+@pytest.mark.usefixtures("own_files")
 def test_a_function_of_another_package_is_traced(
-    kind: type[CallsElsewhere], elsewhere: types.ModuleType
+    kind: type[CallsElsewhere | KnowsOwnFiles], elsewhere: types.ModuleType
 ) -> None:
     model, x = kind(elsewhere).eval(), torch.randn(2, 8, 8)
     captured = capture(model, x)

@@ -45,26 +45,39 @@ def packages_of(model: nn.Module) -> list[types.ModuleType]:
 def _packages_of_class(kind: type) -> frozenset[str]:
     own = {_package(base.__module__) for base in kind.__mro__} - _LEFT_OUT
     homes = [vars(base) for base in kind.__mro__ if _package(base.__module__) in own]
-    found, seen = own, set[str]()
+    found, seen = set(own), set[Any]()
     pending: list[Any] = [space[name] for space in homes for name in _ENTRIES if name in space]
     while pending:
         function = _function_in(pending.pop())
-        if function is None or function.__qualname__ in seen:
+        if function is None or function.__code__ in seen:
             continue
-        seen.add(function.__qualname__)
-        for name in _names_in(function.__code__):
-            pending += [space[name] for space in homes if name in space]  # self.name
-            called = function.__globals__.get(name)
-            if not isinstance(called, types.ModuleType | types.FunctionType | type):
-                continue
+        seen.add(function.__code__)
+        names = {*_names_in(function.__code__)}
+        pending += [space[name] for space in homes for name in names if name in space]  # self.name
+        for called in _called(function.__globals__, names, own):
             package = _package(_home(called))
             if package not in own:
-                found = found | {package}
+                found.add(package)
             elif isinstance(called, type):
                 pending += [vars(called)[name] for name in _ENTRIES if name in vars(called)]
             else:
                 pending.append(called)
     return frozenset(found - _LEFT_OUT)
+
+
+def _called(space: dict[str, Any], names: set[str], own: set[str]) -> Iterator[Any]:
+    """What names stand for in a file, and in files of the model's own package: `ops.flat`."""
+    spaces, seen = [space], set[int]()
+    while spaces:
+        space = spaces.pop()
+        for name in names & space.keys():
+            value = space[name]
+            if isinstance(value, types.ModuleType) and _package(_home(value)) in own:
+                if id(value) not in seen:
+                    seen.add(id(value))
+                    spaces.append(vars(value))
+            elif isinstance(value, types.ModuleType | types.FunctionType | type):
+                yield value
 
 
 def _function_in(held: Any) -> types.FunctionType | None:
