@@ -40,6 +40,7 @@ from aim_surgery.cli_options import (
     WriteAt,
     config_of,
     example_input,
+    is_given,
     parsed_arguments,
     refuse_beside_plan,
 )
@@ -197,6 +198,10 @@ def transform_command(
     )
     many = transform.several(checkpoints)
     if many is None:
+        if is_given(context, "form"):
+            raise typer.BadParameter(
+                "is for a folder: the name after -o says what to write", param_hint="--format"
+            )
         _refuse_itself(checkpoints[0], output)
         jobs = {checkpoints[0]: output}
     else:

@@ -161,6 +161,11 @@ PLANNED = (
 def refuse_beside_plan(context: typer.Context, *names: str) -> None:
     """Refuse options that a plan has decided."""
     for name in names:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name != "DEFAULT":
+        if is_given(context, name):
             raise typer.BadParameter(f"the plan decides that: leave out --{name.replace('_', '-')}")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given, and not left at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

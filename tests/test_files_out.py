@@ -310,6 +310,26 @@ def test_many_files_one_fails_the_others_go_on(folder):
     assert sorted(f.name for f in Path("new").iterdir()) == ["a.pt", "c.pt"]
 
 
+def test_names_in_a_folder(folder):
+    Path("in").mkdir()
+    for name in ("epoch.1", "epoch.2"):
+        safetensors.torch.save_file(net().state_dict(), f"in/{name}.safetensors")
+    torch.save(net().state_dict(), "in/LAST.PT")
+    save_distributed(dict(net().state_dict()))
+    Path("dcp").rename("in/step.3")
+    result = run("transform", "in", "--model", SPEC, "-o", "out", "--budget", "none")
+    assert result.exit_code == 0, result.output
+    assert sorted(f.name for f in Path("out").iterdir()) == [
+        f"{name}.safetensors" for name in ("LAST", "epoch.1", "epoch.2", "step.3")
+    ]
+
+
+def test_capital_letters_say_the_same(folder):
+    transformed("net.pt", "-o", "O.PT")
+    assert_operates("O.PT", torch.load("net.pt"))
+    assert "aim.memory.weight" in torch.load("O.PT")
+
+
 def test_json_and_dry_run(folder):
     before = contents()
     result = run("transform", "net.pt", "--model", SPEC, "-o", "o.safetensors", "--dry-run")
@@ -336,6 +356,9 @@ def test_misuse_of_many_files(folder):
     assert (
         "would both be written to out/net.safetensors" in run("transform", *two, "-o", "out").stderr
     )
+    one = run("transform", "net.pt", "--model", SPEC, "-o", "o.pt", "--format", "shards")
+    assert one.exit_code == 2
+    assert "the name after -o says what to write" in " ".join(one.stderr.split())
     assert "without checkpoints" in run("transform", "empty", "--model", SPEC, "-o", "x").stderr
     assert run("transform", "net.pt", "--model", SPEC, "-o", "./net.pt").exit_code == 2
     os.link("net.pt", "link.pt")

@@ -195,7 +195,10 @@ def _is_collection(path: Path) -> bool:
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints in a folder: files by their suffix, indexes in the place of their shards."""
+    """The checkpoints in a folder: files by their suffix, indexes in the place of their shards.
+
+    Of folders in it, distributed checkpoints.
+    """
     try:
         entries = sorted(folder.iterdir())
     except OSError as err:
@@ -207,7 +210,9 @@ def _checkpoints_in(folder: Path) -> list[Path]:
     files = [
         entry
         for entry in entries
-        if entry.suffix in _CHECKPOINTS and entry not in shards and not entry.name.startswith(".")
+        if (kind_of(entry) == "dcp" if entry.is_dir() else entry.suffix.lower() in _CHECKPOINTS)
+        and entry not in shards
+        and not entry.name.startswith(".")
     ]
     found = sorted([*indexes, *files])
     if not found:
@@ -233,8 +238,9 @@ def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[
     """
     found: dict[Path, Path] = {}
     for checkpoint in checkpoints:
-        stem = checkpoint.name.removesuffix(INDEX_SUFFIX).removesuffix(".safetensors")
-        target = folder / (Path(stem).stem + _SUFFIXES[form])
+        name = Path(checkpoint.name.removesuffix(INDEX_SUFFIX))
+        stem = name.stem if name.suffix.lower() in _CHECKPOINTS else name.name
+        target = folder / (stem + _SUFFIXES[form])
         twin = next((c for c, t in found.items() if t == target), None)
         if twin is not None:
             raise CheckpointError(
@@ -251,4 +257,4 @@ def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[
 def names_a_file(output: Path) -> bool:
     """Whether an output is meant as a file and not as a folder."""
     known = (*_CHECKPOINTS, ".json")
-    return output.suffix in known or layout_of(output) != "safetensors" or output.is_file()
+    return output.suffix.lower() in known or layout_of(output) != "safetensors" or output.is_file()

@@ -6,7 +6,8 @@ The name of a file tells its layout:
 
     *.safetensors, or any other    safetensors
     *.index.json                   shards of safetensors
-    *.pt, *.pth, *.bin, *.ckpt     a PyTorch file, of the layout that came in
+    *.pt, *.pth, *.bin, *.ckpt,    a PyTorch file, of the layout that came in
+    *.tar
     *.pt2                          an exported program
 """
 
@@ -46,11 +47,12 @@ _LIBRARIES = ("torchvision", "timm")
 
 def layout_of(path: Path) -> str:
     """The layout that a file's name asks for: "shards", "exported", "torch" or "safetensors"."""
+    suffix = path.suffix.lower()
     if path.name.endswith(".index.json"):
         return "shards"
-    if path.suffix == ".pt2":
+    if suffix == ".pt2":
         return "exported"
-    return "torch" if path.suffix in TORCH_SUFFIXES else "safetensors"
+    return "torch" if suffix in TORCH_SUFFIXES else "safetensors"
 
 
 def save(
