@@ -126,7 +126,7 @@ def plan_command(
 ) -> Any:
     """Show what an operation would do: which layer reads how much, and what it costs."""
     config = config_of(memory, budget, init, include, exclude, write, write_at, carry)
-    arguments, example = parsed_arguments(model_args), example_input(input)
+    arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.operated import plan_checkpoint
     from aim_surgery.checkpoint.read import not_operated, open_source
 
@@ -186,7 +186,7 @@ def transform_command(
 ) -> Any:
     """Give a model a memory that every layer reads, and write it to OUT."""
     config = config_of(memory, budget, init, include, exclude, write, write_at, carry)
-    arguments, example = parsed_arguments(model_args), example_input(input)
+    arguments, example = parsed_arguments(model_args, model), example_input(input)
     if plan is not None:
         refuse_beside_plan(context, *PLANNED)
     from aim_surgery.checkpoint import transform
@@ -302,7 +302,7 @@ def verify_command(
     trust: Trust = False,
 ) -> Any:
     """Check that the model in OUT computes what the original does, and that its memory learns."""
-    arguments, example = parsed_arguments(model_args), example_input(input)
+    arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.open import open_model
     from aim_surgery.checkpoint.operated import in_dtype_of
     from aim_surgery.checkpoint.write import load
@@ -330,7 +330,7 @@ def restore_command(
 ) -> Any:
     """Take the memory out again: the original's names and shapes, weights alone."""
     _refuse_itself(checkpoint, output)
-    arguments, example = parsed_arguments(model_args), example_input(input)
+    arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import restore_checkpoint, write_restored
     from aim_surgery.checkpoint.layout_out import left_behind
     from aim_surgery.checkpoint.read import open_source
@@ -358,7 +358,7 @@ def fold_command(
 ) -> Any:
     """Fold constant memory away for inference, and write the model as an exported program."""
     _refuse_itself(checkpoint, output)
-    arguments, example = parsed_arguments(model_args), example_input(input)
+    arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import fold_checkpoint, write_folded
 
     folded = fold_checkpoint(checkpoint, _built(model, arguments), example, batch_norm=norms)
@@ -397,7 +397,7 @@ def inspect_command(
     """Show what is in a file: its kind, tensors, prefixes, and whether it was operated on."""
     from aim_surgery.checkpoint.inspect import inspect
 
-    arguments = parsed_arguments(model_args)
+    arguments = parsed_arguments(model_args, model)
     found = inspect(checkpoint, key=key, ema=ema, spec=model, model_args=arguments)
     typer.echo(found.to_json(keys=keys) if as_json else found.to_text(keys=keys))
 

@@ -141,10 +141,14 @@ def example_input(text: str | None) -> Tensor | None:
         ) from err
 
 
-def parsed_arguments(text: str | None) -> dict[str, Any]:
-    """The factory's arguments from their JSON."""
+def parsed_arguments(text: str | None, model: str | None) -> dict[str, Any]:
+    """The arguments, from their JSON, of the factory that a spec names."""
     if text is None:
         return {}
+    if model is None:
+        raise typer.BadParameter(
+            "are for a factory: name it with --model", param_hint="--model-args"
+        )
     from aim_surgery.checkpoint.models import parse_model_args
 
     try:

@@ -284,6 +284,12 @@ def test_wrong_usage(folder, options, message):
 def test_wrong_usage_of_files(folder):
     assert "name it with --model" in error_of("plan", "small.pt")
     assert "CHECKPOINT" in usage_error_of("plan", "--model", "nets.py:small")
+    for words in (
+        ("plan", "small.pt"),
+        ("inspect", "small.pt"),
+        ("restore", "small.pt", "-o", "x"),
+    ):
+        assert "name it with --model" in usage_error_of(*words, "--model-args", '{"width": 4}')
     assert "is the checkpoint itself" in usage_error_of("transform", *SMALL, "-o", "./small.pt")
     out = ("-o", "aim.safetensors", "--plan", "plan.json")
     for option in ("--memory=9", "--budget=none", "--init=fresh", "--include=0", "--write=none",
