@@ -181,8 +181,9 @@ def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = Non
             names it.
 
     Returns:
-        The operated model, in the mode of the original and on its device. Built from a spec, it has
-        the dtypes of the file; otherwise values are cast to the dtypes of `model`.
+        The operated model in concat form (see `lower`), in the mode of the original and on its
+        device. Built from a spec, it has the dtypes of the file; otherwise values are cast to the
+        dtypes of `model`.
 
     Raises:
         CheckpointError: The file is not one that `save` wrote, the model is not what it was, or the
