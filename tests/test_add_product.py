@@ -90,6 +90,19 @@ def test_under_transforms_and_compilers() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit as a whole
+def test_under_torchscript() -> None:
+    t, view, weight, *options = operands((2, 3, 1, 1, 1))
+
+    def function(t: Tensor, view: Tensor, weight: Tensor) -> Tensor:
+        return add_product(t + 0, view, weight, *options)
+
+    given = [operand.detach() for operand in (t, view, weight)]
+    traced: Any = torch.jit.trace(function, tuple(given))
+    others = [operand + 1 for operand in given]
+    assert_same(traced(*others), function(*others))
+
+
 def test_split_uses_it_where_it_has_few_planes() -> None:
     """Columns that are more than the result itself would be the larger part."""
     torch.manual_seed(0)

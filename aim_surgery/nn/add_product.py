@@ -75,8 +75,10 @@ def _columns(
 
 
 def _is_watched() -> bool:
-    """Whether somebody looks on who doesn't know `_AddProduct`: a compiler, an exporter, `func`."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """Whether somebody looks on who doesn't know `_AddProduct`: compilers, exporters, `func`."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return True
+    if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0
 
