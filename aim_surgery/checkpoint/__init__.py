@@ -3,7 +3,8 @@
     in, one source a kind    read -> source; safetensors_file, shards, torch_file, dcp_folder,
                              exported_file; zip_check
     what is where in it      nesting, names; outline, without torch; inspect
-    the model of it          models, torchvision_ops; skeleton, without weights; loading; open; known
+    the model of it          models, torchvision_ops; skeleton, without weights; loading; open;
+                             known
     the operation            transform (files) -> operated (tensor by tensor); optimizer, moments,
                              parameter_order
     out, by the suffix       write -> safetensors_out, shards_out, layout_out + torch_out,

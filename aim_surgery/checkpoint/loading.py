@@ -75,7 +75,7 @@ def _with_tied_names(
             continue
         if name not in given:
             filled[name] = given[twin]
-        elif not _same(given[twin], given[name]):
+        elif not same_values(given[twin], given[name]):
             raise CheckpointError(
                 f"{path}: {twin} and {name} are one tensor in the model, and have different "
                 f"values in the file; untie them in the model or make them equal"
@@ -83,7 +83,8 @@ def _with_tied_names(
     return filled
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same, NaN where the other has NaN."""
     if one is other:
         return True
     if one.shape != other.shape:

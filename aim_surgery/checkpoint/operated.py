@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery.capture import Inputs
-from aim_surgery.checkpoint.loading import load_into
+from aim_surgery.checkpoint.loading import load_into, same_values
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.names import AVERAGING_COUNT, Names, is_averaged, match_names
 from aim_surgery.checkpoint.read import Weights, tensors_of
@@ -32,6 +32,7 @@ from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
 from aim_surgery.operation import Wanted, applied, planned
 from aim_surgery.planning import Plan, Read
+from aim_surgery.surgery.modules import widened_reads
 from aim_surgery.surgery.widen import widen_weight
 
 Maker = Callable[[str, Callable[[str], Tensor] | None], Tensor]
@@ -157,16 +158,11 @@ def _refuse_two_values(source: Source, own: Mapping[str, Any], names: Names) -> 
     first: dict[int, str] = {}
     for name, value in own.items():
         key, twin = names.keys[name], first.setdefault(id(value), names.keys[name])
-        if key != twin and not _same(source.tensor(key), source.tensor(twin)):
+        if key != twin and not same_values(source.tensor(key), source.tensor(twin)):
             raise CheckpointError(
                 f"{source.path}: {twin} and {key} are one tensor in the model, and have different "
                 f"values in the file; untie them in the model or make them equal"
             )
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    equal = (one == other) | ((one != one) & (other != other))  # NaN is itself
-    return bool(equal.all())
 
 
 def renamed(weights: Weights | dict[str, Tensor], names: Names) -> Weights:
@@ -285,7 +281,7 @@ class _Maker:
 
     def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
         self._source, self._keys, self._plan = original.source, original.names.keys, plan
-        self._reads = {read.site.weights[0]: read for read in plan.reads if read.site.widens}
+        self._reads = widened_reads(plan)
         self._new = {name: value for name, value in state.items() if not value.is_meta}
         for name, value in state.items():
             if name in self._new or name in self._reads:
@@ -311,7 +307,7 @@ class _RealMaker:
     def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
         self._plan, self._state = plan, state
         self._old = original.names.keys
-        self._reads = {read.site.weights[0]: read for read in plan.reads if read.site.widens}
+        self._reads = widened_reads(plan)
 
     def make(self, name: str, read: Callable[[str], Tensor] | None) -> Tensor:
         if read is None or name not in self._old:

@@ -39,7 +39,8 @@ from aim_surgery.errors import CheckpointError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan, inputs_of_plan
-from aim_surgery.surgery.modules import AIM
+from aim_surgery.surgery.modules import AIM, widened_reads
+from aim_surgery.surgery.widen import input_size
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 _LIBRARIES = ("torchvision", "timm")
@@ -234,14 +235,14 @@ def _refuse_other(base: Any, plan: Plan, entries: Mapping[str, Entry], what: str
     if not isinstance(base, nn.Module):
         return  # an exported program is what it was
     narrow = {name: e for name, e in entries.items() if not name.startswith(f"{AIM}.")}
-    for read in plan.reads:
-        name, site = read.site.weights[0], read.site
-        if site.widens and name in narrow:
-            axis = 0 if site.kind == "conv_transpose" else 1
-            sizes = list(narrow[name].shape)
-            if axis < len(sizes):
-                sizes[axis] -= read.planes * (site.groups if axis == 0 else 1)
-            narrow[name] = Entry(tuple(sizes), narrow[name].dtype)
+    for name, read in widened_reads(plan).items():
+        if name not in narrow:
+            continue
+        (axis, wide), (_, own) = (input_size(read, operated=when) for when in (True, False))
+        sizes = list(narrow[name].shape)
+        if axis < len(sizes):
+            sizes[axis] -= wide - own
+        narrow[name] = Entry(tuple(sizes), narrow[name].dtype)
     problems = misfits(base.state_dict(keep_vars=True), narrow)
     if any("unexpected" not in problem for problem in problems):
         raise CheckpointError(
