@@ -120,8 +120,9 @@ def test_shards_of_others_are_not_removed(folder):
     assert Path("theirs.safetensors").exists()
 
 
-def test_a_program_on_request(folder):
-    transformed("net.pt", "-o", "o.pt2", "--input", "2,3,12,12")
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_program_on_request(folder, batch_size):
+    transformed("net.pt", "-o", "o.pt2", "--input", f"{batch_size},3,12,12")
     program = torch.export.load("o.pt2")
     model = build(SPEC)
     model.load_state_dict(torch.load("net.pt"))

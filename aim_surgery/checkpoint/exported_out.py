@@ -6,7 +6,9 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -32,16 +34,14 @@ def write_exported(
     """
     if inputs is None:
         raise CheckpointError(f"{path}: the plan's example inputs can't be made for an export")
-    free = {0: torch.export.Dim.AUTO}
-    values = dict(zip(inspect.signature(gm.forward).parameters, inputs.args, strict=False))
-    values.update(inputs.kwargs)
-    shapes = {n: free if isinstance(v, Tensor) and v.ndim else None for n, v in values.items()}
+    twice = _of_two(inputs)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(
-                gm.eval(), tuple(inputs.args), dict(inputs.kwargs), dynamic_shapes=shapes
-            )
+        try:
+            program = _exported(gm, twice)
+        except Exception:  # the first axis is no batch, or the model wants it to be one
+            if twice is inputs:
+                raise
+            program = _exported(gm, inputs)
     except Exception as err:  # the exporter has errors of many kinds
         raise CheckpointError(
             f"{path}: the model can't be exported: {err}; keep the .safetensors file"
@@ -50,3 +50,29 @@ def write_exported(
         torch.export.save(
             program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
         )
+
+
+def _exported(gm: nn.Module, inputs: ExampleInputs) -> torch.export.ExportedProgram:
+    free = {0: torch.export.Dim.AUTO}
+    values = dict(zip(inspect.signature(gm.forward).parameters, inputs.args, strict=False))
+    values.update(inputs.kwargs)
+    shapes = {n: free if _has_axes(v) else None for n, v in values.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.export.export(
+            gm.eval(), tuple(inputs.args), dict(inputs.kwargs), dynamic_shapes=shapes
+        )
+
+
+def _of_two(inputs: ExampleInputs) -> ExampleInputs:
+    """Inputs of a batch of two for those of one, which the exporter would take for granted."""
+    tensors = [v for v in (*inputs.args, *inputs.kwargs.values()) if _has_axes(v)]
+    if not tensors or any(len(tensor) != 1 for tensor in tensors):
+        return inputs
+    args = tuple(torch.cat((v, v)) if _has_axes(v) else v for v in inputs.args)
+    kwargs = {n: torch.cat((v, v)) if _has_axes(v) else v for n, v in inputs.kwargs.items()}
+    return replace(inputs, args=args, kwargs=kwargs)
+
+
+def _has_axes(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.ndim > 0
