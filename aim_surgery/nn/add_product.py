@@ -76,7 +76,7 @@ def _columns(
 
 def _is_watched() -> bool:
     """Whether somebody looks on who doesn't know `_AddProduct`: compilers, exporters, `func`."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     if torch._C._are_functorch_transforms_active():
         return True
