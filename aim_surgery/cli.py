@@ -177,6 +177,15 @@ def transform_command(
     drop_optimizer: Annotated[
         bool, typer.Option("--drop-optimizer", help="Leave optimizer states out of a .pt file.")
     ] = False,
+    new_group: Annotated[
+        str | None,
+        typer.Option(
+            "--new-group",
+            metavar="N|own",
+            help="Group of the optimizer that new parameters join, or one of their own, in a .pt "
+            "file; by default the one that suits them.",
+        ),
+    ] = None,
     form: Annotated[
         Literal["safetensors", "shards", "pt", "pt2"],
         typer.Option("--format", help="What to write into a folder."),
@@ -194,7 +203,7 @@ def transform_command(
 
     wanted = None if plan is None else open_plan(plan)
     operation = transform.Operation(
-        model, arguments, example, config, wanted, emit, drop_optimizer=drop_optimizer
+        model, arguments, example, config, wanted, emit, drop_optimizer, _carry(new_group)
     )
     many = transform.several(checkpoints)
     if many is None:
@@ -215,6 +224,20 @@ def transform_command(
     if any(isinstance(outcome, AimSurgeryError) for outcome in outcomes.values()):
         raise typer.Exit(1)
     return next(iter(outcomes.values()))
+
+
+def _carry(new_group: str | None) -> Any:
+    """How optimizer states are carried, with the group that new parameters join."""
+    from aim_surgery.checkpoint.optimizer import carry_optimizer
+
+    if new_group is None:
+        return carry_optimizer
+    if new_group != "own" and not new_group.lstrip("-").isdigit():
+        raise typer.BadParameter(
+            f"{new_group!r} is no group: write its index, or own", param_hint="--new-group"
+        )
+    wanted = "own" if new_group == "own" else int(new_group)
+    return functools.partial(carry_optimizer, new_group=wanted)
 
 
 def _transform_each(

@@ -214,6 +214,26 @@ def test_a_training_run_goes_on(folder):
     assert not moment[:, old.shape[1] :].any()
 
 
+@pytest.mark.parametrize(("group", "groups"), [("0", 1), ("own", 2)])
+def test_new_parameters_join_the_group_that_is_named(folder, group, groups):
+    training_checkpoint()
+    transformed("train.pt", "-o", "o.pt", "--new-group", group)
+    before = torch.load("train.pt")["optimizer"]["param_groups"]
+    found = torch.load("o.pt")["optimizer"]["param_groups"]
+    new = sum(name.startswith("aim.") for name, _ in load("o.pt", SPEC).named_parameters())
+    assert new > 0
+    assert len(found) == groups
+    assert len(found[-1]["params"]) == new + (groups == 1) * len(before[0]["params"])
+
+
+@pytest.mark.parametrize(("group", "code"), [("first", 2), ("3", 1)])
+def test_groups_that_are_none(folder, group, code):
+    training_checkpoint()
+    words = ("transform", "train.pt", "--model", SPEC, "-o", "o.pt", "--new-group", group)
+    assert run(*words).exit_code == code
+    assert not Path("o.pt").exists()
+
+
 @pytest.mark.parametrize("output", ["o.pt", "o.safetensors"])
 def test_what_a_distributed_checkpoint_holds_besides_is_told(folder, output):
     save_distributed({"model": net().state_dict(), "epoch": 3, "optimizer": {"m": torch.ones(2)}})
