@@ -214,6 +214,17 @@ def test_a_training_run_goes_on(folder):
     assert not moment[:, old.shape[1] :].any()
 
 
+@pytest.mark.parametrize("output", ["o.onnx", "o.h5"])
+@pytest.mark.parametrize("options", [(), ("--dry-run",)])
+def test_names_of_other_formats_are_refused(folder, output, options):
+    result = run("transform", "net.pt", "--model", SPEC, "-o", output, *options)
+    assert result.exit_code == 1
+    assert "is no format that is written: use .safetensors" in result.stderr
+    with pytest.raises(CheckpointError, match="no format"):
+        aim_surgery.save(aim_surgery.transform(net(), INPUT), output)
+    assert not Path(output).exists()
+
+
 @pytest.mark.parametrize(("group", "groups"), [("0", 1), ("own", 2)])
 def test_new_parameters_join_the_group_that_is_named(folder, group, groups):
     training_checkpoint()

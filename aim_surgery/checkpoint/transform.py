@@ -20,7 +20,12 @@ from aim_surgery.checkpoint.read import kind_of, not_operated, open_source
 from aim_surgery.checkpoint.safetensors_out import Progress
 from aim_surgery.checkpoint.shards import SUFFIX as INDEX_SUFFIX
 from aim_surgery.checkpoint.shards import read_index
-from aim_surgery.checkpoint.write import TORCH_SUFFIXES, layout_of, write_operated
+from aim_surgery.checkpoint.write import (
+    TORCH_SUFFIXES,
+    layout_of,
+    refuse_unknown,
+    write_operated,
+)
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import CheckpointError
 from aim_surgery.operation import Wanted
@@ -127,6 +132,7 @@ def transform_checkpoint(
     if _same_file(checkpoint, output):
         raise CheckpointError(f"{output}: is the checkpoint itself: name another file")
     check_target(output)
+    refuse_unknown(output)
     source = not_operated(open_source(checkpoint, **vars(reading)))
     operated = operate_checkpoint(
         source,

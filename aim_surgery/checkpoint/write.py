@@ -4,7 +4,7 @@
 
 The name of a file tells its layout:
 
-    *.safetensors, or any other    safetensors
+    *.safetensors, or no suffix    safetensors
     *.index.json                   shards of safetensors
     *.pt, *.pth, *.bin, *.ckpt,    a PyTorch file, of the layout that came in
     *.tar
@@ -54,6 +54,17 @@ def layout_of(path: Path) -> str:
     if suffix == ".pt2":
         return "exported"
     return "torch" if suffix in TORCH_SUFFIXES else "safetensors"
+
+
+def refuse_unknown(path: Path) -> None:
+    """Refuse names of formats that are not written, instead of writing another one under them.
+
+    Raises:
+        CheckpointError: The suffix is none of the module's table.
+    """
+    if path.suffix.lower() not in ("", ".safetensors") and layout_of(path) == "safetensors":
+        names = ", ".join((".safetensors", ".index.json", ".pt2", *TORCH_SUFFIXES))
+        raise CheckpointError(f"{path}: {path.suffix} is no format that is written: use {names}")
 
 
 def save(
@@ -126,6 +137,7 @@ def write_operated(
     Raises:
         CheckpointError: See `save`.
     """
+    refuse_unknown(path)
     layout = layout_of(path)
     aliases = {} if layout == "torch" else operated.aliases
     metadata = metadata_of(operated.plan, aliases, path, model_spec, model_args)
