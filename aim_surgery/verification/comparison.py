@@ -157,7 +157,8 @@ class Pair:
 
     def compare(self, case: Case, notes: list[str]) -> list[Comparison] | str:
         """Compare on one case; a text where the original refuses it."""
-        before = [buffer.clone() for buffer in self.base.buffers()]
+        judges_buffers = case.training is not False
+        before = [buffer.clone() for buffer in self.base.buffers()] if judges_buffers else []
         with torch.set_grad_enabled(case.gradients):
             try:
                 self._enter(self.base, case.training)
@@ -186,7 +187,7 @@ class Pair:
             if is_empty(expected, except_for=unsure):
                 found[0] = replace(found[0], judged=False)
                 notes.append(f"{case}: no outputs are left that would say anything")
-        if case.training is not False:
+        if judges_buffers:
             differences = self._buffer_differences(case, notes)
             if differences:
                 found.append(self._compare_buffers(case, before, differences, notes))
