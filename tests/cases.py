@@ -11,6 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+import aim_surgery
+from aim_surgery import AimConfig
+
 # Float64 comparisons: one table of tolerances, relative to the largest entry.
 FLOAT64_TOLERANCE = 1e-12
 FLOAT32_TOLERANCE = 1e-5
@@ -237,3 +240,17 @@ def conv_geometries() -> list[dict[str, Any]]:
                             "dilation": dilation, "padding": padding, "padding_mode": mode,
                         })  # fmt: skip
     return table
+
+
+def with_filled_reads(
+    model: nn.Module, x: torch.Tensor, *, floats: int, **options: Any
+) -> tuple[Any, torch.Tensor]:
+    """The operated model with known memory weights beside its layers, and its memory."""
+    config = AimConfig(budget=None, memory=floats, **{"write": "none", **options})
+    gm = aim_surgery.transform(model, (x,), config=config)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in gm.named_parameters():
+            if name.startswith("aim.reads"):
+                parameter.copy_(torch.randn_like(parameter))
+    return gm, aim_surgery.read_memory(gm, x)["memory"].reshape(-1)

@@ -13,7 +13,7 @@ import aim_surgery
 from aim_surgery import AimConfig, transform
 from aim_surgery.capture import capture
 from aim_surgery.sites import find_sites
-from tests.cases import assert_same
+from tests.cases import assert_same, with_filled_reads
 
 X = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 STACKS = X.transpose(0, 1).contiguous()
@@ -56,15 +56,7 @@ PRODUCTS = {
 
 
 def filled(model: nn.Module, x: Tensor, **options: Any) -> tuple[Any, Tensor]:
-    """The operated model with known memory weights, and its memory."""
-    config = AimConfig(budget=None, memory=7, **{"write": "none", **options})
-    gm = transform(model, (x,), config=config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in gm.named_parameters():
-            if name.startswith("aim.reads"):
-                parameter.copy_(torch.randn_like(parameter))
-    return gm, aim_surgery.read_memory(gm, x)["memory"].reshape(-1)
+    return with_filled_reads(model, x, floats=7, **options)
 
 
 @pytest.mark.parametrize("which", PRODUCTS)

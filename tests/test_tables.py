@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import aim_surgery
 from aim_surgery import AimConfig, transform
-from tests.cases import assert_same, largest_difference
+from tests.cases import assert_same, largest_difference, with_filled_reads
 
 ROWS, WIDTH, FLOATS = 13, 4, 7
 X = torch.randn(3, 5, WIDTH, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -87,15 +87,7 @@ class Looked(nn.Module):
 
 
 def filled(model: nn.Module, **options: Any) -> tuple[Any, Tensor]:
-    """The operated model with known memory weights, and its memory."""
-    config = AimConfig(budget=None, memory=FLOATS, **{"write": "none", **options})
-    gm = transform(model, (X,), config=config)
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in gm.named_parameters():
-            if name.startswith("aim.reads"):
-                parameter.copy_(torch.randn_like(parameter))
-    return gm, aim_surgery.read_memory(gm, X)["memory"].reshape(-1)
+    return with_filled_reads(model, X, floats=FLOATS, **options)
 
 
 def joined(model: Positions, gm: Any, memory: Tensor, x: Tensor) -> Tensor:
