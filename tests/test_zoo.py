@@ -62,6 +62,14 @@ def test_shards_deal_out_all_models_and_failures_can_run_again(tmp_path: Path) -
     assert choose(names, parser().parse_args([*common, "--failed"]), "") == ["model_1"]
 
 
+def test_the_smallest_models_can_run_first(tmp_path: Path) -> None:
+    for name, count in (("large", 9), ("small", 1), ("medium", 5)):
+        append(rows_file(tmp_path / "meta", "timm", None), Row("timm", name, parameters=count))
+    asked = ["--library", "timm", "--output", str(tmp_path), "--smallest-first"]
+    found = choose(["large", "medium", "small"], parser().parse_args(asked), "")
+    assert found == ["small", "medium", "large"]
+
+
 def test_the_newest_row_of_a_model_counts(tmp_path: Path) -> None:
     path = rows_file(tmp_path, "timm", None)
     for finished, model in ((1, "b"), (2, "a"), (3, "b")):
@@ -82,6 +90,12 @@ def _sends_and_sleeps(send: Callable[[Any], None]) -> None:
     time.sleep(60)
 
 
+def _sends_and_computes(send: Callable[[Any], None]) -> None:
+    send("begun")
+    while True:
+        pass
+
+
 def _takes_memory(send: Callable[[Any], None]) -> None:
     send("begun")
     held = []
@@ -97,6 +111,7 @@ def _raises(send: Callable[[Any], None]) -> None:
 @pytest.mark.parametrize(
     ("function", "seconds", "memory", "reason"),
     [
+        (_sends_and_computes, 0.5, 8, "the time limit of 0.5 s"),
         (_sends_and_sleeps, 0.5, 8, "the time limit of 0.5 s"),
         (_takes_memory, 60, 1, "the memory limit of 1 GiB"),
         (_raises, 60, 8, "ended with exit code 1"),

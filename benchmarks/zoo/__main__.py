@@ -89,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="light checks for all: values in the model's own dtype only, a tenth of the time",
     )
+    found.add_argument(
+        "--smallest-first",
+        action="store_true",
+        help="in the order of parameters, as rows of a --meta run in OUTPUT/meta tell",
+    )
     found.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
-    found.add_argument("--limit", type=float, default=900, help="seconds for one model")
+    found.add_argument("--limit", type=float, default=900, help="seconds of one core for a model")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found.add_argument(
         "--memory", type=float, default=_SHARE_OF_RAM * ram, help="GiB for all jobs together"
@@ -114,9 +119,12 @@ def choose(names: Sequence[str], options: argparse.Namespace, source: str) -> li
     chosen = [name for name in names[first - 1 :: step] if fnmatch.fnmatch(name, options.only)]
     rows = read_rows(options.output, options.library)
     if options.resume:
-        return [name for name in chosen if name not in rows or rows[name].source != source]
+        chosen = [name for name in chosen if name not in rows or rows[name].source != source]
     if options.failed:
-        return [name for name in chosen if name in rows and not rows[name].ok]
+        chosen = [name for name in chosen if name in rows and not rows[name].ok]
+    if options.smallest_first:
+        known = read_rows(options.output / "meta", options.library)
+        chosen.sort(key=lambda name: known[name].parameters if name in known else 0)
     return chosen
 
 
@@ -159,7 +167,7 @@ def run_one(row: Row, seconds: float, memory: float, alone: bool) -> Row:
 
     Args:
         row: Names library and model.
-        seconds: Limit of time.
+        seconds: Limit of processor time.
         memory: Limit of memory, in GiB.
         alone: Whether no other model runs beside.
 

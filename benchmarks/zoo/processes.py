@@ -3,7 +3,9 @@
 Processes are forked from a server that has imported the libraries and computed nothing else
 (`preload.py`), so each starts in milliseconds and all run the source that was there at the start.
 The resident set is watched from outside: a limit on the address space would also count what torch
-maps and never touches.
+maps and never touches. Time is the processor's, so that a sweep beside other work, or one that was
+stopped and goes on, measures the model and not its neighbours; one that hangs without computing is
+ended by the number of times it was looked at.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -23,9 +24,11 @@ from typing import Any
 
 GIB = 2**30
 _POLL_SECONDS = 0.1
+_IDLE = 10  # times the limit that a process may take on the wall, pauses of us both not counted
 _GRACE_SECONDS = 5
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def run_limited(
     Args:
         function: A module-level function; called with a function that sends, and `args`.
         args: For the function.
-        seconds: The most wall-clock time.
+        seconds: The most processor time.
         memory: The most resident memory, in GiB.
 
     Returns:
@@ -66,14 +69,15 @@ def run_limited(
     process = context.Process(target=_child, args=(sender, function, args), daemon=True)
     process.start()
     sender.close()
-    deadline, last, reason = time.monotonic() + seconds, None, ""
+    looks, last, reason = 0, None, ""
     while True:
+        looks += 1
         if receiver.poll(_POLL_SECONDS):
             try:
                 last = receiver.recv()
             except EOFError:
                 break
-        if time.monotonic() > deadline:
+        if processor_seconds(process.pid) > seconds or looks * _POLL_SECONDS > _IDLE * seconds:
             reason = f"the time limit of {seconds:g} s"
         elif resident(process.pid) > memory * GIB:
             reason = f"the memory limit of {memory:g} GiB"
@@ -102,6 +106,15 @@ def resident(pid: int | None) -> int:
     """The resident set in bytes; 0 where the process is gone, or the system doesn't say."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
+
+
+def processor_seconds(pid: int | None) -> float:
+    """What a process has computed so far, all threads together; 0 where the system doesn't say."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(after_name[11]) + int(after_name[12])) / _TICKS  # utime, stime
     except (OSError, IndexError):
         return 0
 

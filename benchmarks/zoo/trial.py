@@ -48,7 +48,7 @@ def run(send: Send, plain: dict[str, Any], seconds: float, memory: float, alone:
     Args:
         send: Takes the row as plain data.
         plain: The row to fill in: library and model; light checks, if it names them.
-        seconds: Limit of all of it; whoever started the process keeps it.
+        seconds: Limit of all of it, of one core; whoever started the process keeps it.
         memory: Likewise, in GiB.
         alone: Whether no other model runs beside; if one does, a model that needs more memory is
             put off.
@@ -166,7 +166,7 @@ class _Trial:
         return self._row.parameters * bytes_each / GIB + BASE_GIB
 
     def _time_left(self) -> float:
-        left = self._seconds - (time.perf_counter() - self._start)
+        left = self._seconds - time.process_time()
         return _SHARE_OF_TIME * left
 
     def _enter(self, stage: str) -> None:
