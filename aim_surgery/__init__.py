@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from aim_surgery._version import __version__
 
 if TYPE_CHECKING:
+    from aim_surgery.checkpoint.load import load
     from aim_surgery.checkpoint.models import build
-    from aim_surgery.checkpoint.write import load, save
+    from aim_surgery.checkpoint.save import save
     from aim_surgery.config import AimConfig
     from aim_surgery.errors import (
         AimSurgeryError,
@@ -68,7 +69,8 @@ __all__ = [
 
 _MODULES = {
     "checkpoint.models": ("build",),
-    "checkpoint.write": ("load", "save"),
+    "checkpoint.load": ("load",),
+    "checkpoint.save": ("save",),
     "config": ("AimConfig",),
     "errors": (
         "AimSurgeryError",

@@ -128,7 +128,7 @@ def plan_command(
     config = config_of(memory, budget, init, include, exclude, write, write_at, carry)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.operated import plan_checkpoint
-    from aim_surgery.checkpoint.read import not_operated, open_source
+    from aim_surgery.checkpoint.reading.kinds import not_operated, open_source
 
     source = not_operated(open_source(checkpoint, key=key, ema=ema, trust=trust))
     found = plan_checkpoint(source, model, arguments, example=example, config=config, emit=emit)
@@ -282,7 +282,7 @@ def _told(outcome: Outcome, *, alone: bool) -> str:
     lines = [f"{verb}{outcome.output}"]
     lines += [f"note        {note}" for note in outcome.notes]
     if outcome.not_finite:
-        from aim_surgery.checkpoint.source import listed
+        from aim_surgery.checkpoint.reading.source import listed
 
         lines.append(f"note        NaN or Inf, kept: {listed(outcome.not_finite, 5)}")
     if alone:
@@ -326,9 +326,9 @@ def verify_command(
 ) -> Any:
     """Check that the model in OUT computes what the original does, and that its memory learns."""
     arguments, example = parsed_arguments(model_args, model), example_input(input)
+    from aim_surgery.checkpoint.load import load
     from aim_surgery.checkpoint.open import open_model
     from aim_surgery.checkpoint.operated import in_dtype_of
-    from aim_surgery.checkpoint.write import load
     from aim_surgery.verification import verify
 
     original = open_model(checkpoint, model, arguments, key=key, ema=ema, trust=trust)
@@ -355,8 +355,8 @@ def restore_command(
     _refuse_itself(checkpoint, output)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import restore_checkpoint, write_restored
-    from aim_surgery.checkpoint.layout_out import left_behind
-    from aim_surgery.checkpoint.read import open_source
+    from aim_surgery.checkpoint.reading.kinds import open_source
+    from aim_surgery.checkpoint.writing.layout import left_behind
 
     base = restore_checkpoint(checkpoint, _built(model, arguments), example)
     write_restored(base, output)
@@ -472,8 +472,8 @@ def _save_random_weights(path: Path, spec: str, arguments: dict[str, Any]) -> No
         raise CheckpointError(f"{path.parent}: no folder can be made here: {err.strerror}") from err
     import torch
 
-    from aim_surgery.checkpoint.atomic import replacing
     from aim_surgery.checkpoint.models import build
+    from aim_surgery.checkpoint.writing.atomic import replacing
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

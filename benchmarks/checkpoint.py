@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.safetensors_out import write_safetensors
-from aim_surgery.checkpoint.shards_out import write_shards
-from aim_surgery.checkpoint.skeleton import build_skeleton
-from aim_surgery.checkpoint.source import Entry
-from aim_surgery.checkpoint.torch_file import entry_of
-from aim_surgery.checkpoint.torch_out import Placeholders, write_torch
+from aim_surgery.checkpoint.models.skeleton import build_skeleton
+from aim_surgery.checkpoint.reading.source import Entry
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
+from aim_surgery.checkpoint.writing.shards import write_shards
+from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
 from benchmarks import measure
 from benchmarks.measure import Pairs, Report, Row
 
@@ -43,7 +43,7 @@ CLI = [sys.executable, "-m", "aim_surgery.cli"]
 # `import torchvision`, also where its compiled operators don't load.
 BASELINE = """
 import sys, torch
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 import_torchvision()
 torch.save(torch.load(sys.argv[1]), sys.argv[2])
 """

@@ -13,9 +13,9 @@ import importlib.metadata
 import json
 from typing import Any
 
-from aim_surgery.checkpoint.known import TABLE, names_digest, shapes_digest
-from aim_surgery.checkpoint.skeleton import build_skeleton
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.skeleton import build_skeleton
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.reading.known_models import TABLE, names_digest, shapes_digest
 from aim_surgery.errors import AimSurgeryError
 
 CLASSES = (1000, 7)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import aim_surgery
 from aim_surgery import AimConfig
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from benchmarks import measure
 from benchmarks.measure import SEED, Report, Row, Section
 

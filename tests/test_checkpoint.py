@@ -16,13 +16,14 @@ from safetensors import safe_open
 from torch import nn
 
 from aim_surgery import AimConfig, __version__, apply, plan, transform
-from aim_surgery.checkpoint import write
-from aim_surgery.checkpoint.atomic import check_target, replacing
-from aim_surgery.checkpoint.loading import load_into
+from aim_surgery.checkpoint.load import load
+from aim_surgery.checkpoint.models import build
+from aim_surgery.checkpoint.models.loading import load_into
 from aim_surgery.checkpoint.open import open_model, open_plan
-from aim_surgery.checkpoint.read import read_state_dict
-from aim_surgery.checkpoint.safetensors_file import CRC_KEY
-from aim_surgery.checkpoint.write import load, save
+from aim_surgery.checkpoint.reading.kinds import read_state_dict
+from aim_surgery.checkpoint.reading.safetensors_file import CRC_KEY
+from aim_surgery.checkpoint.save import save
+from aim_surgery.checkpoint.writing.atomic import check_target, replacing
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan
@@ -404,7 +405,7 @@ def test_metadata_tells_what_the_file_is(tmp_path):
 
 def test_load_builds_the_model_from_the_spec_in_the_file(tmp_path):
     spec, args = "torchvision:squeezenet1_1", {"num_classes": 3}
-    model = write.build(spec, **args).bfloat16()
+    model = build(spec, **args).bfloat16()
     image = torch.randn(2, 3, 64, 64).bfloat16()
     gm = transform(model, image)
     save(gm, tmp_path / "aim.safetensors", model_spec=spec, model_args=args)
@@ -417,7 +418,7 @@ def test_load_takes_a_spec_with_the_arguments_in_the_file(tmp_path, monkeypatch)
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "nets.py").write_text(FACTORY)
     spec = f"{tmp_path / 'nets.py'}:small"
-    gm = transform(write.build(spec, width=6), IMAGE, config=CONFIG)
+    gm = transform(build(spec, width=6), IMAGE, config=CONFIG)
     save(gm, tmp_path / "aim.safetensors", model_spec=spec, model_args={"width": 6})
     assert_same_state(state_of(load(tmp_path / "aim.safetensors", spec)), state_of(gm))
 
@@ -517,8 +518,8 @@ def _interrupt(*args: object, **kwargs: object) -> None:
     ("where", "failure", "raised"),
     [
         ("os.posix_fallocate", _fail, CheckpointError),
-        ("aim_surgery.checkpoint.safetensors_out.bytes_of", _fail, CheckpointError),
-        ("aim_surgery.checkpoint.safetensors_out.bytes_of", _interrupt, KeyboardInterrupt),
+        ("aim_surgery.checkpoint.writing.safetensors_file.bytes_of", _fail, CheckpointError),
+        ("aim_surgery.checkpoint.writing.safetensors_file.bytes_of", _interrupt, KeyboardInterrupt),
         ("os.fsync", _fail, CheckpointError),
         ("os.replace", _fail, CheckpointError),
         ("os.replace", _interrupt, KeyboardInterrupt),

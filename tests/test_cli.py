@@ -11,9 +11,9 @@ from typer.testing import CliRunner, Result
 
 import aim_surgery
 from aim_surgery import Plan, cli
+from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.safetensors_file import CRC_KEY
-from aim_surgery.checkpoint.write import load
+from aim_surgery.checkpoint.reading.safetensors_file import CRC_KEY
 
 FACTORY = """
 import torch

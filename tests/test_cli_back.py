@@ -8,8 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.write import load, save
+from aim_surgery.checkpoint.save import save
 from tests.test_cli import FACTORY, error_of, run_well, snapshot, usage_error_of
 
 SPEC = ("--model", "nets.py:small")

@@ -20,9 +20,10 @@ from torch import Tensor
 
 import aim_surgery
 from aim_surgery.checkpoint.inspect import inspect
+from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.read import open_source, read_state_dict, tensors_of
-from aim_surgery.checkpoint.write import load, save
+from aim_surgery.checkpoint.reading.kinds import open_source, read_state_dict, tensors_of
+from aim_surgery.checkpoint.save import save
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 from tests.test_files_in import FACTORY, net
 from tests.test_files_out import run
@@ -265,15 +266,15 @@ def test_killed_at_20_random_moments_while_writing(folder, path):
 
 
 def _write_forever(gm: torch.nn.Module, path: str) -> None:
-    from aim_surgery.checkpoint import safetensors_out, torch_out
+    from aim_surgery.checkpoint.writing import safetensors_file, torch_file
 
-    plain = safetensors_out.bytes_of
+    plain = safetensors_file.bytes_of
 
     def slowly(*args):
         time.sleep(0.002)  # as a large file would take
         return plain(*args)
 
-    safetensors_out.bytes_of = torch_out.bytes_of = slowly
+    safetensors_file.bytes_of = torch_file.bytes_of = slowly
     while True:
         save(gm, path)
 

@@ -17,12 +17,12 @@ from torch import nn
 
 from aim_surgery.checkpoint.inspect import inspect
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.names import common_prefix, match_names
+from aim_surgery.checkpoint.models.skeleton import build_skeleton
 from aim_surgery.checkpoint.open import open_model
 from aim_surgery.checkpoint.operated import operate_checkpoint
-from aim_surgery.checkpoint.read import open_source, read_state_dict
-from aim_surgery.checkpoint.skeleton import build_skeleton
-from aim_surgery.checkpoint.source import Entry, item_bytes
+from aim_surgery.checkpoint.reading.kinds import open_source, read_state_dict
+from aim_surgery.checkpoint.reading.names import common_prefix, match_names
+from aim_surgery.checkpoint.reading.source import Entry, item_bytes
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 FACTORY = """

@@ -15,15 +15,15 @@ from typer.testing import CliRunner, Result
 
 import aim_surgery
 from aim_surgery import cli
-from aim_surgery.checkpoint import shards_out
 from aim_surgery.checkpoint.inspect import inspect
-from aim_surgery.checkpoint.known import models_that_fit
+from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.read import open_source, read_state_dict, tensors_of
-from aim_surgery.checkpoint.skeleton import build_skeleton
-from aim_surgery.checkpoint.source import Entry
-from aim_surgery.checkpoint.torch_file import entry_of
-from aim_surgery.checkpoint.write import load
+from aim_surgery.checkpoint.models.skeleton import build_skeleton
+from aim_surgery.checkpoint.reading.kinds import open_source, read_state_dict, tensors_of
+from aim_surgery.checkpoint.reading.known_models import models_that_fit
+from aim_surgery.checkpoint.reading.source import Entry
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.writing import shards
 from aim_surgery.errors import CheckpointError
 from tests.test_files_in import FACTORY, net, prefixed, save_distributed
 
@@ -95,8 +95,8 @@ def assert_same(found, expected) -> None:
 
 
 def test_shards_out(folder, monkeypatch):
-    monkeypatch.setattr(shards_out, "SHARD_BYTES", 2000)
-    monkeypatch.setattr(shards_out.write_shards, "__kwdefaults__", {"shard_bytes": 2000})
+    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
+    monkeypatch.setattr(shards.write_shards, "__kwdefaults__", {"shard_bytes": 2000})
     state = torch.load("net.pt")
     transformed("net.pt", "-o", "o.safetensors.index.json")
     first = sorted(Path().glob("o-*.safetensors"))

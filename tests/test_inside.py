@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, Plan, transform
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.cli import app
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.inside import AddMemory, JoinMemory, View

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from aim_surgery.checkpoint import models
-from aim_surgery.checkpoint.models import build, parse_model_args
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models import build, parse_model_args, spec
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.errors import AimSurgeryError, ModelSpecError
 
 NET = """
@@ -206,7 +205,7 @@ def test_what_a_module_lacks_is_not_taken_for_the_module(tmp_path, monkeypatch):
 
 def test_a_module_that_imports_torchvision_can_be_imported(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(models, "import_torchvision", lambda: asked.append("torchvision"))
+    monkeypatch.setattr(spec, "import_torchvision", lambda: asked.append("torchvision"))
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "aim_plain.py").write_text(NET)
     build("aim_plain:Net")

@@ -14,9 +14,9 @@ from torch import Tensor, nn, optim
 
 import aim_surgery
 from aim_surgery import AimConfig, CheckpointError, freeze_base, restore
-from aim_surgery.checkpoint.moments import memory_axis, narrow_entry, widen_entry
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.checkpoint.optimizer import carry_optimizer, carry_scheduler, restore_optimizer
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.optimizer.moments import memory_axis, narrow_entry, widen_entry
 from aim_surgery.surgery.modules import widened_reads
 
 TOLERANCE = 1e-12

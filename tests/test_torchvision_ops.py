@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.torchvision_ops import SCHEMAS, import_torchvision, nms
+from aim_surgery.checkpoint.models.torchvision_ops import SCHEMAS, import_torchvision, nms
 from aim_surgery.errors import ModelSpecError
 
 torchvision = import_torchvision()
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 MISSING = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
 CATCH = """
 import sys
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.errors import ModelSpecError
 try:
     import_torchvision()
@@ -79,7 +79,7 @@ def random_boxes(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def test_the_second_call_returns_the_same_module_and_declares_nothing():
-    from aim_surgery.checkpoint import torchvision_ops
+    from aim_surgery.checkpoint.models import torchvision_ops
 
     before = list(torchvision_ops._libraries)
     assert import_torchvision() is torchvision is sys.modules["torchvision"]
@@ -94,7 +94,7 @@ try:
     print("loads")
 except RuntimeError as err:
     print(err)
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 first = import_torchvision()
 import torchvision
 print(torchvision is first, torchvision.ops.nms is not None)
@@ -107,7 +107,7 @@ def test_a_torchvision_that_loads_is_left_alone(tmp_path):
     fake = fake_package(tmp_path, "")
     printed = in_fresh_process(
         "import torch\n"
-        "from aim_surgery.checkpoint.torchvision_ops import SCHEMAS, import_torchvision\n"
+        "from aim_surgery.checkpoint.models.torchvision_ops import SCHEMAS, import_torchvision\n"
         "print(import_torchvision().__file__)\n"
         "print([name for name in SCHEMAS if hasattr(torch.ops.torchvision, name)])",
         fake_torchvision=fake,

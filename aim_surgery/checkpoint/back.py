@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
-from aim_surgery.checkpoint.atomic import replacing
-from aim_surgery.checkpoint.exported_out import write_exported
-from aim_surgery.checkpoint.safetensors_out import write_safetensors
-from aim_surgery.checkpoint.torch_file import entry_of
-from aim_surgery.checkpoint.write import layout_of, load
+from aim_surgery.checkpoint.load import load
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.save import layout_of
+from aim_surgery.checkpoint.writing.atomic import replacing
+from aim_surgery.checkpoint.writing.exported_file import write_exported
+from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
 from aim_surgery.errors import CheckpointError
 from aim_surgery.lower import fold
 from aim_surgery.nn.aim_modules import plan_of

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from aim_surgery.checkpoint.known import models_that_fit
-from aim_surgery.checkpoint.names import common_prefix
-from aim_surgery.checkpoint.nesting import (
+from aim_surgery.checkpoint.reading.kinds import kind_of, open_source
+from aim_surgery.checkpoint.reading.known_models import models_that_fit
+from aim_surgery.checkpoint.reading.names import common_prefix
+from aim_surgery.checkpoint.reading.nesting import (
     dotted,
     find_all,
     is_optimizer_state,
@@ -25,14 +26,13 @@ from aim_surgery.checkpoint.nesting import (
     value_at,
     weights_in,
 )
-from aim_surgery.checkpoint.outline import (
+from aim_surgery.checkpoint.reading.outline import (
     Foreign,
     outline_of,
     outline_of_dcp,
     outline_of_exported,
 )
-from aim_surgery.checkpoint.read import kind_of, open_source
-from aim_surgery.checkpoint.source import FORMAT_KEY, MODEL_KEY, PLAN_KEY, Entry, listed
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, MODEL_KEY, PLAN_KEY, Entry, listed
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 _SHOWN = 6
@@ -327,7 +327,7 @@ def _bytes_on_disk(path: Path, entries: Mapping[str, Entry]) -> int:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     if path.name.endswith(".index.json"):
-        from aim_surgery.checkpoint.shards import read_index
+        from aim_surgery.checkpoint.reading.shards import read_index
 
         files = set(read_index(path)["weight_map"].values())
         return sum((path.parent / file).stat().st_size for file in files)
@@ -339,8 +339,8 @@ def _compared(found: Inspection, spec: str, model_args: Mapping[str, Any] | None
     from dataclasses import replace
 
     from aim_surgery.checkpoint.models import build
-    from aim_surgery.checkpoint.names import match_names
-    from aim_surgery.checkpoint.skeleton import build_skeleton
+    from aim_surgery.checkpoint.models.skeleton import build_skeleton
+    from aim_surgery.checkpoint.reading.names import match_names
 
     args = dict(model_args or {})
     try:

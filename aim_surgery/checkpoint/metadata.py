@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from aim_surgery._version import __version__
-from aim_surgery.checkpoint.source import (
+from aim_surgery.checkpoint.reading.source import (
     ALIASES_KEY,
     FORMAT_KEY,
     MODEL_KEY,

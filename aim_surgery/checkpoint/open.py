@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aim_surgery.checkpoint.operated import open_original
-from aim_surgery.checkpoint.read import not_operated, open_source
+from aim_surgery.checkpoint.reading.kinds import not_operated, open_source
 from aim_surgery.errors import CheckpointError, PlanError
 from aim_surgery.planning import Plan
 

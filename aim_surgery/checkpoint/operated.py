@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery.capture import Inputs
-from aim_surgery.checkpoint.loading import load_into, same_values
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.names import AVERAGING_COUNT, Names, is_averaged, match_names
-from aim_surgery.checkpoint.read import Weights, tensors_of
-from aim_surgery.checkpoint.skeleton import adopt_dtypes, build_skeleton
-from aim_surgery.checkpoint.source import Entry, Source
-from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.checkpoint.models.loading import load_into, same_values
+from aim_surgery.checkpoint.models.skeleton import adopt_dtypes, build_skeleton
+from aim_surgery.checkpoint.reading.kinds import Weights, tensors_of
+from aim_surgery.checkpoint.reading.names import AVERAGING_COUNT, Names, is_averaged, match_names
+from aim_surgery.checkpoint.reading.source import Entry, Source
+from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
 from aim_surgery.operation import Wanted, applied, planned

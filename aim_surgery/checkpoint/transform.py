@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aim_surgery.capture import Inputs
-from aim_surgery.checkpoint.atomic import check_target
-from aim_surgery.checkpoint.layout_out import CarryOptimizer
 from aim_surgery.checkpoint.operated import operate_checkpoint
 from aim_surgery.checkpoint.optimizer import carry_optimizer
-from aim_surgery.checkpoint.read import kind_of, not_operated, open_source
-from aim_surgery.checkpoint.safetensors_out import Progress
-from aim_surgery.checkpoint.shards import SUFFIX as INDEX_SUFFIX
-from aim_surgery.checkpoint.shards import read_index
-from aim_surgery.checkpoint.write import (
+from aim_surgery.checkpoint.reading.kinds import kind_of, not_operated, open_source
+from aim_surgery.checkpoint.reading.shards import SUFFIX as INDEX_SUFFIX
+from aim_surgery.checkpoint.reading.shards import read_index
+from aim_surgery.checkpoint.save import (
     TORCH_SUFFIXES,
     layout_of,
     refuse_unknown,
     write_operated,
 )
+from aim_surgery.checkpoint.writing.atomic import check_target
+from aim_surgery.checkpoint.writing.layout import CarryOptimizer
+from aim_surgery.checkpoint.writing.safetensors_file import Progress
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import CheckpointError
 from aim_surgery.operation import Wanted

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import aim_surgery
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from benchmarks.evidence.arms import DEFAULT
 from benchmarks.evidence.networks import Network
 

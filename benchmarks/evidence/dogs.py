@@ -136,7 +136,7 @@ class Photographs(Dataset):
     """
 
     def __init__(self, files: Files, size: int, *, augmented: bool) -> None:
-        from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+        from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 
         import_torchvision()
         from torchvision.transforms import v2

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 import aim_surgery
 from aim_surgery.capture import Inputs
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.errors import ModelSpecError
 from benchmarks.measure import SEED, require
 

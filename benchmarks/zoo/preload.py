@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import aim_surgery
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.errors import ModelSpecError
 
 torch.set_num_threads(1)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from aim_surgery.checkpoint.names import QUANTIZED, misfits
-from aim_surgery.checkpoint.read import Weights
-from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.checkpoint.reading.kinds import Weights
+from aim_surgery.checkpoint.reading.names import QUANTIZED, misfits
+from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.errors import CheckpointError
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from aim_surgery.checkpoint.moments import Shape, fits
+from aim_surgery.checkpoint.optimizer.moments import Shape, fits
 from aim_surgery.errors import CheckpointError
 
 Role = Hashable

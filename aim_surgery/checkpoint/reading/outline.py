@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from aim_surgery.checkpoint.source import Entry, damaged, unreadable
+from aim_surgery.checkpoint.reading.source import Entry, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
 _STORAGES = {

@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import nn
 
-from aim_surgery.checkpoint.torchvision_ops import import_torchvision
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.errors import ModelSpecError
 
 Factory = Callable[..., object]

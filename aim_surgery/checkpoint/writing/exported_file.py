@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs
-from aim_surgery.checkpoint.atomic import replacing
+from aim_surgery.checkpoint.writing.atomic import replacing
 from aim_surgery.errors import CheckpointError
 
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from aim_surgery.checkpoint.source import Entry
+from aim_surgery.checkpoint.reading.source import Entry
 
 TABLE = Path(__file__).with_name("known_models.json")
 _HEX = 12

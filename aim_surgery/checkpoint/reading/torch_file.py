@@ -18,9 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_surgery.checkpoint.nesting import Where, is_state_dict, is_tensor, value_at, weights_in
-from aim_surgery.checkpoint.source import FORMAT_KEY, REMEDY, Entry, Source
-from aim_surgery.checkpoint.zip_check import check_zip
+from aim_surgery.checkpoint.reading.nesting import (
+    Where,
+    is_state_dict,
+    is_tensor,
+    value_at,
+    weights_in,
+)
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, REMEDY, Entry, Source
+from aim_surgery.checkpoint.reading.zip_check import check_zip
 from aim_surgery.errors import CheckpointError
 
 _TRUST = "if you trust the file, read it with --trust"

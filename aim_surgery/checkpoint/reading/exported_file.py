@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.source import Source, damaged
-from aim_surgery.checkpoint.torch_file import entry_of, refusal
-from aim_surgery.checkpoint.zip_check import check_zip, record_names
+from aim_surgery.checkpoint.reading.source import Source, damaged
+from aim_surgery.checkpoint.reading.torch_file import entry_of, refusal
+from aim_surgery.checkpoint.reading.zip_check import check_zip, record_names
 from aim_surgery.errors import CheckpointError
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"

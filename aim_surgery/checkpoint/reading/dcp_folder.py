@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.nesting import value_at, weights_in
-from aim_surgery.checkpoint.source import Entry, Source, damaged, unreadable
-from aim_surgery.checkpoint.zip_check import check_archive
+from aim_surgery.checkpoint.reading.nesting import value_at, weights_in
+from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.reading.zip_check import check_archive
 from aim_surgery.errors import CheckpointError
 
 METADATA = ".metadata"

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from aim_surgery.checkpoint.atomic import folder_beside, replacing
-from aim_surgery.checkpoint.safetensors_out import Progress, write_safetensors
-from aim_surgery.checkpoint.shards import SUFFIX, read_index
-from aim_surgery.checkpoint.source import FORMAT_KEY, Entry
+from aim_surgery.checkpoint.reading.shards import SUFFIX, read_index
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry
+from aim_surgery.checkpoint.writing.atomic import folder_beside, replacing
+from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safetensors
 from aim_surgery.errors import CheckpointError
 
 SHARD_BYTES = 2_000_000_000

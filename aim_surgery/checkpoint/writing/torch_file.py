@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.atomic import replacing
-from aim_surgery.checkpoint.safetensors_out import Progress, bytes_of
-from aim_surgery.checkpoint.torch_file import entry_of
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.writing.atomic import replacing
+from aim_surgery.checkpoint.writing.safetensors_file import Progress, bytes_of
 
 _ALIGNMENT = 64
 _LOCAL_HEADER, _ZIP64_EXTRA, _PADDING_HEADER = 30, 20, 4  # bytes

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aim_surgery.checkpoint.source import REMEDY, listed
+from aim_surgery.checkpoint.reading.source import REMEDY, listed
 from aim_surgery.errors import CheckpointError
 
 Where = tuple[str, ...]

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aim_surgery.checkpoint.moments import (
+from aim_surgery.checkpoint.optimizer.moments import (
     Entry,
     Shape,
     UnknownState,
@@ -48,7 +48,7 @@ from aim_surgery.checkpoint.moments import (
     why_unknown,
     widen_entry,
 )
-from aim_surgery.checkpoint.parameter_order import Found, Parameters, Role, find_roles
+from aim_surgery.checkpoint.optimizer.parameter_order import Found, Parameters, Role, find_roles
 from aim_surgery.errors import CheckpointError
 from aim_surgery.nn.aim_modules import operated_in, plan_of
 from aim_surgery.planning import Plan, Read

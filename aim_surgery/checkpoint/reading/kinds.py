@@ -12,11 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aim_surgery.checkpoint.safetensors_file import SafetensorsFile
-from aim_surgery.checkpoint.shards import SUFFIX as INDEX_SUFFIX
-from aim_surgery.checkpoint.shards import Shards
-from aim_surgery.checkpoint.source import Source, unreadable
-from aim_surgery.checkpoint.zip_check import is_exported
+from aim_surgery.checkpoint.reading.safetensors_file import SafetensorsFile
+from aim_surgery.checkpoint.reading.shards import SUFFIX as INDEX_SUFFIX
+from aim_surgery.checkpoint.reading.shards import Shards
+from aim_surgery.checkpoint.reading.source import Source, unreadable
+from aim_surgery.checkpoint.reading.zip_check import is_exported
 from aim_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ def open_source(
         case "index":
             return Shards(path, open_source)
         case "dcp":
-            from aim_surgery.checkpoint.dcp_folder import DcpFolder
+            from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 
             return DcpFolder(path, key=key, ema=ema)
         case "exported":
-            from aim_surgery.checkpoint.exported_file import ExportedFile
+            from aim_surgery.checkpoint.reading.exported_file import ExportedFile
 
             return ExportedFile(path, trust=trust)
-    from aim_surgery.checkpoint.torch_file import TorchFile
+    from aim_surgery.checkpoint.reading.torch_file import TorchFile
 
     return TorchFile(path, kind, key=key, ema=ema, trust=trust)
 

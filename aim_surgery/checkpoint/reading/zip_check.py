@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 from typing import IO
 
-from aim_surgery.checkpoint.source import REMEDY, damaged, unreadable
+from aim_surgery.checkpoint.reading.source import REMEDY, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
 _CHUNK = 1 << 22

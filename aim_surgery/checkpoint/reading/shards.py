@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from aim_surgery.checkpoint.source import Source, damaged, listed, unreadable
+from aim_surgery.checkpoint.reading.source import Source, damaged, listed, unreadable
 from aim_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:

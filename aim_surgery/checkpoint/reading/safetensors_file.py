@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import safe_open
 
-from aim_surgery.checkpoint.source import Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.atomic import replacing
-from aim_surgery.checkpoint.safetensors_file import CRC_DIGITS, CRC_KEY, DTYPES
-from aim_surgery.checkpoint.source import Entry, item_bytes
+from aim_surgery.checkpoint.reading.safetensors_file import CRC_DIGITS, CRC_KEY, DTYPES
+from aim_surgery.checkpoint.reading.source import Entry, item_bytes
+from aim_surgery.checkpoint.writing.atomic import replacing
 from aim_surgery.errors import CheckpointError
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -1,7 +1,5 @@
 """Operated models in files: the weights, and the plan that rebuilds the model around them.
 
-    load(save(gm), model) = apply(model, plan) with the weights of gm
-
 The name of a file tells its layout:
 
     *.safetensors, or no suffix    safetensors
@@ -19,31 +17,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 
-from aim_surgery.checkpoint.exported_out import write_exported
-from aim_surgery.checkpoint.layout_out import CarryOptimizer, left_behind, same_layout
-from aim_surgery.checkpoint.loading import load_into
-from aim_surgery.checkpoint.metadata import aliases_in, json_in, metadata_of, plan_in
-from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.names import Names, match_names, misfits
-from aim_surgery.checkpoint.operated import Operated, Original, renamed
-from aim_surgery.checkpoint.read import kind_of, open_source, tensors_of
-from aim_surgery.checkpoint.safetensors_out import Progress, write_safetensors
-from aim_surgery.checkpoint.shards_out import write_shards
-from aim_surgery.checkpoint.skeleton import adopt_dtypes
-from aim_surgery.checkpoint.source import MODEL_KEY, Entry, Source
-from aim_surgery.checkpoint.torch_file import entry_of
-from aim_surgery.checkpoint.torch_out import Placeholders, write_torch
+from aim_surgery.checkpoint.metadata import metadata_of
+from aim_surgery.checkpoint.operated import Operated, Original
+from aim_surgery.checkpoint.reading.names import Names
+from aim_surgery.checkpoint.reading.source import Source
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.writing.exported_file import write_exported
+from aim_surgery.checkpoint.writing.layout import CarryOptimizer, left_behind, same_layout
+from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safetensors
+from aim_surgery.checkpoint.writing.shards import write_shards
+from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
-from aim_surgery.operation import apply
-from aim_surgery.planning import Plan, inputs_of_plan
-from aim_surgery.surgery.modules import AIM, widened_reads
-from aim_surgery.surgery.widen import input_size
+from aim_surgery.planning import inputs_of_plan
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_LIBRARIES = ("torchvision", "timm")
 
 
 def layout_of(path: Path) -> str:
@@ -182,87 +171,6 @@ def _with_values(operated: Operated) -> nn.Module:
     return gm
 
 
-def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = None) -> Any:
-    """Read an operated model.
-
-    Args:
-        path: A file that `save` or the command line wrote; in a training checkpoint, the weights
-            under their usual key.
-        model: The original model or exported program (left unchanged; its weights don't matter),
-            or a model spec. Without it, the spec in the file is used if it names a torchvision or
-            timm model; a factory in a module or file is code, which runs only where the caller
-            names it.
-
-    Returns:
-        The operated model in concat form (see `lower`), in the mode of the original and on its
-        device. Built from a spec, it has the dtypes of the file; otherwise values are cast to the
-        dtypes of `model`.
-
-    Raises:
-        CheckpointError: The file is not one that `save` wrote, the model is not what it was, or the
-            weights don't fit.
-        ModelSpecError: The spec can't be built.
-        PlanError: The plan in the file was made for another model.
-    """
-    path = Path(path)
-    if kind_of(path) == "exported":
-        raise CheckpointError(
-            f"{path}: is an exported program, which torch.export.load reads by itself"
-        )
-    source = open_source(path)
-    plan = plan_in(source)
-    prefix = _prefix(source, plan)
-    entries = {
-        name.removeprefix(prefix): entry
-        for name, entry in source.entries.items()
-        if name.startswith(prefix)
-    }
-    aliases = aliases_in(source)
-    if not all(name in entries for name in aliases.values()):
-        raise CheckpointError(f"{path}: its list of tied tensors is damaged; save it again")
-    entries.update({alias: entries[name] for alias, name in aliases.items()})
-    if isinstance(model, nn.Module | ExportedProgram):
-        base, copy, what = model, True, type(model).__name__
-    else:
-        base, what = _build(source, model)
-        copy = False
-        adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
-    _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
-    gm = apply(base, plan, copy=copy)
-    tensors = renamed(tensors_of(source), Names({}, prefix))
-    tensors.update({alias: tensors[name] for alias, name in aliases.items()})
-    names = match_names(gm.state_dict(keep_vars=True), entries)
-    load_into(gm, tensors if names.problems else renamed(tensors, names), path)
-    return gm
-
-
-def _prefix(source: Source, plan: Plan) -> str:
-    """What stands before every name in a file: before that of the memory."""
-    own = f"{AIM}.{plan.memory.name}."
-    return next((n[: n.index(own)] for n in source.entries if own in n), "")
-
-
-def _refuse_other(base: Any, plan: Plan, entries: Mapping[str, Entry], what: str) -> None:
-    """Refuse a model that is not the one that was operated on, and tell the difference."""
-    if not isinstance(base, nn.Module):
-        return  # an exported program is what it was
-    narrow = {name: e for name, e in entries.items() if not name.startswith(f"{AIM}.")}
-    for name, read in widened_reads(plan).items():
-        if name not in narrow:
-            continue
-        (axis, wide), (_, own) = (input_size(read, operated=when) for when in (True, False))
-        sizes = list(narrow[name].shape)
-        if axis < len(sizes):
-            sizes[axis] -= wide - own
-        narrow[name] = Entry(tuple(sizes), narrow[name].dtype)
-    problems = misfits(base.state_dict(keep_vars=True), narrow)
-    if any("unexpected" not in problem for problem in problems):
-        raise CheckpointError(
-            f"{what} is not the one that was operated on: {'; '.join(problems)}. Check the "
-            f"factory, its arguments and the versions of its library"
-        )
-
-
 def _stored_once(
     state_dict: Mapping[str, Any], path: Path
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -291,17 +199,3 @@ def _stored_once(
         first[view] = name
         tensors[name] = tensor
     return tensors, aliases
-
-
-def _build(source: Source, spec: str | None) -> tuple[nn.Module, str]:
-    stored = json_in(source, MODEL_KEY)
-    wanted, args = spec or stored.get("spec"), stored.get("args", {})
-    path = source.path
-    if not isinstance(wanted, str) or not isinstance(args, dict):
-        raise CheckpointError(f"{path}: holds no model spec; pass the original model or its spec")
-    if spec is None and wanted.partition(":")[0] not in _LIBRARIES:
-        raise CheckpointError(
-            f"{path}: its model is built by {wanted}, code that the file only names; if you trust "
-            f"it, pass model={wanted!r}"
-        )
-    return build(wanted, **(args if wanted == stored.get("spec") else {})), wanted

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aim_surgery.checkpoint.source import Entry, listed
+from aim_surgery.checkpoint.reading.source import Entry, listed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from aim_surgery.checkpoint.names import Names, match_names
-from aim_surgery.checkpoint.nesting import (
+from aim_surgery.checkpoint.operated import Operated
+from aim_surgery.checkpoint.reading.names import Names, match_names
+from aim_surgery.checkpoint.reading.nesting import (
     Where,
     dotted,
     find_all,
@@ -27,10 +28,9 @@ from aim_surgery.checkpoint.nesting import (
     is_tensor,
     value_at,
 )
-from aim_surgery.checkpoint.operated import Operated
-from aim_surgery.checkpoint.source import FORMAT_KEY, Source
-from aim_surgery.checkpoint.torch_file import TorchFile, entry_of
-from aim_surgery.checkpoint.torch_out import Placeholders
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Source
+from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
+from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
 
 # From the state of an optimizer, the original model and the operated one to the state that goes on.

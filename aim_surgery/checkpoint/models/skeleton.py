@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from aim_surgery.checkpoint.models import build
-from aim_surgery.checkpoint.names import Names
-from aim_surgery.checkpoint.source import Entry
+from aim_surgery.checkpoint.reading.names import Names
+from aim_surgery.checkpoint.reading.source import Entry
 
 # In which a model computes; others (float8) only store.
 COMPUTED = {"float16", "bfloat16", "float32", "float64"}
