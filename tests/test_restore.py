@@ -256,6 +256,13 @@ def test_state_dicts_go_there_and_back_without_a_model(case: Case) -> None:
     case.model().load_state_dict(restored, strict=True)
 
 
+def test_a_restored_state_dict_is_stored_as_pytorchs_own(tmp_path: Path) -> None:
+    _, gm = small()
+    torch.save(restore_state_dict(gm.state_dict(), gm.plan), tmp_path / "w.pt")
+    base: Any = torch.load(tmp_path / "w.pt", weights_only=True)  # no class of ours in it
+    assert base._metadata.keys() == {p for p in gm.state_dict()._metadata if p[:3] != "aim"}
+
+
 def test_a_state_dict_of_another_shape_is_refused() -> None:
     model, gm = small()
     with pytest.raises(CheckpointError, match=r"stem.weight.*with 4 entries along axis 1.*12, 3"):

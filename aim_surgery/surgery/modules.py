@@ -24,7 +24,7 @@ from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan, Read, Write
 from aim_surgery.sites import Call
 from aim_surgery.surgery.tree import build_tree
-from aim_surgery.surgery.widen import beside_weight, widen_layer, widen_weight
+from aim_surgery.surgery.widen import beside_weight, widen_for, widen_layer
 
 AIM = "aim"
 READS = f"{AIM}.reads"
@@ -69,8 +69,8 @@ def widened_weights(model: nn.Module, plan: Plan) -> dict[int, torch.Tensor]:
     """
     replaced: dict[int, torch.Tensor] = {}
     for name, read in widened_reads(plan).items():
-        weight, site = model.get_parameter(name), read.site
-        wide = widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
+        weight = model.get_parameter(name)
+        wide = widen_for(weight, read, plan.init)
         replaced[id(weight)] = nn.Parameter(wide, requires_grad=weight.requires_grad)
     return replaced
 

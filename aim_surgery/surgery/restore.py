@@ -34,7 +34,7 @@ from aim_surgery.surgery.pieces import Pieces, pieces_of
 from aim_surgery.surgery.separate import check_weight
 from aim_surgery.surgery.state_dict import memory_in_use
 from aim_surgery.surgery.tidy import erase_unused
-from aim_surgery.surgery.widen import split_weight, widen_layer
+from aim_surgery.surgery.widen import split_for, widen_layer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -128,8 +128,8 @@ def _narrow_weights(gm: nn.Module, plan: Plan) -> dict[int, Any]:
     """The memo of a deep copy in which W_x stands where [W_x ; W_m] stood."""
     memo: dict[int, Any] = derived_tensors(gm)
     for name, read in widened_reads(plan).items():
-        wide, site = gm.get_parameter(name), read.site
-        own, _ = split_weight(wide, read.planes, kind=site.kind, groups=site.groups)
+        wide = gm.get_parameter(name)
+        own, _ = split_for(wide, read)
         memo[id(wide)] = nn.Parameter(own, requires_grad=wide.requires_grad)
     return memo
 

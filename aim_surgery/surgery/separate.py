@@ -26,7 +26,7 @@ from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_
 from aim_surgery.surgery.notes import note_site
 from aim_surgery.surgery.pieces import Pieces, pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
-from aim_surgery.surgery.widen import input_size, split_weight, widen_layer
+from aim_surgery.surgery.widen import input_size, split_for, widen_layer
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 
@@ -38,7 +38,7 @@ def separate(gm: nn.Module, why: str) -> None:
     Sites that are separate already stay as they are.
 
     Shapes:
-        See `split_weight`.
+        See `split_for`.
 
     Args:
         gm: An operated model; changed in place, graphs, modules and plan.
@@ -148,7 +148,7 @@ def _split_layer(gm: nn.Module, read: Read, *, called: bool) -> nn.Module:
     layer = gm.get_submodule(path)
     wide = layer._parameters[name]
     assert wide is not None
-    own, beside = split_weight(wide, read.planes, kind=site.kind, groups=site.groups)
+    own, beside = split_for(wide, read)
     layer._parameters[name] = nn.Parameter(own, requires_grad=wide.requires_grad)
     if not site.inside:
         widen_layer(layer, -read.planes)

@@ -5,7 +5,7 @@
 
     restore_state_dict(widen_state_dict(state)) = state
 
-Both are `widen_weight` and `split_weight` by name. A part of a state dict (one shard) will do.
+Both are `widen_for` and `split_for` by name. A part of a state dict (one shard) will do.
 `memory_in_use` tells what is lost on the way back.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from aim_surgery.errors import CheckpointError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import AIM, beside_path, memory_path, widened_reads
-from aim_surgery.surgery.widen import input_size, split_weight, widen_weight
+from aim_surgery.surgery.widen import input_size, split_for, widen_for
 
 
 def widen_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str, Tensor]:
@@ -51,14 +51,9 @@ def widen_state_dict(state_dict: Mapping[str, Tensor], plan: Plan) -> dict[str, 
         >>> wide["2.weight"].shape == (10, 64 + plan.reads[1].planes)
         True
     """
-
-    def widen(weight: Tensor, read: Read) -> Tensor:
-        site = read.site
-        return widen_weight(
-            weight, read.planes, kind=site.kind, groups=site.groups, init="preserve"
-        )
-
-    return _changed(state_dict, plan, widen, operated=False)
+    return _changed(
+        state_dict, plan, lambda w, read: widen_for(w, read, "preserve"), operated=False
+    )
 
 
 def restore_state_dict(state_dict: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
@@ -86,19 +81,12 @@ def restore_state_dict(state_dict: Mapping[str, Any], plan: Plan) -> dict[str, A
         >>> {name: tuple(tensor.shape) for name, tensor in base.items()}
         {'0.weight': (64, 64), '0.bias': (64,), '1.weight': (10, 64), '1.bias': (10,)}
     """
-
-    def narrow(weight: Tensor, read: Read) -> Tensor:
-        site = read.site
-        return split_weight(weight, read.planes, kind=site.kind, groups=site.groups)[0]
-
     base = {name: value for name, value in state_dict.items() if not is_new(name)}
-    restored = _changed(base, plan, narrow, operated=True)
+    restored = _changed(base, plan, lambda w, read: split_for(w, read)[0], operated=True)
     versions = getattr(state_dict, "_metadata", None)
     if isinstance(versions, Mapping):
-        restored._metadata = OrderedDict(
-            (path, version) for path, version in versions.items() if not is_new(path)
-        )
-    return restored
+        versions = OrderedDict((path, told) for path, told in versions.items() if not is_new(path))
+    return versioned(restored, versions)
 
 
 def memory_in_use(state_dict: Mapping[str, Tensor], plan: Plan) -> tuple[str, ...]:
@@ -129,7 +117,7 @@ def memory_in_use(state_dict: Mapping[str, Tensor], plan: Plan) -> tuple[str, ..
             _check(name, weight, read, operated=True)
         assert weight is not None
         if site.widens:
-            _, weight = split_weight(weight, read.planes, kind=site.kind, groups=site.groups)
+            _, weight = split_for(weight, read)
         if weight.is_meta or bool(weight.any()):  # NaN counts
             found[site.layer] = None
     return tuple(found)
@@ -150,10 +138,15 @@ def is_new(name: str) -> bool:
     return name.split(".", 1)[0] == AIM
 
 
-class _Versioned(OrderedDict[str, Any]):
-    """A state dict with the versions of the modules that wrote it, where PyTorch looks for them."""
+def versioned(tensors: Mapping[str, Any], versions: Any) -> OrderedDict[str, Any]:
+    """A state dict as PyTorch makes it: with the versions of its modules, where they are known.
 
-    _metadata: Any
+    A class of our own would stand in every file that `torch.save` makes of it.
+    """
+    found: Any = OrderedDict(tensors)
+    if versions is not None:
+        found._metadata = versions
+    return found
 
 
 def _changed(
@@ -162,8 +155,8 @@ def _changed(
     change: Callable[[Tensor, Read], Tensor],
     *,
     operated: bool,
-) -> _Versioned:
-    reads, changed = widened_reads(plan), _Versioned()
+) -> dict[str, Any]:
+    reads, changed = widened_reads(plan), {}
     for name, value in state_dict.items():
         read = reads.get(name)
         if read is not None:

@@ -99,6 +99,18 @@ def split_weight(
         return own, new.clone(memory_format=torch.contiguous_format)
 
 
+def widen_for(weight: torch.Tensor, read: Read, init: Init) -> torch.Tensor:
+    """Widen a weight for a read of its layer: see `widen_weight`."""
+    site = read.site
+    return widen_weight(weight, read.planes, kind=site.kind, groups=site.groups, init=init)
+
+
+def split_for(weight: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take a weight apart that was widened for a read: see `split_weight`."""
+    site = read.site
+    return split_weight(weight, read.planes, kind=site.kind, groups=site.groups)
+
+
 def input_size(read: Read, *, operated: bool) -> tuple[int, int]:
     """Where the memory comes into a widened weight, and how wide that axis is.
 

@@ -25,14 +25,14 @@ momenta, which is right only as long as new weights start at zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aim_surgery.planning import Read
-from aim_surgery.surgery.widen import split_weight, widen_weight
+from aim_surgery.surgery.widen import split_for, widen_for
 
 Shape = tuple[int, ...]
 Entry = Mapping[str, Any]
@@ -128,22 +128,21 @@ def widen_entry(
             f"{min(copies)} is a copy of the parameter, whose new entries don't start at zero"
         )
     axis, groups = memory_axis(read)
-    wide_size = shape[axis] + groups * read.planes
-    wide: dict[str, Any] = {}
-    for name, value in entry.items():
-        pair = _pair_of(name, pairs)
-        if _counts(value, shape):
-            wide[name] = value
-        elif pair is None:
-            wide[name] = _padded(value, read, _start_of(name, entry, options))
-        elif pair.over(name) == axis:
-            wide[name] = value * (shape[axis] / wide_size)
-        else:
-            each = pair.lifted(name, entry).unflatten(axis, (groups, -1))
-            size = (*each.shape[: axis + 1], read.planes, *each.shape[axis + 2 :])
-            padded = torch.cat([each, each.new_zeros(size)], axis + 1).flatten(axis, axis + 1)
-            wide[name] = pair.lowered(name, padded)
-    return _rearranged(wide, pairs, (*shape[:axis], wide_size, *shape[axis + 1 :]), options)
+    size = shape[axis] + groups * read.planes
+
+    def along(pair: Means, name: str) -> Tensor:
+        return entry[name] * (shape[axis] / size)
+
+    def across(mean: Tensor) -> Tensor:
+        each = mean.unflatten(axis, (groups, -1))
+        new = each.new_zeros((*each.shape[: axis + 1], read.planes, *each.shape[axis + 2 :]))
+        return torch.cat([each, new], axis + 1).flatten(axis, axis + 1)
+
+    def whole(name: str) -> Tensor:
+        return _padded(entry[name], read, _start_of(name, entry, options))
+
+    wide = _each(entry, pairs, shape, axis, whole, along, across)
+    return _rearranged(wide, pairs, (*shape[:axis], size, *shape[axis + 1 :]), options)
 
 
 def narrow_entry(entry: Entry, shape: Shape, read: Read, options: Options) -> dict[str, Any]:
@@ -163,28 +162,57 @@ def narrow_entry(entry: Entry, shape: Shape, read: Read, options: Options) -> di
     """
     pairs = _kinds(entry, shape, options)
     axis, groups = memory_axis(read)
-    own_size = shape[axis] - groups * read.planes
+    size = shape[axis] - groups * read.planes
 
-    def own_part(mean: Tensor) -> Tensor:
+    def along(pair: Means, name: str) -> Tensor:
+        """The share of the old entries, as the other mean tells it."""
+        other = pair.lifted(pair.col if name == pair.row else pair.row, entry)
+        share = across(other).mean(axis, keepdim=True) / other.mean(axis, keepdim=True)
+        share = torch.where(share.isfinite(), share, torch.ones_like(share))
+        return pair.lowered(name, pair.lifted(name, entry) * share)
+
+    def across(mean: Tensor) -> Tensor:
         each = mean.unflatten(axis, (groups, -1))
-        return each.narrow(axis + 1, 0, own_size // groups).flatten(axis, axis + 1)
+        return each.narrow(axis + 1, 0, size // groups).flatten(axis, axis + 1)
 
-    own: dict[str, Any] = {}
+    own = _each(
+        entry, pairs, shape, axis, lambda name: split_for(entry[name], read)[0], along, across
+    )
+    return _rearranged(own, pairs, (*shape[:axis], size, *shape[axis + 1 :]), options)
+
+
+def _each(
+    entry: Entry,
+    pairs: list[Means],
+    shape: Shape,
+    axis: int,
+    whole: Callable[[str], Tensor],
+    along: Callable[[Means, str], Tensor],
+    across: Callable[[Tensor], Tensor],
+) -> dict[str, Any]:
+    """What becomes of each of an entry's values.
+
+    Args:
+        entry: The entry.
+        pairs: Its means.
+        shape: The parameter's, before.
+        axis: The axis that changes its size.
+        whole: Changes what is as the parameter.
+        along: Changes a mean over that axis.
+        across: Changes a mean over another, lifted to all axes.
+    """
+    changed: dict[str, Any] = {}
     for name, value in entry.items():
         pair = _pair_of(name, pairs)
         if _counts(value, shape):
-            own[name] = value
+            changed[name] = value
         elif pair is None:
-            kind = read.site.kind
-            own[name] = split_weight(value, read.planes, kind=kind, groups=groups)[0]
-        elif pair.over(name) == axis:  # the share of the old entries, as the other mean tells it
-            other = pair.lifted(pair.col if name == pair.row else pair.row, entry)
-            share = own_part(other).mean(axis, keepdim=True) / other.mean(axis, keepdim=True)
-            share = torch.where(share.isfinite(), share, torch.ones_like(share))
-            own[name] = pair.lowered(name, pair.lifted(name, entry) * share)
+            changed[name] = whole(name)
+        elif pair.over(name) == axis:
+            changed[name] = along(pair, name)
         else:
-            own[name] = pair.lowered(name, own_part(pair.lifted(name, entry)))
-    return _rearranged(own, pairs, (*shape[:axis], own_size, *shape[axis + 1 :]), options)
+            changed[name] = pair.lowered(name, across(pair.lifted(name, entry)))
+    return changed
 
 
 def memory_axis(read: Read) -> tuple[int, int]:
@@ -291,10 +319,9 @@ def _start_of(name: str, entry: Entry, options: Options) -> float:
 
 
 def _padded(value: Tensor, read: Read, start: float) -> Tensor:
-    how: Any = {"kind": read.site.kind, "groups": read.site.groups, "init": "preserve"}
-    wide = widen_weight(value, read.planes, **how)
+    wide = widen_for(value, read, "preserve")
     if start:
-        old = widen_weight(torch.ones_like(value), read.planes, **how)
+        old = widen_for(torch.ones_like(value), read, "preserve")
         wide.masked_fill_(old == 0, start)
     return wide
 
