@@ -2,7 +2,7 @@
 
     name of the operated model     its value
     aim.memory.weight, ...         made on the way: all that is new
-    conv.weight, widened           widen_weight(W_x of the file)
+    conv.weight, widened           widen_for(W_x of the file)
     everything else                as it is in the file
 
 The plan is made, and the surgery done, on a model without weights (`skeleton`); its state dict says
@@ -24,16 +24,17 @@ from aim_surgery.capture import Inputs
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.loading import load_into, same_values
 from aim_surgery.checkpoint.models.skeleton import adopt_dtypes, build_skeleton
-from aim_surgery.checkpoint.reading.kinds import Weights, tensors_of
+from aim_surgery.checkpoint.reading.kinds import tensors_of
 from aim_surgery.checkpoint.reading.names import AVERAGING_COUNT, Names, is_averaged, match_names
 from aim_surgery.checkpoint.reading.source import Entry, Source
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
 from aim_surgery.operation import Wanted, applied, planned
-from aim_surgery.planning import Plan, Read
+from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import widened_reads
-from aim_surgery.surgery.widen import widen_weight
+from aim_surgery.surgery.state_dict import versioned
+from aim_surgery.surgery.widen import widen_for
 
 Maker = Callable[[str, Callable[[str], Tensor] | None], Tensor]
 
@@ -69,7 +70,8 @@ class Operated:
         entries: The tensors of the operated model, in the order of its state dict.
         aliases: Further names of some of them.
         model: The operated model; without weights where they stay in the file.
-        original: What it was made of.
+        make: What `tensor` asks.
+        original: What it was made of, where that is known.
         odd: Tensors that hold NaN or infinities, of those made so far.
     """
 
@@ -77,9 +79,9 @@ class Operated:
     entries: Mapping[str, Entry]
     aliases: Mapping[str, str]
     model: nn.Module
-    original: Original
+    make: Maker = field(repr=False)
+    original: Original | None = None
     odd: list[str] = field(default_factory=list)
-    _make: Maker = field(repr=False, default=lambda name, read: torch.empty(0))
 
     def tensor(self, name: str, read: Callable[[str], Tensor] | None = None) -> Tensor:
         """Make a tensor, on the CPU.
@@ -89,7 +91,7 @@ class Operated:
             read: Gives the original's tensors by the model's names, if not from the file's weights:
                 further weights of the same model (averaged ones).
         """
-        value = self._make(name, read)
+        value = self.make(name, read)
         if _is_odd(value):
             self.odd.append(name)
         return value
@@ -165,23 +167,21 @@ def _refuse_two_values(source: Source, own: Mapping[str, Any], names: Names) -> 
             )
 
 
-def renamed(weights: Weights | dict[str, Tensor], names: Names) -> Weights:
+def renamed(weights: Mapping[str, Tensor], names: Names) -> dict[str, Tensor]:
     """A state dict by the model's names; what has no name there keeps its own, less the prefix."""
     of = {key: name for name, key in reversed([*names.keys.items()])}
-    if is_averaged(names.prefix) and AVERAGING_COUNT in weights:
-        kept = Weights({key: v for key, v in weights.items() if key != AVERAGING_COUNT})
-        kept._metadata = getattr(weights, "_metadata", None)
-        weights = kept
-    strip = names.prefix if all(key.startswith(names.prefix) for key in weights) else ""
-    found = Weights({of.get(key, key[len(strip) :]): value for key, value in weights.items()})
+    counted = is_averaged(names.prefix)
+    kept = {k: v for k, v in weights.items() if not (counted and k == AVERAGING_COUNT)}
+    strip = len(names.prefix) if all(key.startswith(names.prefix) for key in kept) else 0
+    found = {of.get(key, key[strip:]): value for key, value in kept.items()}
     for name, key in names.keys.items():  # a tied name without a key of its own
-        if key in weights:
-            found.setdefault(name, weights[key])
+        if key in kept:
+            found.setdefault(name, kept[key])
     versions = getattr(weights, "_metadata", None)
     if versions is not None:
         bare = names.prefix.removesuffix(".")
-        found._metadata = {_module_name(name, bare): told for name, told in versions.items()}
-    return found
+        versions = {_module_name(name, bare): told for name, told in versions.items()}
+    return versioned(found, versions)
 
 
 def _module_name(name: str, prefix: str) -> str:
@@ -260,87 +260,82 @@ def _operated(
         gm = applied(capture, plan, copy=False, device=device)
     else:
         gm = applied(model, plan, example, copy=False, device=device)
-    state = gm.state_dict(keep_vars=True)
-    entries, aliases = _stored_once(state, original.source.path)
-    operated = Operated(plan, entries, aliases, gm, original)
-    if original.streamed:
-        keys = original.names.keys
-        dtypes = {name: original.source.entries[key].dtype for name, key in keys.items()}
-        operated.entries = {
-            name: Entry(entry.shape, dtypes.get(name, entry.dtype))
-            for name, entry in entries.items()
-        }
-        operated._make = _Maker(original, plan, state).make
-    else:
-        operated._make = _RealMaker(original, plan, state).make
-    return operated
+    stored, aliases = stored_once(gm.state_dict(keep_vars=True), original.source.path)
+    maker = _Maker(original, plan, stored)
+    return Operated(plan, maker.entries, aliases, gm, maker.make, original)
 
 
 class _Maker:
-    """Makes the tensors of an operated state dict from those of a file."""
+    """Makes the tensors of an operated state dict: from the model, or from those of the file.
 
-    def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
-        self._source, self._keys, self._plan = original.source, original.names.keys, plan
-        self._reads = widened_reads(plan)
-        self._new = {name: value for name, value in state.items() if not value.is_meta}
-        for name, value in state.items():
-            if name in self._new or name in self._reads:
-                continue
-            key = self._keys.get(name)
-            if key is None or original.source.entries[key].shape != tuple(value.shape):
+    Attributes:
+        entries: What it makes.
+    """
+
+    def __init__(self, original: Original, plan: Plan, stored: Mapping[str, Tensor]) -> None:
+        self._source, self._keys = original.source, original.names.keys
+        self._reads, self._init = widened_reads(plan), plan.init
+        self._here = {name: value for name, value in stored.items() if not value.is_meta}
+        self.entries = {name: entry_of(value) for name, value in stored.items()}
+        for name in [name for name in stored if name not in self._here]:
+            key, entry = self._keys.get(name), self.entries[name]
+            told = None if key is None else self._source.entries[key]
+            if told is None or (name not in self._reads and told.shape != entry.shape):
                 raise CheckpointError(
-                    f"{original.source.path}: the operated model's {name} does not come from "
-                    f"this file tensor by tensor"
+                    f"{self._source.path}: the operated model's {name} does not come from this "
+                    f"file tensor by tensor"
                 )
+            self.entries[name] = Entry(entry.shape, told.dtype)
 
     def make(self, name: str, read: Callable[[str], Tensor] | None) -> Tensor:
-        if name in self._new:
-            return self._new[name].detach()
+        """Make one."""
+        if name in self._here and (read is None or name not in self._keys):
+            return self._here[name].detach().cpu()
         value = self._source.tensor(self._keys[name]) if read is None else read(name)
-        wider = self._reads.get(name)
-        return value if wider is None else _widened(value, wider, self._plan)
+        reading = self._reads.get(name)
+        if reading is None:
+            return value
+        # float8: nothing computes in it, and every value is one of float32's
+        computed = value.float() if value.itemsize == 1 else value
+        return widen_for(computed, reading, self._init).to(value.dtype)
 
 
-class _RealMaker:
-    """Gives the tensors of an operated model that has its weights."""
+def stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a state dict that are to be stored, and the names that stand for stored ones.
 
-    def __init__(self, original: Original, plan: Plan, state: Mapping[str, Tensor]) -> None:
-        self._plan, self._state = plan, state
-        self._old = original.names.keys
-        self._reads = widened_reads(plan)
+    Args:
+        state: The state dict; on the meta device, with parameters and buffers themselves in it.
+        path: Where they go, or come from, for messages.
 
-    def make(self, name: str, read: Callable[[str], Tensor] | None) -> Tensor:
-        if read is None or name not in self._old:
-            return self._state[name].detach().cpu()
-        value, wider = read(name), self._reads.get(name)
-        return value if wider is None else _widened(value, wider, self._plan)
+    Returns:
+        Tensors by their first names; first names by further ones.
 
-
-def _widened(value: Tensor, read: Read, plan: Plan) -> Tensor:
-    site = read.site
-    stored = value.dtype
-    if value.itemsize == 1:  # float8: nothing computes in it, and every value is one of float32's
-        value = value.float()
-    wide = widen_weight(value, read.planes, kind=site.kind, groups=site.groups, init=plan.init)
-    return wide.to(stored)
-
-
-def _stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors to store, and the names that stand for stored ones."""
-    entries: dict[str, Entry] = {}
+    Raises:
+        CheckpointError: Something is no tensor that a file can hold.
+    """
+    tensors: dict[str, Tensor] = {}
+    first: dict[Any, str] = {}
     aliases: dict[str, str] = {}
-    first: dict[int, str] = {}
     for name, value in state.items():
-        if not _is_tensor(value):
-            raise CheckpointError(
-                f"{path}: {name} is a {type(value).__name__}, no tensor, and can't be stored"
-            )
-        if id(value) in first:
-            aliases[name] = first[id(value)]
-            continue
-        first[id(value)] = name
-        entries[name] = entry_of(value)
-    return entries, aliases
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+            what = "sparse or quantized tensor" if isinstance(value, Tensor) else type(value)
+            raise CheckpointError(f"{path}: {name} is a {what}, and can't be stored")
+        known = first.setdefault(_place(value), name)
+        if known == name:
+            tensors[name] = value
+        else:
+            aliases[name] = known
+    return tensors, aliases
+
+
+def _place(value: Tensor) -> Any:
+    """What two tensors have in common that are one: where their values are."""
+    if value.is_meta or not value.numel():
+        return id(value)
+    storage = value.untyped_storage().data_ptr()
+    return (
+        value.device, storage, value.data_ptr(), value.shape, value.stride(), value.dtype,
+    )  # fmt: skip
 
 
 def in_dtype_of(model: Any, example: Inputs | None) -> Inputs | None:

@@ -15,13 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from aim_surgery.checkpoint.metadata import metadata_of
-from aim_surgery.checkpoint.operated import Operated, Original
-from aim_surgery.checkpoint.reading.names import Names
-from aim_surgery.checkpoint.reading.source import Source
+from aim_surgery.checkpoint.operated import Operated, stored_once
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.writing.exported_file import write_exported
 from aim_surgery.checkpoint.writing.layout import CarryOptimizer, left_behind, same_layout
@@ -89,13 +86,12 @@ def save(
             f"{path}: expected an operated model, from transform or apply; got a "
             f"{type(gm).__name__}"
         )
-    tensors, aliases = _stored_once(gm.state_dict(), path)
+    tensors, aliases = stored_once(gm.state_dict(), path)
+    without = next((name for name, value in tensors.items() if value.is_meta), None)
+    if without is not None:
+        raise CheckpointError(f"{path}: {without} is on the meta device and has no values to save")
     entries = {name: entry_of(value) for name, value in tensors.items()}
-    source = Source()
-    source.path = path
-    original = Original(None, source, Names({}, ""))
-    operated = Operated(plan, entries, aliases, gm, original)
-    operated._make = lambda name, read: tensors[name]
+    operated = Operated(plan, entries, aliases, gm, lambda name, read: tensors[name])
     write_operated(operated, path, model_spec=model_spec, model_args=model_args)
 
 
@@ -146,7 +142,7 @@ def write_operated(
     else:
         write = write_shards if layout == "shards" else write_safetensors
         write(path, operated.entries, operated.tensor, metadata, progress)
-    return left_behind(operated.original.source)
+    return left_behind(None if operated.original is None else operated.original.source)
 
 
 def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> None:
@@ -158,9 +154,8 @@ def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str])
 
 def _with_values(operated: Operated) -> nn.Module:
     """The operated model with its weights."""
-    names = {name: operated.aliases.get(name, name) for name in operated.aliases}
     state = {name: operated.tensor(name) for name in operated.entries}
-    state.update({alias: state[name] for alias, name in names.items()})
+    state.update({alias: state[name] for alias, name in operated.aliases.items()})
     gm = operated.model
     gm.load_state_dict(state, assign=True)
     left = [n for n, b in (*gm.named_buffers(), *gm.named_parameters()) if b.is_meta]
@@ -169,33 +164,3 @@ def _with_values(operated: Operated) -> nn.Module:
             f"{left[0]} is computed when the model is built: write another layout"
         )
     return gm
-
-
-def _stored_once(
-    state_dict: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to store; and the names that stand for stored ones."""
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    first: dict[tuple[Any, ...], str] = {}
-    for name, value in state_dict.items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            what = "sparse or quantized tensor" if isinstance(value, Tensor) else type(value)
-            raise CheckpointError(f"{path}: {name} is a {what}, which safetensors can't hold")
-        if value.is_meta:
-            raise CheckpointError(f"{path}: {name} is on the meta device and has no values to save")
-        tensor = value.detach()
-        view = (
-            tensor.device,
-            tensor.untyped_storage().data_ptr(),
-            tensor.data_ptr(),
-            tensor.shape,
-            tensor.stride(),
-            tensor.dtype,
-        )
-        if tensor.numel() and view in first:
-            aliases[name] = first[view]
-            continue
-        first[view] = name
-        tensors[name] = tensor
-    return tensors, aliases

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from aim_surgery.checkpoint.reading.kinds import Weights
 from aim_surgery.checkpoint.reading.names import QUANTIZED, misfits
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.errors import CheckpointError
+from aim_surgery.surgery.state_dict import versioned
 
 
 def load_into(model: nn.Module, state_dict: Mapping[str, Tensor], path: str | Path) -> None:
@@ -93,12 +93,8 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 
 
 def _load(model: nn.Module, given: dict[str, Tensor], metadata: Any, path: str | Path) -> None:
-    state = dict(given)
-    if metadata is not None:
-        state = Weights(given)
-        state._metadata = metadata
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(versioned(given, metadata))
     except Exception as err:  # load_state_dict's own, or whatever a loading hook raises
         raise CheckpointError(f"{path}: does not load into {type(model).__name__}: {err}") from err
 

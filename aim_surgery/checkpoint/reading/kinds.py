@@ -92,11 +92,10 @@ def read_state_dict(
 
 def tensors_of(source: Source) -> dict[str, Tensor]:
     """Load all tensors of a source, with what belongs to them."""
-    found = Weights({name: source.tensor(name) for name in source.entries})
-    found.update(source.extras)
-    if source.versions is not None:
-        found._metadata = source.versions
-    return found
+    from aim_surgery.surgery.state_dict import versioned
+
+    tensors = {name: source.tensor(name) for name in source.entries}
+    return versioned({**tensors, **source.extras}, source.versions)
 
 
 def not_operated(source: Source) -> Source:
@@ -111,12 +110,6 @@ def not_operated(source: Source) -> Source:
             f"model's weights (aim_surgery.load reads operated models)"
         )
     return source
-
-
-class Weights(dict[str, "Tensor"]):
-    """A state dict with the versions of the modules that wrote it, where PyTorch looks for them."""
-
-    _metadata: object = None
 
 
 def kind_of(path: Path) -> str:

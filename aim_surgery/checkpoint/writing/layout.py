@@ -60,18 +60,21 @@ def same_layout(
     Raises:
         CheckpointError: There is an optimizer state, and neither way to deal with it.
     """
-    source = operated.original.source
-    if not isinstance(source, TorchFile) or source.module is not None:
-        weights = _weights(operated, operated.original.names, {}, None, placeholders, metadata)
+    original = operated.original
+    source = None if original is None else original.source
+    if original is None or not isinstance(source, TorchFile) or source.module is not None:
+        names = Names({}, "") if original is None else original.names
+        weights = _weights(operated, names, {}, None, placeholders, metadata)
         return weights, left_behind(source)
     content, notes = source.content, []
     others: dict[Where, Names] = {}
     states = list(find_all(content, is_optimizer_state))
+    own = original.model.state_dict(keep_vars=True)
     for where in find_all(content, is_state_dict):
         if where == source.where or any(where[: len(state)] == state for state in states):
             continue
         weights = value_at(content, where)
-        names = match_names(_own(operated), {n: entry_of(v) for n, v in _tensors(weights).items()})
+        names = match_names(own, {n: entry_of(v) for n, v in weights.items() if is_tensor(v)})
         if names.problems:
             notes.append(f"left as it was: {dotted(where)}, not this model's weights")
         else:
@@ -87,11 +90,9 @@ def same_layout(
             content = _replaced(content, where, None)
             notes.append(f"left out: {dotted(where)}")
         else:
-            state = carry_optimizer(
-                value_at(content, where), operated.original.model, operated.model
-            )
+            state = carry_optimizer(value_at(content, where), original.model, operated.model)
             content = _replaced(content, where, state)
-    for where, names in {source.where: operated.original.names, **others}.items():
+    for where, names in {source.where: original.names, **others}.items():
         weights = value_at(source.content, where)
         read = None if where == source.where else _reader(weights, names)
         content = _replaced(
@@ -100,11 +101,11 @@ def same_layout(
     return content, notes
 
 
-def left_behind(source: Source) -> list[str]:
+def left_behind(source: Source | None) -> list[str]:
     """What else a training checkpoint holds, where weights alone are written.
 
     Args:
-        source: The checkpoint.
+        source: The checkpoint, where there is one.
 
     Returns:
         A note, or nothing.
@@ -117,16 +118,8 @@ def left_behind(source: Source) -> list[str]:
     return [f"not taken along: {', '.join(others)}{keeps}"] if others else []
 
 
-def _own(operated: Operated) -> Mapping[str, Any]:
-    return operated.original.model.state_dict(keep_vars=True)
-
-
 def _reader(weights: Mapping[str, Any], names: Names) -> Callable[[str], Tensor]:
     return lambda name: weights[names.keys[name]].detach()
-
-
-def _tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
-    return {name: value for name, value in weights.items() if is_tensor(value)}
 
 
 def _weights(
