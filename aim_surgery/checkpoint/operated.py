@@ -274,7 +274,7 @@ class _Maker:
 
     def __init__(self, original: Original, plan: Plan, stored: Mapping[str, Tensor]) -> None:
         self._source, self._keys = original.source, original.names.keys
-        self._reads, self._init = widened_reads(plan), plan.init
+        self._plan, self._reads = plan, widened_reads(plan)
         self._here = {name: value for name, value in stored.items() if not value.is_meta}
         self.entries = {name: entry_of(value) for name, value in stored.items()}
         for name in [name for name in stored if name not in self._here]:
@@ -297,7 +297,7 @@ class _Maker:
             return value
         # float8: nothing computes in it, and every value is one of float32's
         computed = value.float() if value.itemsize == 1 else value
-        return widen_for(computed, reading, self._init).to(value.dtype)
+        return widen_for(computed, reading, self._plan.init).to(value.dtype)
 
 
 def stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
