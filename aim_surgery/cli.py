@@ -12,7 +12,7 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
 
@@ -24,6 +24,7 @@ from aim_surgery.cli_options import (
     Budget,
     Carry,
     CheckpointFile,
+    DropOptimizer,
     Ema,
     Emit,
     Exclude,
@@ -174,9 +175,7 @@ def transform_command(
     key: Key = None,
     ema: Ema = False,
     trust: Trust = False,
-    drop_optimizer: Annotated[
-        bool, typer.Option("--drop-optimizer", help="Leave optimizer states out of a .pt file.")
-    ] = False,
+    drop_optimizer: DropOptimizer = False,
     new_group: Annotated[
         str | None,
         typer.Option(
@@ -203,7 +202,7 @@ def transform_command(
 
     wanted = None if plan is None else open_plan(plan)
     operation = transform.Operation(
-        model, arguments, example, config, wanted, emit, drop_optimizer, _carry(new_group)
+        model, arguments, example, config, wanted, emit, _carry(new_group, drop=drop_optimizer)
     )
     many = transform.several(checkpoints)
     if many is None:
@@ -226,10 +225,14 @@ def transform_command(
     return next(iter(outcomes.values()))
 
 
-def _carry(new_group: str | None) -> Any:
-    """How optimizer states are carried, with the group that new parameters join."""
+def _carry(new_group: str | None, *, drop: bool) -> Any:
+    """How optimizer states are carried, with the group that new parameters join; None: not."""
     from aim_surgery.checkpoint.optimizer import carry_optimizer
 
+    if drop:
+        if new_group is not None:
+            raise typer.BadParameter("is of no use with --drop-optimizer", param_hint="--new-group")
+        return None
     if new_group is None:
         return carry_optimizer
     if new_group != "own" and not new_group.lstrip("-").isdigit():
@@ -345,26 +348,36 @@ def verify_command(
 def restore_command(
     checkpoint: OperatedFile,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="OUT", help="A .safetensors or .pt file.")
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="File to write: .pt for the layout that came in, .safetensors for weights alone.",
+        ),
     ],
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
+    drop_optimizer: DropOptimizer = False,
 ) -> Any:
-    """Take the memory out again: the original's names and shapes, weights alone."""
+    """Take the memory out again: the original's names and shapes, and optimizer's state."""
     _refuse_itself(checkpoint, output)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
-    from aim_surgery.checkpoint.back import restore_checkpoint, write_restored
-    from aim_surgery.checkpoint.reading.kinds import open_source
-    from aim_surgery.checkpoint.writing.layout import left_behind
+    from aim_surgery.checkpoint.back import restore_file
 
-    base = restore_checkpoint(checkpoint, _built(model, arguments), example)
-    write_restored(base, output)
+    restored, notes = restore_file(
+        checkpoint, output, _built(model, arguments), example, drop_optimizer=drop_optimizer
+    )
+    _tell_written(output, notes)
+    typer.echo(f"restored    {restored}")
+    return restored
+
+
+def _tell_written(output: Path, notes: Iterable[str]) -> None:
     typer.echo(f"wrote       {output}")
-    typer.echo(f"restored    {base.restored}")
-    for note in left_behind(open_source(checkpoint)):
+    for note in notes:
         typer.echo(f"note        {note}")
-    return base.restored
 
 
 @app.command("fold")
@@ -382,14 +395,11 @@ def fold_command(
     """Fold constant memory away for inference, and write the model as an exported program."""
     _refuse_itself(checkpoint, output)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
-    from aim_surgery.checkpoint.back import fold_checkpoint, write_folded
+    from aim_surgery.checkpoint.back import fold_file
 
-    folded = fold_checkpoint(checkpoint, _built(model, arguments), example, batch_norm=norms)
-    write_folded(folded, output, example)
-    typer.echo(f"wrote       {output}")
-    for note in folded.notes:
-        typer.echo(f"note        {note}")
-    return folded
+    notes = fold_file(checkpoint, output, _built(model, arguments), example, batch_norm=norms)
+    _tell_written(output, notes)
+    return notes
 
 
 def _built(model: str | None, arguments: dict[str, Any]) -> Any:

@@ -38,6 +38,9 @@ Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Let pickled objects in the file run their code.")
 ]
+DropOptimizer = Annotated[
+    bool, typer.Option("--drop-optimizer", help="Leave optimizer states out of a .pt file.")
+]
 ModelArgs = Annotated[
     str | None,
     typer.Option(metavar="JSON", help="""Arguments of the factory: '{"num_classes": 120}'."""),

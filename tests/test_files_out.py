@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -196,6 +197,69 @@ def test_an_optimizer_is_not_lost_silently(folder):
     assert contents() == before
     told = transformed("train.pt", "-o", "o.safetensors")
     assert "not taken along: epoch, nested, model_ema, other_model, optimizer, scheduler" in told
+
+
+def restored(*words: str) -> str:
+    result = run("restore", *words, "--model", SPEC)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+@pytest.mark.parametrize("group", [None, "own"])
+def test_a_restored_training_checkpoint_is_what_came_in(folder, group):
+    training_checkpoint("module._orig_mod.")
+    transformed("train.pt", "-o", "o.pt", *(["--new-group", group] if group else []))
+    lists = [torch.load(file)["scheduler"]["_last_lr"] for file in ("train.pt", "o.pt")]
+    assert lists == [[0.1], [0.1, 0.1] if group else [0.1]]
+    assert "restored    exact" in restored("o.pt", "-o", "back.pt")
+    old, new = (torch.load(file, weights_only=True) for file in ("train.pt", "back.pt"))
+    assert not_equal(old, new) == []
+    assert inspect("back.pt").operation is None  # no plan in it
+    transformed("back.pt", "-o", "again.pt")  # so it can be operated on
+
+
+def test_a_restored_run_goes_on_from_where_it_is(folder):
+    """What was trained of the base's part, in weights, averages and moments, is kept."""
+    training_checkpoint()
+    transformed("train.pt", "-o", "o.pt")
+    content = torch.load("o.pt")
+    before = torch.load("train.pt")
+    content["model"]["module.3.weight"] += 1
+    content["model_ema"]["module.3.weight"] += 2
+    content["optimizer"]["state"][4]["momentum_buffer"] += 3
+    content["epoch"] = 9
+    torch.save(content, "trained.pt")
+    told = restored("trained.pt", "-o", "back.pt")
+    assert "restored    not exact: 1 layers" in told
+    after = torch.load("back.pt", weights_only=True)
+    assert after["epoch"] == 9
+    for name, by in (("model", 1), ("model_ema", 2)):
+        weight = before[name]["module.3.weight"] + by
+        assert torch.equal(after[name]["module.3.weight"], weight)
+    moments = [c["optimizer"]["state"][4]["momentum_buffer"] for c in (before, after)]
+    assert torch.equal(moments[1], moments[0] + 3)
+
+    assert "left out: optimizer" in restored("trained.pt", "-o", "b.pt", "--drop-optimizer")
+    assert list(torch.load("b.pt")) == [name for name in before if name != "optimizer"]
+    assert "not taken along: epoch," in restored("trained.pt", "-o", "b.safetensors")
+
+
+def not_equal(one: Any, other: Any, at: str = "") -> list[str]:
+    """Where two nested values differ."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return [] if torch.equal(one, other) and one.dtype == other.dtype else [at]
+    if isinstance(one, dict) and isinstance(other, dict) and list(one) == list(other):
+        return [p for k in one for p in not_equal(one[k], other[k], f"{at}.{k}")]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [p for i in range(len(one)) for p in not_equal(one[i], other[i], f"{at}.{i}")]
+    return [] if one == other else [at]
+
+
+def test_the_comparison_of_checkpoints_can_fail():
+    one = {"a": [torch.ones(2), 1], "b": "x"}
+    assert not_equal(one, {"a": [torch.ones(2), 1], "b": "x"}) == []
+    assert not_equal(one, {"a": [torch.zeros(2), 2], "b": "x"}) == [".a.0", ".a.1"]
+    assert not_equal(one, {"a": [torch.ones(2), 1]}) == [""]
 
 
 def test_a_training_run_goes_on(folder):

@@ -570,7 +570,8 @@ def test_a_scheduler_learns_of_a_new_group() -> None:
         scheduler.step()
     gm = operated(model, frozen=False)
     carried = carry_optimizer(optimizer, model, gm, new_group={"lr": 0.3})
-    state = carry_scheduler(scheduler.state_dict(), 1)
+    state = carry_scheduler(scheduler.state_dict(), 1, 2)
+    assert carry_scheduler(state, 2, 1) == scheduler.state_dict()
     assert state["_milestones"] == [2]
     base = [p for n, p in gm.named_parameters() if not n.startswith("aim.")]
     resumed = optim.SGD([{"params": base}, {"params": gm.aim.parameters()}], lr=0.05)

@@ -21,7 +21,9 @@ from aim_surgery import (
     memory_parameters,
     restore,
 )
-from aim_surgery.checkpoint.back import fold_checkpoint, restore_checkpoint
+from aim_surgery.checkpoint.back import fold_file, restore_file
+from aim_surgery.checkpoint.models.loading import load_into
+from aim_surgery.checkpoint.reading.kinds import read_state_dict
 from aim_surgery.surgery.state_dict import memory_in_use, restore_state_dict, widen_state_dict
 from tests.cases import CASES, Case, SmallNet, Tied, largest_difference
 
@@ -294,10 +296,16 @@ def test_files_are_restored_and_folded(tmp_path: Path, emit: Any) -> None:
     model = SmallNet().double().eval()
     gm = aim_surgery.transform(model, IMAGE, config=config(init="fresh"), emit=emit)
     aim_surgery.save(gm, tmp_path / "aim.safetensors")
-    base = restore_checkpoint(tmp_path / "aim.safetensors", model)
+    file, restored = tmp_path / "aim.safetensors", tmp_path / "base.safetensors"
+    lost, _ = restore_file(file, restored, model)
+    assert lost.difference is not None
+    assert lost.difference > 1e-6
+    base = SmallNet().double().eval()
+    load_into(base, read_state_dict(restored), restored)
     assert_equal([base(IMAGE)], [model(IMAGE)])
-    assert base.restored.difference > 1e-6
-    folded = fold_checkpoint(tmp_path / "aim.safetensors", model)
-    assert largest_difference(folded(IMAGE), gm(IMAGE)) < 1e-12
-    with pytest.raises(CheckpointError, match="no such file"):
-        fold_checkpoint(tmp_path / "none.safetensors", model)
+    fold_file(file, tmp_path / "slim.pt2", model)
+    slim = torch.export.load(tmp_path / "slim.pt2").module()
+    assert largest_difference(slim(IMAGE), gm(IMAGE)) < 1e-12
+    for go, output in ((restore_file, restored), (fold_file, tmp_path / "slim.pt2")):
+        with pytest.raises(CheckpointError, match="no such file"):
+            go(tmp_path / "none.safetensors", output, model)

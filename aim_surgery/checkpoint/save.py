@@ -21,7 +21,7 @@ from aim_surgery.checkpoint.metadata import metadata_of
 from aim_surgery.checkpoint.operated import Operated, stored_once
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.writing.exported_file import write_exported
-from aim_surgery.checkpoint.writing.layout import CarryOptimizer, left_behind, same_layout
+from aim_surgery.checkpoint.writing.layout import CarryOptimizer, left_behind, operated_layout
 from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safetensors
 from aim_surgery.checkpoint.writing.shards import write_shards
 from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
@@ -102,7 +102,6 @@ def write_operated(
     model_spec: str | None = None,
     model_args: Mapping[str, Any] | None = None,
     carry_optimizer: CarryOptimizer | None = None,
-    drop_optimizer: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> list[str]:
     """Write an operated state dict in the layout that the file's name asks for.
@@ -112,8 +111,7 @@ def write_operated(
         path: The file to write or replace.
         model_spec: See `save`.
         model_args: See `save`.
-        carry_optimizer: See `same_layout`.
-        drop_optimizer: See `same_layout`.
+        carry_optimizer: See `operated_layout`.
         progress: Told of bytes as they are written.
 
     Returns:
@@ -128,13 +126,7 @@ def write_operated(
     metadata = metadata_of(operated.plan, aliases, path, model_spec, model_args)
     if layout == "torch":
         placeholders = Placeholders()
-        content, notes = same_layout(
-            operated,
-            metadata,
-            placeholders,
-            carry_optimizer=carry_optimizer,
-            drop_optimizer=drop_optimizer,
-        )
+        content, notes = operated_layout(operated, metadata, placeholders, carry_optimizer)
         write_torch(path, content, placeholders, progress)
         return notes
     if layout == "exported":

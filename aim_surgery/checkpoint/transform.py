@@ -47,7 +47,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Operation:
-    """What to do to each checkpoint: see `transform`, and `same_layout` for the last two."""
+    """What to do to each checkpoint: see `transform`, and `operated_layout` for the last."""
 
     spec: str | None
     model_args: Mapping[str, Any] = field(default_factory=dict)
@@ -55,7 +55,6 @@ class Operation:
     config: AimConfig | None = None
     plan: Plan | None = None
     emit: Wanted = "auto"
-    drop_optimizer: bool = False
     carry_optimizer: CarryOptimizer | None = carry_optimizer
 
 
@@ -152,7 +151,6 @@ def transform_checkpoint(
             model_spec=operation.spec,
             model_args=operation.model_args,
             carry_optimizer=operation.carry_optimizer,
-            drop_optimizer=operation.drop_optimizer,
             progress=progress(nbytes),
         )
     seconds = time.perf_counter() - start

@@ -58,6 +58,7 @@ from aim_surgery.surgery.state_dict import is_new
 State = Mapping[str, Any]
 NewGroup = int | Literal["own"] | Mapping[str, Any]
 
+_NO_GROUPS = ("_milestones", "_schedule_phases")  # lists in schedulers that are not by group
 _KEPT, _NEW = "kept", "new"  # roles besides a `Read`
 _DROP = "leave its state out with --drop-optimizer: moments start fresh then"
 
@@ -180,27 +181,29 @@ def restore_optimizer(
     return _renumbered(state, groups, entries, [], inner, found)
 
 
-def carry_scheduler(state: State, groups: int) -> dict[str, Any]:
-    """Let the state of a learning-rate scheduler know of a group more: what the last one has.
+def carry_scheduler(state: State, groups: int, to: int) -> dict[str, Any]:
+    """Let the state of a learning-rate scheduler know of another number of groups.
 
     Args:
         state: What its `state_dict` gave; left unchanged.
         groups: How many groups there were.
+        to: How many there are. New ones have what the last one had; what is too many goes from the
+            end.
 
     Returns:
-        A state dict in which each list with one entry a group has one more; schedulers inside
-        (`SequentialLR`, `ChainedScheduler`) likewise.
+        A state dict in which each list with one entry a group has as many as there are groups;
+        schedulers inside (`SequentialLR`, `ChainedScheduler`) likewise.
 
     Example:
-        >>> carry_scheduler({"base_lrs": [0.1], "_last_lr": [0.05], "last_epoch": 3}, 1)
+        >>> carry_scheduler({"base_lrs": [0.1], "_last_lr": [0.05], "last_epoch": 3}, 1, 2)
         {'base_lrs': [0.1, 0.1], '_last_lr': [0.05, 0.05], 'last_epoch': 3}
     """
     carried = dict(state)
     for name, value in state.items():
         if name == "_schedulers":
-            carried[name] = [carry_scheduler(inner, groups) for inner in value]
-        elif name != "_milestones" and isinstance(value, list) and len(value) == groups:
-            carried[name] = [*value, value[-1]]
+            carried[name] = [carry_scheduler(inner, groups, to) for inner in value]
+        elif name not in _NO_GROUPS and isinstance(value, list) and len(value) == groups:
+            carried[name] = [*value[:to], *value[-1:] * (to - groups)]
     return carried
 
 

@@ -51,6 +51,11 @@ def is_optimizer_state(value: Any) -> bool:
     return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
 
 
+def is_scheduler_state(value: Any) -> bool:
+    """Whether a value is what `state_dict` of one of PyTorch's schedulers gives."""
+    return isinstance(value, Mapping) and "_last_lr" in value
+
+
 def find_all(content: Any, matches: Any, at: Where = (), depth: int = _DEPTH) -> Iterator[Where]:
     """Places in nested dicts and lists whose value matches; not inside of such values.
 

@@ -5,99 +5,172 @@
      "optimizer": carried over, or dropped}
 
 Every dict in the checkpoint that holds this model's weights is operated on (averaged weights too);
-what else there is stays untouched. Plan and model spec go where PyTorch keeps module versions,
-`state_dict._metadata`, which `load_state_dict` passes over.
+what else there is stays untouched, but for a scheduler where the optimizer has another number of
+groups now. The way back is the same with the arrow turned. Plan and model spec go where PyTorch
+keeps module versions, `state_dict._metadata`, which `load_state_dict` passes over.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from aim_surgery.checkpoint.operated import Operated
+from aim_surgery.checkpoint.optimizer import carry_scheduler, restore_optimizer
 from aim_surgery.checkpoint.reading.names import Names, match_names
 from aim_surgery.checkpoint.reading.nesting import (
     Where,
     dotted,
     find_all,
     is_optimizer_state,
+    is_scheduler_state,
     is_state_dict,
     is_tensor,
     value_at,
 )
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Source
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry, Source
 from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
+from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.planning import Plan
+from aim_surgery.surgery.state_dict import is_new, restore_state_dict, versioned
 
 # From the state of an optimizer, the original model and the operated one to the state that goes on.
 CarryOptimizer = Callable[[Mapping[str, Any], Any, Any], Mapping[str, Any]]
 
+_Weights = Mapping[str, Any]
 
-def same_layout(
+
+class Training(Protocol):
+    """A source that keeps all of a training checkpoint."""
+
+    path: Path
+    content: Any
+    where: Where
+
+
+def operated_layout(
     operated: Operated,
     metadata: Mapping[str, str],
     placeholders: Placeholders,
-    *,
-    carry_optimizer: CarryOptimizer | None = None,
-    drop_optimizer: bool = False,
+    carry_optimizer: CarryOptimizer | None,
 ) -> tuple[Any, list[str]]:
-    """Build what `torch.save` is to write.
+    """Build what `torch.save` is to write of an operated checkpoint.
 
     Args:
         operated: The operated state dict.
         metadata: Text by name, to go with the weights.
         placeholders: Gets the tensors whose values are made later.
-        carry_optimizer: Takes optimizer states through the surgery.
+        carry_optimizer: Takes optimizer states through the surgery; None leaves them out.
+
+    Returns:
+        The content, and notes for the user.
+
+    Raises:
+        CheckpointError: An optimizer's state can't be carried.
+    """
+    original = operated.original
+    source = None if original is None else original.source
+    if original is None or not isinstance(source, TorchFile) or source.module is not None:
+        names = Names({}, "") if original is None else original.names
+        return _weights(operated, names, {}, None, placeholders, metadata), left_behind(source)
+
+    def change(where: Where, weights: _Weights, names: Names) -> _Weights:
+        read = None if where == source.where else _reader(weights, names)
+        return _weights(operated, names, weights, read, placeholders, metadata)
+
+    carry = carry_optimizer and (
+        lambda state: carry_optimizer(state, original.model, operated.model)
+    )
+    own = original.model.state_dict(keep_vars=True)
+    return _relaid(source, own, original.names, change, carry if carry_optimizer else None)
+
+
+def restored_layout(
+    source: Training, gm: nn.Module, *, drop_optimizer: bool
+) -> tuple[Any, list[str]]:
+    """Build what `torch.save` is to write of an operated checkpoint that is to be one of the base.
+
+    Args:
+        source: The operated checkpoint.
+        gm: Its model, from `load`.
         drop_optimizer: Whether optimizer states are left out.
 
     Returns:
         The content, and notes for the user.
 
     Raises:
-        CheckpointError: There is an optimizer state, and neither way to deal with it.
+        CheckpointError: An optimizer's state can't be carried back.
     """
-    original = operated.original
-    source = None if original is None else original.source
-    if original is None or not isinstance(source, TorchFile) or source.module is not None:
-        names = Names({}, "") if original is None else original.names
-        weights = _weights(operated, names, {}, None, placeholders, metadata)
-        return weights, left_behind(source)
+    plan, own = plan_of(gm), gm.state_dict(keep_vars=True)
+    found = value_at(source.content, source.where)
+    names = match_names(own, _entries(found))
+    if names.problems:
+        raise CheckpointError(
+            f"{source.path}: is not by the names of its model: {'; '.join(names.problems)}; write "
+            f"a .safetensors file, of weights alone"
+        )
+
+    def change(where: Where, weights: _Weights, names: Names) -> _Weights:
+        return _restored(weights, names, plan)
+
+    carry = None if drop_optimizer else (lambda state: restore_optimizer(state, gm))
+    return _relaid(source, own, names, change, carry)
+
+
+def _relaid(
+    source: Training,
+    own: Mapping[str, Any],
+    names: Names,
+    change: Callable[[Where, _Weights, Names], _Weights],
+    carry: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
+) -> tuple[Any, list[str]]:
+    """A checkpoint with other weights and optimizer states in the places of the old ones.
+
+    Args:
+        source: The checkpoint.
+        own: State dict of its model: by it, further weights are found.
+        names: Those of the weights that are meant.
+        change: What becomes of weights.
+        carry: What becomes of optimizer states; None leaves them out.
+
+    Returns:
+        The content, and notes for the user.
+    """
     content, notes = source.content, []
-    others: dict[Where, Names] = {}
     states = list(find_all(content, is_optimizer_state))
-    own = original.model.state_dict(keep_vars=True)
+    places = {source.where: names}
     for where in find_all(content, is_state_dict):
         if where == source.where or any(where[: len(state)] == state for state in states):
             continue
-        weights = value_at(content, where)
-        names = match_names(own, {n: entry_of(v) for n, v in weights.items() if is_tensor(v)})
-        if names.problems:
+        found = match_names(own, _entries(value_at(content, where)))
+        if found.problems:
             notes.append(f"left as it was: {dotted(where)}, not this model's weights")
         else:
-            others[where] = names
-    if states and not drop_optimizer and carry_optimizer is None:
-        raise CheckpointError(
-            f"{source.path}: holds an optimizer state under {dotted(states[0])!r}, which belongs "
-            f"to the narrow weights: leave it out with --drop-optimizer, or write a .safetensors "
-            f"file, which holds weights alone"
-        )
+            places[where] = found
+    groups: set[tuple[int, int]] = set()
     for where in states:
-        if drop_optimizer or carry_optimizer is None:
+        if carry is None:
             content = _replaced(content, where, None)
             notes.append(f"left out: {dotted(where)}")
-        else:
-            state = carry_optimizer(value_at(content, where), original.model, operated.model)
-            content = _replaced(content, where, state)
-    for where, names in {source.where: original.names, **others}.items():
-        weights = value_at(source.content, where)
-        read = None if where == source.where else _reader(weights, names)
-        content = _replaced(
-            content, where, _weights(operated, names, weights, read, placeholders, metadata)
-        )
+            continue
+        old = value_at(content, where)
+        new = carry(old)
+        groups.add((len(old["param_groups"]), len(new["param_groups"])))
+        content = _replaced(content, where, new)
+    for where, names in places.items():
+        content = _replaced(content, where, change(where, value_at(source.content, where), names))
+    changed = {(old, new) for old, new in groups if old != new}
+    for where in find_all(content, is_scheduler_state) if changed else ():
+        if len(groups) > 1:
+            notes.append(f"left as it was: {dotted(where)}, the scheduler of one of {len(states)}")
+            continue
+        scheduler = carry_scheduler(value_at(content, where), *next(iter(changed)))
+        content = _replaced(content, where, scheduler)
     return content, notes
 
 
@@ -129,7 +202,7 @@ def _weights(
     read: Callable[[str], Tensor] | None,
     placeholders: Placeholders,
     metadata: Mapping[str, str],
-) -> OrderedDict[str, Any]:
+) -> _Weights:
     """One operated state dict under the file's names: the old ones as they were, then new ones."""
     made: dict[str, Tensor] = {}
 
@@ -148,7 +221,7 @@ def _weights(
         return made[name]
 
     by_key = {key: name for name, key in reversed([*names.keys.items()])}
-    found: OrderedDict[str, Any] = OrderedDict()
+    found: dict[str, Any] = {}
     for key, value in weights.items():
         found[key] = tensor(by_key[key]) if key in by_key else value
     for name in (*operated.entries, *operated.aliases):
@@ -156,8 +229,26 @@ def _weights(
         if key not in found:
             found[key] = tensor(name)
     versions = dict(getattr(weights, "_metadata", None) or {})
-    found._metadata = versions | {FORMAT_KEY: dict(metadata)}  # type: ignore[attr-defined]
-    return found
+    return versioned(found, versions | {FORMAT_KEY: dict(metadata)})
+
+
+def _restored(weights: _Weights, names: Names, plan: Plan) -> _Weights:
+    """One restored state dict under the file's names, without what told of the operation."""
+    of = {key: name for name, key in reversed([*names.keys.items()])}
+    narrow = restore_state_dict({of.get(key, key): value for key, value in weights.items()}, plan)
+    kept = {key: narrow[of.get(key, key)] for key in weights if of.get(key, key) in narrow}
+    versions = getattr(weights, "_metadata", None)
+    if versions is not None:
+        versions = {
+            path: told
+            for path, told in versions.items()
+            if path != FORMAT_KEY and not is_new(path.removeprefix(names.prefix))
+        }
+    return versioned(kept, versions)
+
+
+def _entries(weights: _Weights) -> dict[str, Entry]:
+    return {name: entry_of(value) for name, value in weights.items() if is_tensor(value)}
 
 
 def _replaced(content: Any, where: Where, value: Any) -> Any:
