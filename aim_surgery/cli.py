@@ -359,6 +359,8 @@ def restore_command(
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
+    key: Key = None,
+    ema: Ema = False,
     drop_optimizer: DropOptimizer = False,
 ) -> Any:
     """Take the memory out again: the original's names and shapes, and optimizer's state."""
@@ -367,7 +369,13 @@ def restore_command(
     from aim_surgery.checkpoint.back import restore_file
 
     restored, notes = restore_file(
-        checkpoint, output, _built(model, arguments), example, drop_optimizer=drop_optimizer
+        checkpoint,
+        output,
+        _built(model, arguments),
+        example,
+        key=key,
+        ema=ema,
+        drop_optimizer=drop_optimizer,
     )
     _tell_written(output, notes)
     typer.echo(f"restored    {restored}")
@@ -388,6 +396,8 @@ def fold_command(
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
+    key: Key = None,
+    ema: Ema = False,
     norms: Annotated[
         bool, typer.Option("--norms", help="Merge batch norms into convolutions, too.")
     ] = False,
@@ -397,7 +407,15 @@ def fold_command(
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import fold_file
 
-    notes = fold_file(checkpoint, output, _built(model, arguments), example, batch_norm=norms)
+    notes = fold_file(
+        checkpoint,
+        output,
+        _built(model, arguments),
+        example,
+        key=key,
+        ema=ema,
+        batch_norm=norms,
+    )
     _tell_written(output, notes)
     return notes
 

@@ -389,6 +389,21 @@ def test_overlapping_tensors_are_stored_each_by_itself(tmp_path):
     assert_same_state(dict(sorted(stored.items())), dict(sorted(gm.state_dict().items())))
 
 
+@pytest.mark.parametrize("emit", ["graph", "module"])
+@pytest.mark.parametrize("file", ["aim.safetensors", "aim.pt"])
+def test_the_form_that_was_saved_comes_back(tmp_path, file, emit):
+    for saved in ("concat", "split"):
+        gm = transform(small(), IMAGE, config=CONFIG, form=saved, emit=emit).eval()
+        save(gm, tmp_path / file)
+        loaded = load(tmp_path / file, small().eval())
+        assert loaded.aim.form == saved
+        assert torch.equal(loaded(IMAGE), gm(IMAGE))
+        for wanted in ("concat", "split"):
+            other = load(tmp_path / file, small().eval(), form=wanted)
+            assert other.aim.form == wanted
+            assert_same_state(dict(other.state_dict()), dict(gm.state_dict()))
+
+
 def test_metadata_tells_what_the_file_is(tmp_path):
     gm = operated()
     save(gm, tmp_path / "aim.safetensors", model_spec="nets.py:small", model_args={"width": 4})
@@ -490,6 +505,7 @@ def test_load_accounts_for_every_tensor(tmp_path):
         ("aim_surgery.aliases", "[]", "metadata is damaged"),
         ("aim_surgery.aliases", "{", "metadata is damaged"),
         ("aim_surgery.model", '{"args": {}}', "holds no model spec"),
+        ("aim_surgery.form", "round", "in a form 'round'"),
     ],
 )
 def test_load_names_damaged_metadata(tmp_path, key, text, message):

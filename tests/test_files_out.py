@@ -218,6 +218,41 @@ def test_a_restored_training_checkpoint_is_what_came_in(folder, group):
     transformed("back.pt", "-o", "again.pt")  # so it can be operated on
 
 
+def test_weights_under_an_unusual_key_are_found_again(folder):
+    torch.save({"a": {"gen": net().state_dict(), "disc": net().state_dict()}}, "gan.pt")
+    transformed("gan.pt", "--key", "a.disc", "-o", "o.pt")
+    content = torch.load("o.pt", weights_only=True)["a"]
+    assert "aim.memory.weight" in content["disc"]
+    assert "aim.memory.weight" in content["gen"]  # another set of this model's weights
+    with pytest.raises(CheckpointError, match=r"weights under 'a.gen' and 'a.disc'; choose"):
+        load("o.pt", SPEC)
+    for name in ("gen", "disc"):
+        gm = load("o.pt", SPEC, key=f"a.{name}")
+        assert all(torch.equal(gm.state_dict()[n], v) for n, v in content[name].items())
+
+    torch.save({"gen": net().state_dict(), "disc": {"w": torch.ones(2)}}, "gan.pt")
+    transformed("gan.pt", "--key", "gen", "-o", "o.pt")
+    load("o.pt", SPEC)  # the only one that was operated on
+    restored("o.pt", "-o", "back.pt")
+    assert not_equal(torch.load("gan.pt"), torch.load("back.pt")) == []
+
+
+def test_averaged_weights_are_restored_and_folded_when_asked_for(folder):
+    training_checkpoint()
+    transformed("train.pt", "-o", "o.pt")
+    restored("o.pt", "--ema", "-o", "back.safetensors")
+    averaged = safetensors.torch.load_file("back.safetensors")
+    expected = torch.load("train.pt")["model_ema"]
+    assert all(torch.equal(averaged[n], expected[f"module.{n}"]) for n in averaged)
+    base = net()
+    base.load_state_dict(averaged)
+    sizes = ",".join(map(str, INPUT.shape))
+    told = run("fold", "o.pt", "--ema", "--model", SPEC, "--input", sizes, "-o", "slim.pt2")
+    assert told.exit_code == 0, told.output
+    slim = torch.export.load("slim.pt2").module()
+    torch.testing.assert_close(slim(INPUT), base.eval()(INPUT))
+
+
 def test_a_restored_run_goes_on_from_where_it_is(folder):
     """What was trained of the base's part, in weights, averages and moments, is kept."""
     training_checkpoint()

@@ -37,6 +37,8 @@ def restore_file(
     model: nn.Module | str | None = None,
     example_inputs: Inputs | None = None,
     *,
+    key: str | None = None,
+    ema: bool = False,
     drop_optimizer: bool = False,
 ) -> tuple[Restored, list[str]]:
     """Take the memory out of an operated file.
@@ -48,6 +50,8 @@ def restore_file(
             weights alone, where tied ones stand under each of their names. Neither tells of a plan.
         model: See `load`.
         example_inputs: What to measure the difference on, see `restore`.
+        key: See `load`.
+        ema: See `load`.
         drop_optimizer: Whether optimizer states are left out.
 
     Returns:
@@ -63,7 +67,8 @@ def restore_file(
     layout = layout_of(output)
     if layout not in ("torch", "safetensors"):
         raise CheckpointError(f"{output}: a restored model goes into a .safetensors or a .pt file")
-    gm, source = load(checkpoint, model), open_source(checkpoint)
+    gm = load(checkpoint, model, key=key, ema=ema)
+    source = open_source(checkpoint, key=key, ema=ema)
     base: Any = restore(gm, example_inputs)
     if layout == "safetensors":
         state = base.state_dict()
@@ -83,6 +88,8 @@ def fold_file(
     model: nn.Module | str | None = None,
     example_inputs: Inputs | None = None,
     *,
+    key: str | None = None,
+    ema: bool = False,
     batch_norm: bool = False,
 ) -> tuple[str, ...]:
     """Fold the memory of an operated file away, into an exported program.
@@ -95,6 +102,8 @@ def fold_file(
         model: See `load`.
         example_inputs: The sizes that are worked with most, see `fold`; by default those of the
             plan.
+        key: See `load`.
+        ema: See `load`.
         batch_norm: Whether batch norms are merged into convolutions as well.
 
     Returns:
@@ -109,7 +118,7 @@ def fold_file(
             f"{output}: no plan rebuilds a folded model, so it goes into a .pt2 file, as a program"
         )
     check_target(output)
-    gm = load(checkpoint, model).eval()
+    gm = load(checkpoint, model, key=key, ema=ema).eval()
     folded: Any = fold(gm, example_inputs, batch_norm=batch_norm)
     if example_inputs is not None:
         inputs = ExampleInputs.given(example_inputs)

@@ -36,6 +36,7 @@ from aim_surgery.checkpoint.reading.source import FORMAT_KEY, MODEL_KEY, PLAN_KE
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 _SHOWN = 6
+_TOLD = ("version", "form")  # of the operation, in the file's metadata
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ class Inspection:
             }
         except (KeyError, TypeError, ValueError) as err:
             return {"damaged": repr(err)}
-        return found | {"version": self.metadata.get("aim_surgery.version", "unknown")}
+        told = {name: self.metadata.get(f"aim_surgery.{name}", "unknown") for name in _TOLD}
+        return found | told
 
     @property
     def spec(self) -> str | None:
@@ -204,7 +206,7 @@ class Inspection:
             f"operated    yes, by aim-surgery {done['version']}: {done['model']} of "
             f"{done['base_parameters']:,} parameters",
             f"plan        memory of {done['memory_floats']:,} floats, {done['reads']} reads, "
-            f"writes after: {writes}",
+            f"writes after: {writes}; form: {done['form']}",
         ]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
-from aim_surgery.checkpoint.metadata import aliases_in, json_in, plan_in
+from aim_surgery.checkpoint.metadata import aliases_in, form_in, json_in, plan_in
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.loading import load_into
 from aim_surgery.checkpoint.models.skeleton import adopt_dtypes
@@ -20,6 +20,7 @@ from aim_surgery.checkpoint.operated import renamed
 from aim_surgery.checkpoint.reading.kinds import kind_of, open_source, tensors_of
 from aim_surgery.checkpoint.reading.names import Names, match_names, misfits
 from aim_surgery.checkpoint.reading.source import MODEL_KEY, Entry, Source
+from aim_surgery.config import Form
 from aim_surgery.errors import CheckpointError
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan
@@ -29,21 +30,30 @@ from aim_surgery.surgery.widen import input_size
 _LIBRARIES = ("torchvision", "timm")
 
 
-def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = None) -> Any:
+def load(
+    path: str | Path,
+    model: nn.Module | ExportedProgram | str | None = None,
+    *,
+    form: Form | None = None,
+    key: str | None = None,
+    ema: bool = False,
+) -> Any:
     """Read an operated model.
 
     Args:
-        path: A file that `save` or the command line wrote; in a training checkpoint, the weights
-            under their usual key.
+        path: A file that `save` or the command line wrote.
         model: The original model or exported program (left unchanged; its weights don't matter),
             or a model spec. Without it, the spec in the file is used if it names a torchvision or
             timm model; a factory in a module or file is code, which runs only where the caller
             names it.
+        form: How sites are written, see `lower`; by default as in the model that was saved.
+        key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
+            names, or as those that were operated on, if left out.
+        ema: Whether averaged weights are wanted.
 
     Returns:
-        The operated model in concat form (see `lower`), in the mode of the original and on its
-        device. Built from a spec, it has the dtypes of the file; otherwise values are cast to the
-        dtypes of `model`.
+        The operated model, in the mode of the original and on its device. Built from a spec, it
+        has the dtypes of the file; otherwise values are cast to the dtypes of `model`.
 
     Raises:
         CheckpointError: The file is not one that `save` wrote, the model is not what it was, or the
@@ -56,7 +66,7 @@ def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = Non
         raise CheckpointError(
             f"{path}: is an exported program, which torch.export.load reads by itself"
         )
-    source = open_source(path)
+    source = open_source(path, key=key, ema=ema)
     plan = plan_in(source)
     prefix = _prefix(source, plan)
     entries = {
@@ -75,7 +85,7 @@ def load(path: str | Path, model: nn.Module | ExportedProgram | str | None = Non
         copy = False
         adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
     _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
-    gm = apply(base, plan, copy=copy)
+    gm = apply(base, plan, form=form or form_in(source), copy=copy)
     tensors = renamed(tensors_of(source), Names({}, prefix))
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
     names = match_names(gm.state_dict(keep_vars=True), entries)

@@ -1,4 +1,4 @@
-"""What a file of an operated model tells besides its weights: plan, model spec, versions.
+"""What a file of an operated model tells besides its weights: plan, model spec, versions, form.
 
 A tensor that goes by several names is stored once; the metadata tells its other names.
 """
@@ -9,17 +9,19 @@ import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from aim_surgery._version import __version__
 from aim_surgery.checkpoint.reading.source import (
     ALIASES_KEY,
+    FORM_KEY,
     FORMAT_KEY,
     MODEL_KEY,
     PLAN_KEY,
     VERSIONS_KEY,
     Source,
 )
+from aim_surgery.config import Form
 from aim_surgery.errors import CheckpointError
 from aim_surgery.planning import Plan
 
@@ -30,6 +32,7 @@ _LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 def metadata_of(
     plan: Plan,
     aliases: Mapping[str, str],
+    form: str,
     path: Path,
     model_spec: str | None = None,
     model_args: Mapping[str, Any] | None = None,
@@ -39,6 +42,7 @@ def metadata_of(
     Args:
         plan: What was done.
         aliases: Further names of stored tensors.
+        form: How the model's sites are written.
         path: The file, for messages.
         model_spec: Where the original model comes from.
         model_args: The factory's keyword arguments.
@@ -52,6 +56,7 @@ def metadata_of(
         VERSIONS_KEY: json.dumps(_versions()),
         PLAN_KEY: plan.to_json(),
         ALIASES_KEY: json.dumps(dict(aliases)),
+        FORM_KEY: form,
     }
     if model_spec is not None:
         try:
@@ -92,6 +97,18 @@ def plan_in(source: Source) -> Plan:
             f"update aim-surgery"
         )
     return Plan.from_json(source.metadata[PLAN_KEY])
+
+
+def form_in(source: Source) -> Form:
+    """The form that a file's model was in; "concat" where it doesn't say.
+
+    Raises:
+        CheckpointError: There is no such form.
+    """
+    form = source.metadata.get(FORM_KEY, "concat")
+    if form not in get_args(Form):
+        raise CheckpointError(f"{source.path}: its model is in a form {form!r}: pass form='concat'")
+    return form
 
 
 def aliases_in(source: Source) -> dict[str, str]:

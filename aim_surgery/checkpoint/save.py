@@ -26,6 +26,7 @@ from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safe
 from aim_surgery.checkpoint.writing.shards import write_shards
 from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
+from aim_surgery.lower.forms import form_of
 from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.planning import inputs_of_plan
 
@@ -123,7 +124,8 @@ def write_operated(
     refuse_unknown(path)
     layout = layout_of(path)
     aliases = {} if layout == "torch" else operated.aliases
-    metadata = metadata_of(operated.plan, aliases, path, model_spec, model_args)
+    form = form_of(operated.model)
+    metadata = metadata_of(operated.plan, aliases, form, path, model_spec, model_args)
     if layout == "torch":
         placeholders = Placeholders()
         content, notes = operated_layout(operated, metadata, placeholders, carry_optimizer)

@@ -2,7 +2,8 @@
 
 A *state dict* is a dict from names to tensors. A checkpoint is one, or nests some among epochs,
 schedulers and optimizers. Which one is meant is told by its key (`state_dict`, `model`, ...), or by
-being the only one, or by the caller; never guessed between two.
+being the only one, or the only one that was operated on, or by the caller; never guessed between
+two.
 
 No torch is needed here: a tensor is what has a shape and a dtype, also in an outline of a file.
 """
@@ -13,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aim_surgery.checkpoint.reading.source import REMEDY, listed
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, REMEDY, listed
 from aim_surgery.errors import CheckpointError
 
 Where = tuple[str, ...]
@@ -49,6 +50,12 @@ def is_state_dict(value: Any) -> bool:
 def is_optimizer_state(value: Any) -> bool:
     """Whether a value is what `torch.optim.Optimizer.state_dict` gives."""
     return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+
+
+def is_operated(value: Any) -> bool:
+    """Whether a state dict tells that it is of an operated model."""
+    versions = getattr(value, "_metadata", None)
+    return isinstance(versions, Mapping) and FORMAT_KEY in versions
 
 
 def is_scheduler_state(value: Any) -> bool:
@@ -121,8 +128,10 @@ def weights_in(
     averaged = [where for where in found if where and where[-1] in AVERAGED]
     usual = known or [where for where in found if where not in averaged]
     candidates = averaged if ema else usual
-    if len(candidates) == 1:
-        return candidates[0]
+    operated = [where for where in candidates if is_operated(value_at(content, where))]
+    for choice in (candidates, operated):
+        if len(choice) == 1:
+            return choice[0]
     raise CheckpointError(f"{path}: {_why_not(content, found, candidates, ema=ema)}")
 
 

@@ -24,6 +24,7 @@ PLAN_KEY = "aim_surgery.plan"
 MODEL_KEY = "aim_surgery.model"
 ALIASES_KEY = "aim_surgery.aliases"
 VERSIONS_KEY = "aim_surgery.versions"
+FORM_KEY = "aim_surgery.form"
 
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path)"
 
