@@ -91,7 +91,7 @@ def fold_file(
     key: str | None = None,
     ema: bool = False,
     batch_norm: bool = False,
-) -> tuple[str, ...]:
+) -> list[str]:
     """Fold the memory of an operated file away, into an exported program.
 
     The program needs neither this package nor a plan.
@@ -107,7 +107,7 @@ def fold_file(
         batch_norm: Whether batch norms are merged into convolutions as well.
 
     Returns:
-        What still reads the memory, and why: notes for the user.
+        What still reads the memory and why, and what the program doesn't take: notes for the user.
 
     Raises:
         AimSurgeryError: See `load` and `fold`; the name asks for another layout, the model can't be
@@ -125,5 +125,4 @@ def fold_file(
     else:
         plan = plan_of(folded)
         inputs = None if plan is None else inputs_of_plan(plan.inputs, folded)
-    write_exported(folded, inputs, output, {})
-    return folded.notes
+    return [*folded.notes, *write_exported(folded, inputs, output, {})]

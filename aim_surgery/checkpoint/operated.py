@@ -91,7 +91,10 @@ class Operated:
             read: Gives the original's tensors by the model's names, if not from the file's weights:
                 further weights of the same model (averaged ones).
         """
-        value = self.make(name, read)
+        return self.seen(name, self.make(name, read))
+
+    def seen(self, name: str, value: Tensor) -> Tensor:
+        """A tensor that is written as it is; NaN and infinities in it are noted."""
         if _is_odd(value):
             self.odd.append(name)
         return value

@@ -11,6 +11,7 @@ The name of a file tells its layout:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,12 @@ def save(
 
     Args:
         gm: From `transform` or `apply`; left unchanged.
-        path: The file to write (or replace), `.safetensors`, or `.pt` for a PyTorch state dict.
+        path: The file to write (or replace): see the table above.
         model_spec: Where the original model comes from ("torchvision:resnet50"), for `load`.
         model_args: The factory's keyword arguments; must be JSON.
+
+    Warns:
+        UserWarning: An exported program takes one batch size alone.
 
     Raises:
         CheckpointError: The folder is missing or can't be written, the disk is full, the model
@@ -93,7 +97,8 @@ def save(
         raise CheckpointError(f"{path}: {without} is on the meta device and has no values to save")
     entries = {name: entry_of(value) for name, value in tensors.items()}
     operated = Operated(plan, entries, aliases, gm, lambda name, read: tensors[name])
-    write_operated(operated, path, model_spec=model_spec, model_args=model_args)
+    for note in write_operated(operated, path, model_spec=model_spec, model_args=model_args):
+        warnings.warn(f"{path}: {note}", stacklevel=2)
 
 
 def write_operated(
@@ -131,19 +136,20 @@ def write_operated(
         content, notes = operated_layout(operated, metadata, placeholders, carry_optimizer)
         write_torch(path, content, placeholders, progress)
         return notes
+    notes: list[str] = []
     if layout == "exported":
-        _write_exported(operated, path, metadata)
+        notes = _write_exported(operated, path, metadata)
     else:
         write = write_shards if layout == "shards" else write_safetensors
         write(path, operated.entries, operated.tensor, metadata, progress)
-    return left_behind(None if operated.original is None else operated.original.source)
+    return notes + left_behind(None if operated.original is None else operated.original.source)
 
 
-def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> None:
+def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> list[str]:
     gm: Any = operated.model
     if any(value.is_meta for value in gm.state_dict().values() if isinstance(value, Tensor)):
         gm = _with_values(operated)
-    write_exported(gm, inputs_of_plan(operated.plan.inputs, gm), path, metadata)
+    return write_exported(gm, inputs_of_plan(operated.plan.inputs, gm), path, metadata)
 
 
 def _with_values(operated: Operated) -> nn.Module:

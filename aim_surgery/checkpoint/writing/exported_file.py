@@ -1,4 +1,4 @@
-"""Exported programs out: a model in evaluation mode, its first axes left free for other batches."""
+"""Exported programs out: a model in evaluation mode, its first axes left free where they can be."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from aim_surgery.errors import CheckpointError
 
 def write_exported(
     gm: nn.Module, inputs: ExampleInputs | None, path: Path, metadata: Mapping[str, str]
-) -> None:
+) -> list[str]:
     """Export a model and write the program; it appears whole or not at all.
 
     Args:
@@ -29,19 +29,16 @@ def write_exported(
         path: The file to write or replace.
         metadata: Text by name, which goes along as `aim_surgery.json`.
 
+    Returns:
+        Notes for the user: where the first axis could not be left free.
+
     Raises:
         CheckpointError: There are no inputs, the exporter refuses, or the file can't be written.
     """
     if inputs is None:
         raise CheckpointError(f"{path}: the plan's example inputs can't be made for an export")
-    twice = _of_two(inputs)
     try:
-        try:
-            program = _exported(gm, twice)
-        except Exception:  # the first axis is no batch, or the model wants it to be one
-            if twice is inputs:
-                raise
-            program = _exported(gm, inputs)
+        program, notes = _free_or_fixed(gm, inputs)
     except Exception as err:  # the exporter has errors of many kinds
         raise CheckpointError(
             f"{path}: the model can't be exported: {err}; keep the .safetensors file"
@@ -50,6 +47,33 @@ def write_exported(
         torch.export.save(
             program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
         )
+    return notes
+
+
+def _free_or_fixed(
+    gm: nn.Module, inputs: ExampleInputs
+) -> tuple[torch.export.ExportedProgram, list[str]]:
+    """A program for all batch sizes, or one for that of the example, with a note that says so."""
+    twice, why = _of_two(inputs), "the model takes no other"
+    try:
+        program = _exported(gm, twice)
+        if _is_free(program):
+            return program, []
+    except Exception as err:  # the first axis is no batch, or the model wants it to be one
+        if twice is inputs:
+            raise
+        why = str(err).strip().partition("\n")[0]
+    size = next((len(v) for v in (*inputs.args, *inputs.kwargs.values()) if _has_axes(v)), None)
+    if size is None:
+        return _exported(gm, inputs), []
+    return _exported(gm, inputs), [f"the program takes a first axis of {size} alone: {why}"]
+
+
+def _is_free(program: torch.export.ExportedProgram) -> bool:
+    """Whether each input's first axis is of any size."""
+    users = set(program.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in program.graph.nodes if node.name in users]
+    return all(isinstance(v.shape[0], torch.SymInt) for v in values if _has_axes(v))
 
 
 def _exported(gm: nn.Module, inputs: ExampleInputs) -> torch.export.ExportedProgram:

@@ -213,7 +213,7 @@ def _weights(
             key = names.keys.get(name)
             kept: Any = weights.get(key) if key is not None else None
             if is_tensor(kept) and entry_of(kept) == entry:
-                made[name] = kept
+                made[name] = operated.seen(name, kept)
             else:
                 made[name] = placeholders.add(
                     entry.shape, entry.dtype, lambda: operated.tensor(name, read)
