@@ -7,14 +7,12 @@ What needs torch is imported where it is used: `--help` and `inspect` answer at 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
@@ -28,6 +26,8 @@ from aim_surgery.cli_options import (
     Ema,
     Emit,
     Exclude,
+    FoldedOutput,
+    Format,
     Include,
     Init,
     Input,
@@ -35,7 +35,10 @@ from aim_surgery.cli_options import (
     Memory,
     Model,
     ModelArgs,
+    NewGroup,
     OperatedFile,
+    Output,
+    RestoredOutput,
     Trust,
     Write,
     WriteAt,
@@ -45,6 +48,7 @@ from aim_surgery.cli_options import (
     parsed_arguments,
     refuse_beside_plan,
 )
+from aim_surgery.cli_output import line_of, progress_bar, tell_error, tell_written, told_of
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 if TYPE_CHECKING:
@@ -75,18 +79,10 @@ def _failing_in_one_line(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except AimSurgeryError as err:
-            _tell_error(err)
+            tell_error(err)
             raise typer.Exit(1) from err
 
     return run
-
-
-def _tell_error(err: AimSurgeryError) -> None:
-    typer.echo(f"error: {_line(err)}", err=True)
-
-
-def _line(err: AimSurgeryError) -> str:
-    return " ".join(str(err).split())
 
 
 def _print_version(wanted: bool) -> None:
@@ -147,16 +143,7 @@ def transform_command(
             metavar="CHECKPOINT...", help="Weights, as for plan; several, or a folder of them."
         ),
     ],
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="File to write: .safetensors; .index.json for shards; .pt for the layout that "
-            "came in; .pt2. A folder for several checkpoints.",
-        ),
-    ],
+    output: Output,
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
@@ -176,19 +163,8 @@ def transform_command(
     ema: Ema = False,
     trust: Trust = False,
     drop_optimizer: DropOptimizer = False,
-    new_group: Annotated[
-        str | None,
-        typer.Option(
-            "--new-group",
-            metavar="N|own",
-            help="Group of the optimizer that new parameters join, or one of their own, in a .pt "
-            "file; by default the one that suits them.",
-        ),
-    ] = None,
-    form: Annotated[
-        Literal["safetensors", "shards", "pt", "pt2"],
-        typer.Option("--format", help="What to write into a folder."),
-    ] = "safetensors",
+    new_group: NewGroup = None,
+    form: Format = "safetensors",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Do all but write.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was done as JSON.")] = False,
 ) -> Any:
@@ -204,22 +180,29 @@ def transform_command(
     operation = transform.Operation(
         model, arguments, example, config, wanted, emit, _carry(new_group, drop=drop_optimizer)
     )
-    many = transform.several(checkpoints)
-    if many is None:
+    many, new = transform.several(checkpoints), []
+    if many is None and not transform.names_a_folder(output):
         if is_given(context, "form"):
             raise typer.BadParameter(
                 "is for a folder: the name after -o says what to write", param_hint="--format"
             )
-        _refuse_itself(checkpoints[0], output)
-        jobs = {checkpoints[0]: output}
+        _refuse_itself(checkpoints[0], Path(output))
+        jobs = {checkpoints[0]: Path(output)}
     else:
         if transform.names_a_file(output):
             raise typer.BadParameter(
-                f"{output} is a file: name a folder for {len(many)} checkpoints", param_hint="-o"
+                f"{output} is a file: name a folder for {len(many or [])} checkpoints",
+                param_hint="-o",
             )
-        jobs = transform.outputs_in(output, many, form)
+        folder = Path(output)
+        new = [f for f in (folder, *folder.parents) if dry_run and not f.exists()]
+        jobs = transform.outputs_in(folder, many or checkpoints, form)
     reading = transform.Reading(key, ema, trust)
-    outcomes = _transform_each(jobs, operation, reading, dry_run, as_json, alone=many is None)
+    try:
+        outcomes = _transform_each(jobs, operation, reading, dry_run, as_json, alone=many is None)
+    finally:
+        for made in new:
+            made.rmdir()
     if any(isinstance(outcome, AimSurgeryError) for outcome in outcomes.values()):
         raise typer.Exit(1)
     return next(iter(outcomes.values()))
@@ -258,61 +241,31 @@ def _transform_each(
     outcomes: dict[Path, Outcome | AimSurgeryError] = {}
     for checkpoint, output in jobs.items():
         try:
-            with _progress_bar(output.name, shown=not as_json) as progress:
+            with progress_bar(output.name, shown=not as_json) as progress:
                 outcome = transform_checkpoint(
                     checkpoint, output, operation, reading, dry_run=dry_run, progress=progress
                 )
         except AimSurgeryError as err:
             outcomes[checkpoint] = err
-            _tell_error(err)
+            tell_error(err)
             continue
         outcomes[checkpoint] = outcome
         if not as_json:
-            typer.echo(_told(outcome, alone=alone))
+            typer.echo(told_of(outcome, alone=alone))
     if as_json:
         told = [
-            {"checkpoint": str(path), "output": str(jobs[path]), "ok": False, "error": _line(found)}
+            {
+                "checkpoint": str(path),
+                "output": str(jobs[path]),
+                "ok": False,
+                "error": line_of(found),
+            }
             if isinstance(found, AimSurgeryError)
             else found.to_dict()
             for path, found in outcomes.items()
         ]
         typer.echo(json.dumps(told, indent=2))
     return outcomes
-
-
-def _told(outcome: Outcome, *, alone: bool) -> str:
-    verb = "wrote       " if outcome.written else "would write "
-    lines = [f"{verb}{outcome.output}"]
-    lines += [f"note        {note}" for note in outcome.notes]
-    if outcome.not_finite:
-        from aim_surgery.checkpoint.reading.source import listed
-
-        lines.append(f"note        NaN or Inf, kept: {listed(outcome.not_finite, 5)}")
-    if alone:
-        lines.append(str(outcome.plan).partition("\n\n")[2])  # without the table of reads
-    return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def _progress_bar(name: str, *, shown: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
-    """A bar over the bytes that are written; nothing where nobody looks."""
-    if not shown or not sys.stderr.isatty():
-        yield lambda total: lambda nbytes: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
-        task = bar.add_task(name, total=None)
-
-        def begin(total: int) -> Callable[[int], None]:
-            bar.update(task, total=total)
-            return lambda nbytes: bar.advance(task, nbytes)
-
-        yield begin
 
 
 @app.command("verify")
@@ -347,15 +300,7 @@ def verify_command(
 @_failing_in_one_line
 def restore_command(
     checkpoint: OperatedFile,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            metavar="OUT",
-            help="File to write: .pt for the layout that came in, .safetensors for weights alone.",
-        ),
-    ],
+    output: RestoredOutput,
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
@@ -364,35 +309,31 @@ def restore_command(
     drop_optimizer: DropOptimizer = False,
 ) -> Any:
     """Take the memory out again: the original's names and shapes, and optimizer's state."""
-    _refuse_itself(checkpoint, output)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import restore_file
+    from aim_surgery.checkpoint.transform import output_for
 
+    target = output_for(checkpoint, output)
+    _refuse_itself(checkpoint, target)
     restored, notes = restore_file(
         checkpoint,
-        output,
+        target,
         _built(model, arguments),
         example,
         key=key,
         ema=ema,
         drop_optimizer=drop_optimizer,
     )
-    _tell_written(output, notes)
+    tell_written(target, notes)
     typer.echo(f"restored    {restored}")
     return restored
-
-
-def _tell_written(output: Path, notes: Iterable[str]) -> None:
-    typer.echo(f"wrote       {output}")
-    for note in notes:
-        typer.echo(f"note        {note}")
 
 
 @app.command("fold")
 @_failing_in_one_line
 def fold_command(
     checkpoint: OperatedFile,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file.")],
+    output: FoldedOutput,
     model: Model = None,
     model_args: ModelArgs = None,
     input: Input = None,
@@ -403,20 +344,22 @@ def fold_command(
     ] = False,
 ) -> Any:
     """Fold constant memory away for inference, and write the model as an exported program."""
-    _refuse_itself(checkpoint, output)
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import fold_file
+    from aim_surgery.checkpoint.transform import output_for
 
+    target = output_for(checkpoint, output, "pt2")
+    _refuse_itself(checkpoint, target)
     notes = fold_file(
         checkpoint,
-        output,
+        target,
         _built(model, arguments),
         example,
         key=key,
         ema=ema,
         batch_norm=norms,
     )
-    _tell_written(output, notes)
+    tell_written(target, notes)
     return notes
 
 

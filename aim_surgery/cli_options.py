@@ -38,6 +38,43 @@ Ema = Annotated[bool, typer.Option("--ema", help="Take the averaged weights.")]
 Trust = Annotated[
     bool, typer.Option("--trust", help="Let pickled objects in the file run their code.")
 ]
+Output = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="File to write: .safetensors; .index.json for shards; .pt for the layout that came "
+        "in; .pt2. Or a folder to write into, FOLDER/.",
+    ),
+]
+RestoredOutput = Annotated[
+    str,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="OUT",
+        help="File to write: .pt for the layout that came in, .safetensors for weights alone. Or a "
+        "folder to write into, FOLDER/.",
+    ),
+]
+FoldedOutput = Annotated[
+    str,
+    typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file, or a folder for it."),
+]
+Format = Annotated[
+    Literal["safetensors", "shards", "pt", "pt2"],
+    typer.Option("--format", help="What to write into a folder."),
+]
+NewGroup = Annotated[
+    str | None,
+    typer.Option(
+        "--new-group",
+        metavar="N|own",
+        help="Group of the optimizer that new parameters join, or one of their own, in a .pt file; "
+        "by default the one that suits them.",
+    ),
+]
 DropOptimizer = Annotated[
     bool, typer.Option("--drop-optimizer", help="Leave optimizer states out of a .pt file.")
 ]

@@ -15,7 +15,7 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import aim_surgery
-from aim_surgery import cli
+from aim_surgery import cli, cli_output
 from aim_surgery.checkpoint.inspect import inspect
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
@@ -482,6 +482,32 @@ def test_names_in_a_folder(folder):
     ]
 
 
+@pytest.mark.parametrize("output", ["new/", "deep/er/", "there", "there/", "./there", "v1.0/"])
+def test_one_checkpoint_goes_into_a_folder(folder, output):
+    Path("there").mkdir()
+    assert f"wrote       {Path(output) / 'net.safetensors'}" in transformed("net.pt", "-o", output)
+    assert_operates(Path(output) / "net.safetensors", torch.load("net.pt"))
+    transformed("net.pt", "-o", output, "--format", "pt")
+    file = Path(output) / "net.pt"
+    assert_operates(file, torch.load("net.pt"))
+    Path("net.pt").unlink()
+    restored(str(file), "-o", "./")
+    assert inspect("net.pt").operation is None
+    assert run("fold", str(file), "--model", SPEC, "-o", output).exit_code == 0
+    assert file.with_suffix(".pt2").is_file()
+    itself = run("restore", str(file), "--model", SPEC, "-o", output)
+    assert (itself.exit_code, "itself" in itself.stderr) == (2, True)
+
+
+def test_a_dry_run_makes_no_folder(folder):
+    before = contents()
+    for output in ("new/", "deep/er/"):
+        assert f"would write {output}net.s" in transformed("net.pt", "-o", output, "--dry-run")
+    assert contents() == before
+    assert not Path("new").exists()
+    assert not Path("deep").exists()
+
+
 def test_capital_letters_say_the_same(folder):
     transformed("net.pt", "-o", "O.PT")
     assert_operates("O.PT", torch.load("net.pt"))
@@ -586,7 +612,7 @@ def test_a_bar_is_drawn_for_a_terminal_alone(folder, monkeypatch):
 
     for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stderr", stream)
-        with cli._progress_bar("o.safetensors", shown=True) as begin:
+        with cli_output.progress_bar("o.safetensors", shown=True) as begin:
             advance = begin(1000)
             advance(600)
         assert ("o.safetensors" in stream.getvalue()) == shown

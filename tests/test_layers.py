@@ -28,6 +28,7 @@ ORDER = (
     "checkpoint",
     "report",
     "cli_options",
+    "cli_output",
     "cli",
     "__init__",
 )

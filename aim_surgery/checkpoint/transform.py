@@ -5,6 +5,7 @@ Of many, each is by itself: one that fails changes nothing about the others.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -227,7 +228,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
 
 
 def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[Path, Path]:
-    """Where the results for several checkpoints go.
+    """Where the results for checkpoints go.
 
     Args:
         folder: The folder for them; made if it is missing.
@@ -258,7 +259,31 @@ def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[
     return found
 
 
-def names_a_file(output: Path) -> bool:
+def output_for(checkpoint: Path, output: str, form: Format | None = None) -> Path:
+    """The file that an output means for one checkpoint: itself, or one in it if it is a folder.
+
+    Args:
+        checkpoint: The checkpoint.
+        output: What stands after -o.
+        form: The layout to write into a folder; if left out, that of the checkpoint's own name.
+
+    Raises:
+        CheckpointError: The folder can't be made.
+    """
+    if not names_a_folder(output):
+        return Path(output)
+    form = form or ("pt" if layout_of(checkpoint) == "torch" else "safetensors")
+    return outputs_in(Path(output), [checkpoint], form)[checkpoint]
+
+
+def names_a_folder(output: str) -> bool:
+    """Whether an output is meant as a folder to write into: it is one, or ends as one."""
+    return output.endswith(("/", os.sep)) or Path(output).is_dir()
+
+
+def names_a_file(output: str) -> bool:
     """Whether an output is meant as a file and not as a folder."""
-    known = (*_CHECKPOINTS, ".json")
-    return output.suffix.lower() in known or layout_of(output) != "safetensors" or output.is_file()
+    if names_a_folder(output):
+        return False
+    known, path = (*_CHECKPOINTS, ".json"), Path(output)
+    return path.suffix.lower() in known or layout_of(path) != "safetensors" or path.is_file()
