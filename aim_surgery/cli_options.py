@@ -44,8 +44,8 @@ Output = Annotated[
         "--output",
         "-o",
         metavar="OUT",
-        help="File to write: .safetensors; .index.json for shards; .pt for the layout that came "
-        "in; .pt2. Or a folder to write into, FOLDER/.",
+        help="File to write: .safetensors; .index.json for shards; .pt, or .dcp for a folder, for "
+        "the layout that came in; .pt2. Or a folder to write into, FOLDER/.",
     ),
 ]
 RestoredOutput = Annotated[
@@ -54,8 +54,8 @@ RestoredOutput = Annotated[
         "--output",
         "-o",
         metavar="OUT",
-        help="File to write: .pt for the layout that came in, .safetensors for weights alone. Or a "
-        "folder to write into, FOLDER/.",
+        help="File to write: .pt, or .dcp for a folder, for the layout that came in; .safetensors "
+        "for weights alone. Or a folder to write into, FOLDER/.",
     ),
 ]
 FoldedOutput = Annotated[
@@ -63,7 +63,7 @@ FoldedOutput = Annotated[
     typer.Option("--output", "-o", metavar="OUT", help="A .pt2 file, or a folder for it."),
 ]
 Format = Annotated[
-    Literal["safetensors", "shards", "pt", "pt2"],
+    Literal["safetensors", "shards", "pt", "dcp", "pt2"],
     typer.Option("--format", help="What to write into a folder."),
 ]
 NewGroup = Annotated[

@@ -279,6 +279,46 @@ def _write_forever(gm: torch.nn.Module, path: str) -> None:
         save(gm, path)
 
 
+def test_a_folder_is_whole_or_not_there_at_20_random_moments(folder):
+    gm, partial, whole = operated(3.0), 0, 0
+    rng = random.Random(0)
+    for moment in range(20):
+        path = Path(f"o{moment}.dcp")
+        child = os.fork()
+        if child == 0:
+            with contextlib.suppress(BaseException):
+                _write_slowly(gm, path)
+            os._exit(1)
+        time.sleep(rng.uniform(0.0, 0.4))
+        kill(child)
+        left = list(Path().glob(f".{path}.*.tmp"))
+        partial += bool(left and list(left[0].glob("whole/*.distcp")))
+        if path.exists():
+            whole += 1
+            assert values_in(str(path)) == {3.0}
+        for file in left:
+            os.utime(file, (0, 0))  # later
+        if not path.exists():
+            save(gm, path)
+        assert not list(Path().glob(f".{path}.*.tmp"))
+    assert partial > 0  # some were killed in the middle
+    assert whole > 0
+
+
+def _write_slowly(gm: torch.nn.Module, path: Path) -> None:
+    from aim_surgery.checkpoint.writing import dcp_folder
+
+    plain = dcp_folder._Planner.transform_object
+
+    def slowly(*args):
+        time.sleep(0.01)  # as a large tensor would take
+        return plain(*args)
+
+    dcp_folder._Planner.transform_object = slowly
+    save(gm, path)
+    time.sleep(60)
+
+
 @pytest.mark.parametrize("path", ["o.safetensors", "o.pt"])
 def test_two_processes_write_the_same_file(folder, path):
     save(operated(1.0), path)
@@ -323,6 +363,16 @@ def test_a_full_disk(small_disk, name):
     assert "could not be written: No space left on device; the old file" in result.stderr
     assert result.stderr.count("\n") == 1
     assert {f.name: f.read_bytes() for f in small_disk.iterdir()} == before
+
+
+def test_a_full_disk_holds_no_part_of_a_folder(small_disk):
+    torch.save(build(SPEC, width=200).state_dict(), "large.pt")
+    args = ("--model", SPEC, "--model-args", '{"width": 200}')
+    result = run("transform", "large.pt", *args, "-o", "disk/o.dcp")
+    assert result.exit_code == 1
+    assert "could not be written: No space left on device" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(small_disk.iterdir())
 
 
 def test_a_folder_that_may_not_be_written(small_disk):

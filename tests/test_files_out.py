@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from typer.testing import CliRunner, Result
 
 import aim_surgery
@@ -370,12 +373,119 @@ def test_groups_that_are_none(folder, group, code):
     assert not Path("o.pt").exists()
 
 
-@pytest.mark.parametrize("output", ["o.pt", "o.safetensors"])
-def test_what_a_distributed_checkpoint_holds_besides_is_told(folder, output):
-    save_distributed({"model": net().state_dict(), "epoch": 3, "optimizer": {"m": torch.ones(2)}})
-    told = transformed("dcp", "-o", output)
-    assert "note        not taken along: epoch, optimizer\n" in told
+def distributed_run() -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A run whose script saves with `torch.distributed.checkpoint`, by names."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model(INPUT).sum().backward()
+    optimizer.step()
+    states = get_state_dict(model, optimizer)
+    extra = {"epoch": 3, "list": [torch.arange(3), {"deep": torch.ones(2)}], "none": None}
+    save_distributed(dict(zip(("model", "optimizer"), states, strict=True)) | extra)
+    return model, optimizer
+
+
+def held_by(path: str) -> Any:
+    source: Any = open_source(path)
+    return source.content
+
+
+@pytest.mark.parametrize("output", ["o.dcp", "o.pt"])
+def test_a_distributed_checkpoint_keeps_its_layout(folder, output):
+    distributed_run()
+    transformed("dcp", "-o", output)
     assert_operates(output, read_state_dict("dcp"))
+    operation = inspect(output).operation
+    assert operation is not None
+    assert operation["memory_floats"] == 100
+    old, new = held_by("dcp"), held_by(output)
+    assert sorted(new) == sorted(old)
+    for name in ("epoch", "list", "none"):
+        assert not_equal(new[name], old[name]) == []
+    moments = [c["optimizer"]["state"]["3.weight"]["exp_avg"] for c in (old, new)]
+    assert torch.equal(moments[1][:, : moments[0].shape[1]], moments[0])
+    assert "operated on already" in run("transform", output, "--model", SPEC, "-o", "x.pt").stderr
+
+    told = restored(output, "-o", "back.dcp")
+    assert "restored    exact" in told
+    assert not_equal(held_by("back.dcp"), old) == []
+    assert inspect("back.dcp").operation is None
+    kept = transformed("dcp", "-o", "o.safetensors")
+    assert "not taken along: optimizer, epoch, list, none (a .pt file keeps them)" in kept
+
+
+@pytest.mark.parametrize("file", ["train.pt", "net.pt", "net.safetensors"])
+def test_any_checkpoint_as_a_distributed_one(folder, file):
+    training_checkpoint()
+    safetensors.torch.save_file(torch.load("net.pt"), "net.safetensors")
+    transformed(file, "-o", "o.dcp")
+    prefix = "module." if file == "train.pt" else ""
+    state = torch.load("train.pt")["model"] if prefix else torch.load("net.pt")
+    assert_operates("o.dcp", {n.removeprefix(prefix): v for n, v in state.items()})
+    if prefix:
+        restored("o.dcp", "-o", "back.pt")
+        old, new = torch.load("train.pt"), torch.load("back.pt")
+        assert sorted(new) == sorted(old)
+        for name in old:
+            assert not_equal(by_name(new[name]), by_name(old[name])) == []
+
+
+def by_name(value: Any) -> Any:
+    """With dicts in the order of their keys: a distributed checkpoint has its own."""
+    if isinstance(value, dict):
+        return {k: by_name(value[k]) for k in sorted(value, key=str)}
+    return [by_name(v) for v in value] if isinstance(value, list) else value
+
+
+def test_a_distributed_run_goes_on(folder):
+    """The script's own way to resume: `torch.distributed.checkpoint` into the operated model."""
+    _, optimizer = distributed_run()
+    transformed("dcp", "-o", "o.dcp")
+    gm = aim_surgery.apply(net(), load("o.dcp", SPEC).plan)
+    resumed = torch.optim.AdamW(gm.parameters(), lr=0.1)
+    state = dict(zip(("model", "optimizer"), get_state_dict(gm, resumed), strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is one process alone
+        dcp.load(state, checkpoint_id="o.dcp", no_dist=True)
+    set_state_dict(
+        gm,
+        resumed,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+    )
+    found = resumed.state[gm.get_parameter("3.weight")]
+    old = optimizer.state[optimizer.param_groups[0]["params"][4]]
+    assert torch.equal(found["exp_avg"][:, : old["exp_avg"].shape[1]], old["exp_avg"])
+    assert old["exp_avg"].any()
+    assert found["step"] == old["step"] == 1
+    assert resumed.state[gm.get_parameter("aim.memory.weight")]["step"] == 0
+
+    # from zeros, a step is the one from nothing
+    fresh = torch.optim.AdamW(gm.parameters(), lr=0.1)
+    content = held_by("o.dcp")["optimizer"]
+    numbers = {name: i for i, (name, _) in enumerate(gm.named_parameters())}
+    carried = {numbers[n]: e for n, e in content["state"].items() if not n.startswith("aim.")}
+    fresh.load_state_dict(fresh.state_dict() | {"state": carried})
+    gm(INPUT).sum().backward()
+    before = [p.detach().clone() for p in gm.parameters()]
+    after = []
+    for one in (resumed, fresh):
+        one.step()
+        after.append([p.detach().clone() for p in gm.parameters()])
+        with torch.no_grad():
+            for p, value in zip(gm.parameters(), before, strict=True):
+                p.copy_(value)
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(after[0], before, strict=True))
+
+
+def test_a_distributed_checkpoint_is_not_replaced(folder):
+    transformed("net.pt", "-o", "o.dcp")
+    before = contents()
+    again = run("transform", "net.pt", "--model", SPEC, "-o", "o.dcp", "--budget", "none")
+    assert again.exit_code == 1
+    assert "o.dcp: is a folder already, and not replaced: name another" in again.stderr
+    assert contents() == before
 
 
 def test_shared_tensors_stay_shared_in_a_pytorch_file(folder):

@@ -17,13 +17,13 @@ from torch import nn
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.reading.kinds import open_source
-from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
-from aim_surgery.checkpoint.save import layout_of, refuse_unknown
+from aim_surgery.checkpoint.reading.torch_file import entry_of
+from aim_surgery.checkpoint.save import layout_of, refuse_unknown, write_content
 from aim_surgery.checkpoint.writing.atomic import check_target
 from aim_surgery.checkpoint.writing.exported_file import write_exported
-from aim_surgery.checkpoint.writing.layout import left_behind, restored_layout
+from aim_surgery.checkpoint.writing.layout import is_training, left_behind, restored_layout
 from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
-from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
+from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
 from aim_surgery.lower import fold
 from aim_surgery.nn.aim_modules import plan_of
@@ -45,9 +45,10 @@ def restore_file(
 
     Args:
         checkpoint: A file that `save` or `transform` wrote; left unchanged.
-        output: The file to write or replace: PyTorch's, of the layout that came in (nesting,
-            epoch, scheduler, and the optimizer's state carried back), or a `.safetensors` file of
-            weights alone, where tied ones stand under each of their names. Neither tells of a plan.
+        output: The file to write or replace: PyTorch's (or a folder of its), of the layout that
+            came in (nesting, epoch, scheduler, and the optimizer's state carried back), or a
+            `.safetensors` file of weights alone, where tied ones stand under each of their names.
+            None tells of a plan.
         model: See `load`.
         example_inputs: What to measure the difference on, see `restore`.
         key: See `load`.
@@ -65,8 +66,10 @@ def restore_file(
     check_target(output)
     refuse_unknown(output)
     layout = layout_of(output)
-    if layout not in ("torch", "safetensors"):
-        raise CheckpointError(f"{output}: a restored model goes into a .safetensors or a .pt file")
+    if layout not in ("torch", "dcp", "safetensors"):
+        raise CheckpointError(
+            f"{output}: a restored model goes into a .safetensors or a .pt file, or a .dcp folder"
+        )
     gm = load(checkpoint, model, key=key, ema=ema)
     source = open_source(checkpoint, key=key, ema=ema)
     base: Any = restore(gm, example_inputs)
@@ -76,9 +79,9 @@ def restore_file(
         write_safetensors(output, entries, state.__getitem__, {})
         return base.restored, left_behind(source)
     content, notes = base.state_dict(), left_behind(source)
-    if isinstance(source, TorchFile):
+    if is_training(source):
         content, notes = restored_layout(source, gm, drop_optimizer=drop_optimizer)
-    write_torch(output, content, Placeholders())
+    write_content(output, content, Placeholders(), {})
     return base.restored, notes
 
 

@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,14 @@ from aim_surgery.checkpoint.reading.outline import (
     outline_of_dcp,
     outline_of_exported,
 )
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, MODEL_KEY, PLAN_KEY, Entry, listed
+from aim_surgery.checkpoint.reading.source import (
+    FORMAT_KEY,
+    MODEL_KEY,
+    PLAN_KEY,
+    Entry,
+    listed,
+    notes_in,
+)
 from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 _SHOWN = 6
@@ -242,6 +249,7 @@ def inspect(
     elif kind == "dcp":
         content, foreign = outline_of_dcp(path / ".metadata")
         found = _nested(path, "distributed checkpoint (DCP)", content, [], key, ema)
+        found = replace(found, metadata=notes_in(path))
     elif kind == "exported":
         entries, metadata = outline_of_exported(path)
         found = _flat(path, "exported program", entries, metadata)
@@ -338,8 +346,6 @@ def _bytes_on_disk(path: Path, entries: Mapping[str, Entry]) -> int:
 
 def _compared(found: Inspection, spec: str, model_args: Mapping[str, Any] | None) -> Inspection:
     """Whether a model's names and shapes are those of the file."""
-    from dataclasses import replace
-
     from aim_surgery.checkpoint.models import build
     from aim_surgery.checkpoint.models.skeleton import build_skeleton
     from aim_surgery.checkpoint.reading.names import match_names

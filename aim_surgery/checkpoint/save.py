@@ -6,11 +6,13 @@ The name of a file tells its layout:
     *.index.json                   shards of safetensors
     *.pt, *.pth, *.bin, *.ckpt,    a PyTorch file, of the layout that came in
     *.tar
+    *.dcp                          a folder of torch.distributed.checkpoint, likewise
     *.pt2                          an exported program
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,10 +37,12 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
 def layout_of(path: Path) -> str:
-    """The layout that a file's name asks for: "shards", "exported", "torch" or "safetensors"."""
+    """What a file's name asks for: "shards", "exported", "torch", "dcp" or "safetensors"."""
     suffix = path.suffix.lower()
     if path.name.endswith(".index.json"):
         return "shards"
+    if suffix == ".dcp":
+        return "dcp"
     if suffix == ".pt2":
         return "exported"
     return "torch" if suffix in TORCH_SUFFIXES else "safetensors"
@@ -51,7 +55,7 @@ def refuse_unknown(path: Path) -> None:
         CheckpointError: The suffix is none of the module's table.
     """
     if path.suffix.lower() not in ("", ".safetensors") and layout_of(path) == "safetensors":
-        names = ", ".join((".safetensors", ".index.json", ".pt2", *TORCH_SUFFIXES))
+        names = ", ".join((".safetensors", ".index.json", ".pt2", ".dcp", *TORCH_SUFFIXES))
         raise CheckpointError(f"{path}: {path.suffix} is no format that is written: use {names}")
 
 
@@ -128,13 +132,17 @@ def write_operated(
     """
     refuse_unknown(path)
     layout = layout_of(path)
-    aliases = {} if layout == "torch" else operated.aliases
+    laid_out = layout in ("torch", "dcp")
+    aliases = {} if laid_out else operated.aliases
     form = form_of(operated.model)
     metadata = metadata_of(operated.plan, aliases, form, path, model_spec, model_args)
-    if layout == "torch":
+    if laid_out:
         placeholders = Placeholders()
-        content, notes = operated_layout(operated, metadata, placeholders, carry_optimizer)
-        write_torch(path, content, placeholders, progress)
+        carry = carry_optimizer
+        if carry is not None and layout == "dcp":  # PyTorch's reader asks for all entries
+            carry = functools.partial(carry, start_new=True)
+        content, notes = operated_layout(operated, metadata, placeholders, carry)
+        write_content(path, content, placeholders, metadata, progress)
         return notes
     notes: list[str] = []
     if layout == "exported":
@@ -143,6 +151,33 @@ def write_operated(
         write = write_shards if layout == "shards" else write_safetensors
         write(path, operated.entries, operated.tensor, metadata, progress)
     return notes + left_behind(None if operated.original is None else operated.original.source)
+
+
+def write_content(
+    path: Path,
+    content: Any,
+    placeholders: Placeholders,
+    metadata: Mapping[str, str],
+    progress: Progress = lambda nbytes: None,
+) -> None:
+    """Write what a training script would, as a file or a folder of PyTorch's.
+
+    Args:
+        path: What to write; its name tells which.
+        content: See `write_torch` and `write_dcp`, as for all arguments.
+        placeholders: Tensors in it without values.
+        metadata: Text by name, for a folder; in a file, it is in the content.
+        progress: Told of bytes as they are written.
+
+    Raises:
+        CheckpointError: It can't be written.
+    """
+    if layout_of(path) == "dcp":
+        from aim_surgery.checkpoint.writing.dcp_folder import write_dcp
+
+        write_dcp(path, content, placeholders, metadata, progress)
+    else:
+        write_torch(path, content, placeholders, progress)
 
 
 def _write_exported(operated: Operated, path: Path, metadata: Mapping[str, str]) -> list[str]:

@@ -32,8 +32,8 @@ from aim_surgery.errors import CheckpointError
 from aim_surgery.operation import Wanted
 from aim_surgery.planning import Plan
 
-Format = Literal["safetensors", "shards", "pt", "pt2"]
-_SUFFIXES = {"safetensors": ".safetensors", "shards": INDEX_SUFFIX, "pt": ".pt", "pt2": ".pt2"}
+Format = Literal["safetensors", "shards", "pt", "dcp", "pt2"]
+_SUFFIXES = {"shards": INDEX_SUFFIX} | {f: f".{f}" for f in ("safetensors", "pt", "dcp", "pt2")}
 _CHECKPOINTS = (*TORCH_SUFFIXES, ".safetensors", ".pt2")
 
 
@@ -244,7 +244,7 @@ def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[
     found: dict[Path, Path] = {}
     for checkpoint in checkpoints:
         name = Path(checkpoint.name.removesuffix(INDEX_SUFFIX))
-        stem = name.stem if name.suffix.lower() in _CHECKPOINTS else name.name
+        stem = name.stem if name.suffix.lower() in (*_CHECKPOINTS, ".dcp") else name.name
         target = folder / (stem + _SUFFIXES[form])
         twin = next((c for c, t in found.items() if t == target), None)
         if twin is not None:
@@ -272,13 +272,16 @@ def output_for(checkpoint: Path, output: str, form: Format | None = None) -> Pat
     """
     if not names_a_folder(output):
         return Path(output)
-    form = form or ("pt" if layout_of(checkpoint) == "torch" else "safetensors")
-    return outputs_in(Path(output), [checkpoint], form)[checkpoint]
+    own: Format = {"torch": "pt", "dcp": "dcp"}.get(layout_of(checkpoint), "safetensors")
+    return outputs_in(Path(output), [checkpoint], form or own)[checkpoint]
 
 
 def names_a_folder(output: str) -> bool:
     """Whether an output is meant as a folder to write into: it is one, or ends as one."""
-    return output.endswith(("/", os.sep)) or Path(output).is_dir()
+    path = Path(output)
+    if layout_of(path) == "dcp":
+        return False
+    return output.endswith(("/", os.sep)) or path.is_dir()
 
 
 def names_a_file(output: str) -> bool:

@@ -70,6 +70,7 @@ def carry_optimizer(
     *,
     new_group: NewGroup | None = None,
     names: Sequence[Sequence[str]] | None = None,
+    start_new: bool = False,
 ) -> dict[str, Any]:
     """Carry an optimizer's state from a base model to the operated one.
 
@@ -82,6 +83,9 @@ def carry_optimizer(
             above.
         names: Names of each group's parameters, where the state tells none and they are not in the
             model's order.
+        start_new: Whether new parameters get entries as before any step, where they can; by default
+            the optimizer makes them in its first step. `torch.distributed.checkpoint` asks for
+            entries of all parameters.
 
     Returns:
         A state dict for an optimizer of the same class with the parameters of `gm`, new ones last
@@ -131,7 +135,7 @@ def carry_optimizer(
     groups = [dict(group, params=list(group["params"])) for group in state["param_groups"]]
     new = {name: shape for name, shape in after.shapes.items() if is_new(name)}
     places = _places(groups, state, found, before, new, new_group)
-    return _renumbered(state, groups, entries, places, inner, found)
+    return _renumbered(state, groups, entries, places, inner, found, start_new=start_new)
 
 
 def restore_optimizer(
@@ -366,6 +370,8 @@ def _renumbered(
     places: list[tuple[str, int]],
     gm: nn.Module,
     found: Found,
+    *,
+    start_new: bool = False,
 ) -> dict[str, Any]:
     """State and groups with keys anew: numbers counted through, names as they are."""
     by_name = all(isinstance(key, str) for group in groups for key in group["params"])
@@ -382,7 +388,8 @@ def _renumbered(
             if not fresh and key in entries:
                 carried[target] = entries[key]
         for name, target in zip(new, keys[len(keys) - len(new) :], strict=True):
-            started = _started(entries, group, gm.get_parameter(name.removeprefix(found.prefix)))
+            parameter = gm.get_parameter(name.removeprefix(found.prefix))
+            started = _started(entries, group, parameter, always=start_new)
             if started:
                 carried[target] = started
         names = {"param_names": [*group["param_names"], *new]} if "param_names" in group else {}
@@ -390,13 +397,30 @@ def _renumbered(
     return {**state, "state": carried, "param_groups": out}
 
 
-def _started(entries: Mapping[Any, Any], group: Mapping[str, Any], new: Tensor) -> dict[str, Any]:
-    """What an optimizer that makes its entries at once, Adagrad, has of a new parameter."""
-    like = next((entry for entry in entries.values() if set(entry) == {"step", "sum"}), None)
-    if like is None:
+def _started(
+    entries: Mapping[Any, Any], group: Mapping[str, Any], new: Tensor, *, always: bool
+) -> dict[str, Any]:
+    """What an optimizer has of a new parameter: nothing, but for Adagrad, which starts at once.
+
+    With `always`, zeros, where all that it keeps is counters and tensors as the parameter.
+    """
+    like = next(iter(entries.values()), {})
+    if not (always or set(like) == {"step", "sum"}) or not all(map(_is_uniform, entries.values())):
         return {}
-    step = like["step"]
-    step = torch.zeros_like(step) if isinstance(step, Tensor) else 0
-    start = float(group.get("initial_accumulator_value", 0))
     device = None if not new.is_meta else "cpu"
-    return {"step": step, "sum": torch.full_like(new.detach(), start, device=device)}
+    started: dict[str, Any] = {}
+    for name, value in like.items():
+        start = float(group.get("initial_accumulator_value", 0)) if name == "sum" else 0.0
+        if isinstance(value, Tensor) and value.ndim:
+            started[name] = torch.full_like(new.detach(), start, dtype=value.dtype, device=device)
+        elif isinstance(value, Tensor):
+            started[name] = torch.zeros_like(value)
+        else:
+            started[name] = type(value)() if isinstance(value, int | float) else value
+    return started
+
+
+def _is_uniform(entry: Entry) -> bool:
+    """Whether an entry's tensors are counters and such of one shape."""
+    shapes = {value.shape for value in entry.values() if isinstance(value, Tensor) and value.ndim}
+    return len(shapes) <= 1

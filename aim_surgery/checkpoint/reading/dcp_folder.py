@@ -2,11 +2,13 @@
 
 `.metadata` is a pickle, and PyTorch's own reader unpickles it as it is, which would run what it
 says. Here only the classes of the format itself are let in. Each piece is what `torch.save` wrote
-of it, and is read with `weights_only=True`.
+of it, and is read with `weights_only=True`. What this package notes (the plan) stands in a file of
+its own beside them.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Mapping
@@ -16,8 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aim_surgery.checkpoint.reading.nesting import value_at, weights_in
-from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.reading.nesting import (
+    beside,
+    find_all,
+    is_optimizer_state,
+    value_at,
+    weights_in,
+)
+from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, notes_in, unreadable
+from aim_surgery.checkpoint.reading.torch_file import refusal
 from aim_surgery.checkpoint.reading.zip_check import check_archive
 from aim_surgery.errors import CheckpointError
 
@@ -54,29 +63,68 @@ class DcpFolder(Source):
         """
         self.path = path
         self._metadata = _read_metadata(path / METADATA)
-        content: dict[str, Any] = {}
-        names: dict[tuple[str, ...], str] = {}
-        for name, place in _places(self._metadata).items():
-            _put(content, place, _Piece.of(self._metadata.state_dict_metadata[name]))
-            names[place] = name
-        where = weights_in(content, path, key=key, ema=ema)
-        weights = value_at(content, where)
-        self.metadata = {}
+        told = self._metadata.state_dict_metadata
+        names = {place: name for name, place in _places(self._metadata).items()}
+        outline = self._nested({name: _Piece.of(value) for name, value in told.items()})
+        self.where = weights_in(outline, path, key=key, ema=ema)
+        self.besides = beside(outline, self.where)
+        weights = value_at(outline, self.where)
         self.entries = {name: Entry(v.shape, v.dtype) for name, v in weights.items()}
-        self._names = {name: names[(*where, name)] for name in self.entries}
-        self.where, self.content = where, content
+        self._names = {name: names[(*self.where, name)] for name in self.entries}
+        self.metadata = notes_in(path)
+
+    @functools.cached_property
+    def content(self) -> Any:
+        """All that the folder holds, in memory.
+
+        Raises:
+            CheckpointError: It is damaged, or holds pickled objects.
+        """
+        told = self._metadata.state_dict_metadata
+        content = self._nested({name: self._value(name, told[name]) for name in told})
+        for where in find_all(content, is_optimizer_state):
+            _number_parameters(value_at(content, where))
+        return content
+
+    def _nested(self, flat: dict[str, Any]) -> Any:
+        """The dicts and lists that were saved, of their parts."""
+        from torch.distributed.checkpoint._nested_dict import unflatten_state_dict
+
+        places = self._metadata.planner_data
+        if not isinstance(places, Mapping):
+            return flat
+        try:
+            if any(
+                type(part) is int and part >= len(flat) for path in places.values() for part in path
+            ):
+                raise damaged(self.path / METADATA, "a list has more items than there are")
+            return unflatten_state_dict(flat, {name: places.get(name, (name,)) for name in flat})
+        except (AttributeError, TypeError, ValueError, IndexError, KeyError) as err:
+            raise damaged(self.path / METADATA, err) from err
+
+    def _value(self, name: str, told: Any) -> Any:
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
+        if hasattr(told, "chunks"):
+            return self._checked(name, name, _Piece.of(told))
+        info = self._metadata.storage_data.get(MetadataIndex(name))
+        if info is None:
+            raise damaged(self.path, f"{name} is in no file")
+        return self._loaded(name, info)
 
     def tensor(self, name: str) -> Tensor:
         """Load a tensor from its pieces."""
+        return self._checked(name, self._names[name], self.entries[name])
+
+    def _checked(self, name: str, fqn: str, entry: Entry) -> Tensor:
         try:
-            return self._assembled(name)
+            return self._assembled(name, fqn, entry)
         except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as err:
             raise damaged(self.path, f"{name}: {err}") from err  # .metadata has no checksum
 
-    def _assembled(self, name: str) -> Tensor:
+    def _assembled(self, name: str, fqn: str, entry: Entry) -> Tensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        entry, fqn = self.entries[name], self._names[name]
         values = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
         filled = 0
         for chunk in self._metadata.state_dict_metadata[fqn].chunks:
@@ -96,6 +144,12 @@ class DcpFolder(Source):
         return values
 
     def _piece(self, name: str, info: Any) -> Tensor:
+        piece = self._loaded(name, info)
+        if not isinstance(piece, Tensor):
+            raise damaged(self.path, f"{name} is a {type(piece).__name__}")
+        return piece
+
+    def _loaded(self, name: str, info: Any) -> Any:
         file = PurePath(info.relative_path)
         if file.is_absolute() or ".." in file.parts:
             raise CheckpointError(f"{self.path}: names a file outside its folder: {file}")
@@ -105,16 +159,16 @@ class DcpFolder(Source):
                 raw = io.BytesIO(stream.read(info.length))
             check_archive(raw, self.path / file)
             raw.seek(0)
-            piece = torch.load(raw, map_location="cpu", weights_only=True)
+            return torch.load(raw, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
         except OSError as err:
             raise unreadable(self.path / file, err) from err
         except Exception as err:  # BadZipFile, whatever torch.load raises
+            found = refusal(self.path / file, err)
+            if "pickled object" in str(found):
+                raise CheckpointError(f"{found} ({name})") from err
             raise damaged(self.path, f"{name} in {file}: {err}") from err
-        if not isinstance(piece, Tensor):
-            raise damaged(self.path, f"{name} in {file} is a {type(piece).__name__}")
-        return piece
 
 
 class _Piece(Entry):
@@ -164,7 +218,8 @@ def _places(metadata: Any) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _put(content: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
-    for part in place[:-1]:
-        content = content.setdefault(part, {})
-    content[place[-1]] = value
+def _number_parameters(state: dict[str, Any]) -> None:
+    """The format makes text of all keys; an optimizer's numbers are numbers again."""
+    keys = {key for group in state["param_groups"] for key in group["params"]}
+    numbers = {str(key): key for key in keys if isinstance(key, int)}
+    state["state"] = {numbers.get(key, key): entry for key, entry in state["state"].items()}

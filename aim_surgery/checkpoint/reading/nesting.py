@@ -102,6 +102,12 @@ def _items(content: Any) -> list[tuple[str, Any]]:
     return []
 
 
+def beside(content: Any, where: Where) -> tuple[str, ...]:
+    """Names of what stands beside the weights at a place."""
+    names = map(str, content) if where and isinstance(content, Mapping) else ()
+    return tuple(name for name in names if name != where[0])
+
+
 def weights_in(
     content: Any, path: Path, *, key: str | None = None, ema: bool = False, matches: Any = None
 ) -> Where:

@@ -8,6 +8,7 @@ is one small module for each kind of container: `safetensors_file`, `shards`, `t
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ MODEL_KEY = "aim_surgery.model"
 ALIASES_KEY = "aim_surgery.aliases"
 VERSIONS_KEY = "aim_surgery.versions"
 FORM_KEY = "aim_surgery.form"
+
+NOTES = "aim_surgery.json"
 
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path)"
 
@@ -59,6 +62,7 @@ class Source:
         metadata: Text by name that the file carries besides.
         extras: What is not a tensor but belongs to the weights (extra state of modules).
         versions: Module versions of a dict that PyTorch saved, `state_dict._metadata`.
+        besides: What stands beside the weights in a training checkpoint, by its names.
     """
 
     kind: str
@@ -67,6 +71,7 @@ class Source:
     metadata: Mapping[str, str]
     extras: Mapping[str, Any] = {}  # never written to
     versions: Any = None
+    besides: tuple[str, ...] = ()
 
     def tensor(self, name: str) -> Tensor:
         """Load a tensor, on the CPU.
@@ -103,6 +108,26 @@ def unreadable(path: Path, err: BaseException) -> CheckpointError:
 def damaged(path: Path, what: object) -> CheckpointError:
     """The error for a file that is not what it was when it was written."""
     return CheckpointError(f"{path}: cut short or damaged ({what}); copy or save it again")
+
+
+def notes_in(folder: Path) -> dict[str, str]:
+    """What this package noted in a folder, beside the files of the folder's own format.
+
+    Raises:
+        CheckpointError: It is damaged.
+    """
+    path = folder / NOTES
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as err:
+        raise unreadable(path, err) from err
+    except (ValueError, RecursionError) as err:
+        raise damaged(path, err) from err
+    if not isinstance(found, dict):
+        raise damaged(path, "no dict of notes")
+    return {name: text for name, text in found.items() if isinstance(text, str)}
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:

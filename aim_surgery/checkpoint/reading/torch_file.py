@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from aim_surgery.checkpoint.reading.nesting import (
     Where,
+    beside,
     is_state_dict,
     is_tensor,
     value_at,
@@ -59,6 +60,7 @@ class TorchFile(Source):
         self.content = load_content(path, kind, trust=trust)
         matches = _is_weights if trust else is_state_dict
         self.where: Where = weights_in(self.content, path, key=key, ema=ema, matches=matches)
+        self.besides = beside(self.content, self.where)
         found: Any = value_at(self.content, self.where)
         self.module: nn.Module | None = found if isinstance(found, nn.Module) else None
         weights: Any = found if self.module is None else self.module.state_dict()

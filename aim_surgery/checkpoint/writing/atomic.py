@@ -114,7 +114,7 @@ def _target(path: Path) -> Path:
         target = path.resolve()  # the file behind a link, not the link
         if target.exists() and not target.is_file():
             what = "a folder" if target.is_dir() else "no regular file"
-            raise CheckpointError(f"{path}: is {what}; give the name of a file to write")
+            raise CheckpointError(f"{path}: is {what} already, and not replaced: name another")
     except (OSError, RuntimeError, ValueError) as err:
         raise CheckpointError(f"{path}: cannot be written: {err}") from err
     return target

@@ -13,13 +13,13 @@ keeps module versions, `state_dict._metadata`, which `load_state_dict` passes ov
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from aim_surgery.checkpoint.operated import Operated
 from aim_surgery.checkpoint.optimizer import carry_scheduler, restore_optimizer
+from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 from aim_surgery.checkpoint.reading.names import Names, match_names
 from aim_surgery.checkpoint.reading.nesting import (
     Where,
@@ -40,17 +40,9 @@ from aim_surgery.planning import Plan
 from aim_surgery.surgery.state_dict import is_new, restore_state_dict, versioned
 
 # From the state of an optimizer, the original model and the operated one to the state that goes on.
-CarryOptimizer = Callable[[Mapping[str, Any], Any, Any], Mapping[str, Any]]
+CarryOptimizer = Callable[..., Mapping[str, Any]]
 
 _Weights = Mapping[str, Any]
-
-
-class Training(Protocol):
-    """A source that keeps all of a training checkpoint."""
-
-    path: Path
-    content: Any
-    where: Where
 
 
 def operated_layout(
@@ -75,7 +67,7 @@ def operated_layout(
     """
     original = operated.original
     source = None if original is None else original.source
-    if original is None or not isinstance(source, TorchFile) or source.module is not None:
+    if original is None or not is_training(source):
         names = Names({}, "") if original is None else original.names
         return _weights(operated, names, {}, None, placeholders, metadata), left_behind(source)
 
@@ -91,7 +83,7 @@ def operated_layout(
 
 
 def restored_layout(
-    source: Training, gm: nn.Module, *, drop_optimizer: bool
+    source: TorchFile | DcpFolder, gm: nn.Module, *, drop_optimizer: bool
 ) -> tuple[Any, list[str]]:
     """Build what `torch.save` is to write of an operated checkpoint that is to be one of the base.
 
@@ -123,7 +115,7 @@ def restored_layout(
 
 
 def _relaid(
-    source: Training,
+    source: TorchFile | DcpFolder,
     own: Mapping[str, Any],
     names: Names,
     change: Callable[[Where, _Weights, Names], _Weights],
@@ -174,6 +166,13 @@ def _relaid(
     return content, notes
 
 
+def is_training(source: Source | None) -> TypeGuard[TorchFile | DcpFolder]:
+    """Whether a checkpoint has a layout that is kept."""
+    return isinstance(source, DcpFolder) or (
+        isinstance(source, TorchFile) and source.module is None
+    )
+
+
 def left_behind(source: Source | None) -> list[str]:
     """What else a training checkpoint holds, where weights alone are written.
 
@@ -183,12 +182,10 @@ def left_behind(source: Source | None) -> list[str]:
     Returns:
         A note, or nothing.
     """
-    content, where = getattr(source, "content", None), getattr(source, "where", ())
-    if not where or not isinstance(content, Mapping):
+    if source is None or not source.besides:
         return []
-    others = [str(key) for key in content if str(key) != where[0]]
-    keeps = " (a .pt file keeps them)" if isinstance(source, TorchFile) else ""
-    return [f"not taken along: {', '.join(others)}{keeps}"] if others else []
+    keeps = " (a .pt file keeps them)" if is_training(source) else ""
+    return [f"not taken along: {', '.join(source.besides)}{keeps}"]
 
 
 def _reader(weights: Mapping[str, Any], names: Names) -> Callable[[str], Tensor]:
