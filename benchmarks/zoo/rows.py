@@ -13,7 +13,7 @@ from typing import Any
 import aim_surgery
 
 TRACED, PARTLY, WHOLE, NOT = "traced", "partly opaque", "kept whole", "not"
-FULL, LIGHT = "full", "light"
+FULL, LIGHT, BRIEF = "full", "light", "brief"
 DEFERRED, DONE = "deferred", "done"
 
 
@@ -38,7 +38,7 @@ class Row:
         nodes: Of the emitted graph.
         reads: Sites that read.
         skips: What does not, with a reason in the plan.
-        checks: "full" (`verify`), "light" (see `checks.py`) or "".
+        checks: "full" (`verify`), "light", "brief" (see `checks.py`) or "".
         checked_on: The inputs of the checks, in words.
         verified: Whether all checks passed.
         audited: Weights that the audit saw multiplied with activations, and their elements.
