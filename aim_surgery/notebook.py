@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.forms import form_of, rewrite_as
-from aim_surgery.nn.aim_modules import AimModules, BeforeFreezing, operated_in, plan_of
+from aim_surgery.nn.aim_modules import BeforeFreezing, aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
@@ -59,7 +59,7 @@ def memory_parameters(gm: nn.Module) -> Iterator[nn.Parameter]:
     """
     inner = operated_in(gm)
     widened = {
-        name for read in _plan(inner).reads if read.site.widens for name in read.site.weights
+        name for read in plan_of(inner).reads if read.site.widens for name in read.site.weights
     }
     return (
         parameter
@@ -147,7 +147,7 @@ def read_memory(gm: nn.Module, inputs: Inputs | None = None) -> dict[str, Tensor
         AimSurgeryError: The model was not operated.
     """
     gm = operated_in(gm)
-    notes = _notes_by_name(_plan(gm))
+    notes = _notes_by_name(plan_of(gm))
     found: dict[str, Tensor] = {}
     with _evaluating(gm), torch.no_grad():
         if inputs is None:
@@ -203,10 +203,6 @@ def disable(gm: nn.Module) -> Iterator[None]:
             module.enabled = enabled
 
 
-def _plan(gm: nn.Module) -> Plan:
-    return plan_of(gm)
-
-
 def _modules_with_statistics(gm: nn.Module) -> list[str]:
     """Modules of the base that hold running statistics, by name."""
     found = [
@@ -228,8 +224,7 @@ def _modules_with_statistics(gm: nn.Module) -> list[str]:
 
 def _note_before_freezing(gm: nn.Module, kept: list[str]) -> None:
     """What `restore` will put back; what stands there from an earlier call counts."""
-    aim = gm.get_submodule(AIM)
-    assert isinstance(aim, AimModules)
+    aim = aim_of(gm)
     before = aim.before_freezing
     if before is None:
         trained = {name: p.requires_grad for name, p in gm.named_parameters()}
@@ -283,7 +278,7 @@ def _watched(gm: nn.Module, found: dict[str, Tensor]) -> Iterator[None]:
 
         return note
 
-    paths = [path for path, _ in _notes_by_name(_plan(gm)).values()]
+    paths = [path for path, _ in _notes_by_name(plan_of(gm)).values()]
     handles = [gm.get_submodule(path).register_forward_hook(noting(path)) for path in paths]
     try:
         yield
@@ -307,7 +302,7 @@ def _run(gm: nn.Module, inputs: ExampleInputs) -> None:
 
 def _read_constants(gm: nn.Module, found: dict[str, Tensor]) -> None:
     versions: dict[tuple[str, int], Tensor] = {}
-    plan = _plan(gm)
+    plan = plan_of(gm)
     for memory in plan.memories:
         path = memory_path(memory.name)
         found[path] = versions[memory.name, 0] = gm.get_submodule(path)()

@@ -179,7 +179,7 @@ BAD_FILES = {
     ),
     "arguments.pt": (
         lambda path: torch.save({"args": argparse.Namespace(a=1)}, path),
-        r"pickled object of argparse\.Namespace",
+        r"not only tensors \('args': Namespace\)",
     ),
     "tensor.pt": (lambda path: torch.save(torch.ones(3), path), "holds a Tensor, not a state dict"),
     "list.pt": (lambda path: torch.save([torch.ones(3)], path), "holds a list"),

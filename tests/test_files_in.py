@@ -1,14 +1,20 @@
 """Checkpoints of every kind and layout come in, every key accounted for, and nothing runs."""
 
 import argparse
+import collections
+import datetime
+import functools
 import json
 import os
 import pickle
+import re
 import sys
+import types
 import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -403,18 +409,60 @@ def test_a_refusal_names_the_class_and_the_ways(folder):
     assert "test_files_in.Custom" in inspect("module.pt").to_text()
 
 
-def test_trust_reads_modules_and_namespaces(folder):
+def test_trust_reads_modules(folder):
     model = net()
     torch.save(model, "module.pt")
     assert_same(read_state_dict("module.pt", trust=True), model.state_dict())
     assert len(operate_checkpoint(open_source("module.pt", trust=True), None).plan.reads) == 2
-    torch.save({"args": argparse.Namespace(a=1), "model": model.state_dict()}, "args.pt")
-    with pytest.raises(CheckpointError, match=r"argparse\.Namespace"):
-        read_state_dict("args.pt")
-    assert_same(read_state_dict("args.pt", trust=True), model.state_dict())
-    found = inspect("args.pt")
-    assert found.foreign == ("argparse.Namespace",)
-    assert len(found.entries) == len(model.state_dict())
+    assert "holds a test_files_in.Custom" in _problem_of(Custom(2, 2))
+    assert "'model': test_files_in.Custom" in _problem_of({"model": Custom(2, 2)})
+
+
+def _problem_of(content):
+    torch.save(content, "content.pt")
+    return inspect("content.pt").to_text().replace("tests.", "")
+
+
+BESIDE = {
+    "args": argparse.Namespace(lr=0.1, output=Path("runs")),
+    "best": np.float64(76.1),
+    "rng": {"numpy": np.arange(5, dtype=np.uint32), "names": np.array(["a", None], dtype=object)},
+    "counts": collections.Counter("aab"),
+    "started": datetime.datetime(2026, 11, 25, tzinfo=datetime.UTC),
+    "more": types.SimpleNamespace(a=1),
+}
+
+
+def test_plain_data_beside_the_weights_needs_no_trust(folder):
+    model = net()
+    torch.save({"model": model.state_dict(), **BESIDE}, "run.pt")
+    assert_same(read_state_dict("run.pt"), model.state_dict())
+    found = inspect("run.pt")
+    assert found.foreign == ()
+    assert "--trust" not in found.to_text()
+    content = open_source("run.pt").content
+    assert content["args"] == BESIDE["args"]
+    np.testing.assert_array_equal(content["rng"]["numpy"], BESIDE["rng"]["numpy"])
+    assert {name: content[name] for name in BESIDE if name != "rng"} == {
+        name: value for name, value in BESIDE.items() if name != "rng"
+    }
+
+
+STRANGERS = {
+    "posix.system": lambda: np.array([Evil()], dtype=object),
+    "posix.system ": lambda: argparse.Namespace(a=Evil()),
+    "functools.partial": lambda: functools.partial(print, "ran"),
+    "collections.defaultdict": lambda: collections.defaultdict(list, {"loss": [1.0]}),
+}
+
+
+@pytest.mark.parametrize("name", STRANGERS)
+def test_plain_data_does_not_let_others_in(folder, name):
+    torch.save({"weights": {"w": torch.ones(2)}, "x": STRANGERS[name]()}, "others.pt")
+    with pytest.raises(CheckpointError, match=re.escape(name.strip())):
+        read_state_dict("others.pt")
+    assert name.strip() in inspect("others.pt").foreign
+    assert not Path("ran").exists()
 
 
 def test_a_zip_bomb_is_refused(folder):

@@ -419,7 +419,7 @@ def test_outputs_of_another_form_are_found() -> None:
 
 def test_a_weight_that_the_plan_forgets_is_named(net, gm) -> None:
     reads = tuple(read for read in gm.plan.reads if read.site.layer != "depthwise")
-    gm.plan = dataclasses.replace(gm.plan, reads=reads)
+    gm.aim.plan = dataclasses.replace(gm.plan, reads=reads)
     coverage = check_coverage(net, gm, gm.plan, Samples((IMAGES,), {}))
     assert [name for name, _ in coverage.unaccounted] == ["depthwise.weight"]
     assert "convolution" in coverage.unaccounted[0][1]
@@ -428,7 +428,7 @@ def test_a_weight_that_the_plan_forgets_is_named(net, gm) -> None:
 def test_a_product_that_the_plan_forgets_is_named() -> None:
     model = Einsum()
     gm = transform(model, torch.randn(2, 6), config=FULL)
-    gm.plan = dataclasses.replace(gm.plan, skips=())
+    gm.aim.plan = dataclasses.replace(gm.plan, skips=())
     result = verify(model, gm)
     assert [name for name, _ in result.coverage.unaccounted] == ["mix"]
     assert "coverage     FAILED" in str(result)
@@ -558,7 +558,7 @@ def test_refusals(net, gm) -> None:
         on_meta = ConvNet()
     with pytest.raises(AimSurgeryError, match="meta device"):
         verify(on_meta, gm, IMAGES)
-    gm.plan = dataclasses.replace(
+    gm.aim.plan = dataclasses.replace(
         gm.plan, inputs=dataclasses.replace(plan(net, IMAGES).inputs, args=None)
     )
     with pytest.raises(AimSurgeryError, match="pass example_inputs"):

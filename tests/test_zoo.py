@@ -131,19 +131,23 @@ def _operated() -> tuple[nn.Module, AimGraphModule]:
     return model, aim_surgery.transform(model)
 
 
-def test_light_checks_pass_and_are_seen_to_fail() -> None:
+@pytest.mark.parametrize("brief", [False, True])
+def test_light_checks_pass_and_are_seen_to_fail(brief: bool) -> None:
     model, gm = _operated()
     row = Row("timm", "two convolutions")
-    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row)
+    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row, brief=brief)
     assert (row.errors, row.verified, row.backward) == ([], True, "evaluation")
+    assert (row.checks, row.difference64 is None) == ("brief" if brief else "light", brief)
     assert row.reached[0] == 2
 
     model, gm = _operated()
     with torch.no_grad():
         gm.get_parameter("0.bias").add_(1)
     row = Row("timm", "broken")
-    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row)
+    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row, brief=brief)
     assert not row.verified
+    modes = [error.partition("), ")[2].partition(",")[0] for error in row.errors]
+    assert modes == ["evaluation", "training"]
     assert row.errors[0].startswith("light: outputs differ by")
 
 

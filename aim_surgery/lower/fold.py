@@ -44,7 +44,7 @@ from aim_surgery.lower.fold_rules import rule_of
 from aim_surgery.lower.fold_watch import Watched, watch
 from aim_surgery.lower.forms import rewrite_as
 from aim_surgery.lower.split import resize_where_needed
-from aim_surgery.nn.aim_modules import AimModules, operated_in, plan_of, put_plan
+from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
@@ -105,7 +105,7 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
         if isinstance(twin, AimGraphModule):
             notes = (*notes, *_fold_graph(twin, example_inputs, batch_norm=batch_norm))
         _finish(twin, notes)
-        put_plan(twin, plan_of(inner))
+        aim_of(twin).plan = plan_of(inner)
     return cast(_Model, twin)
 
 
@@ -284,8 +284,7 @@ def _unfolded(writer: FoldWriter) -> tuple[str, ...]:
 
 def _finish(twin: nn.Module, notes: tuple[str, ...]) -> None:
     """Drop what nobody reads any more, and keep the rest as it is."""
-    aim = twin.get_submodule(AIM)
-    assert isinstance(aim, AimModules)
+    aim = aim_of(twin)
     _drop_unused(twin, aim)
     aim.form = "folded"
     twin.eval()

@@ -19,9 +19,8 @@ from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.inside import change_hooks
 from aim_surgery.lower.join import join_sites
 from aim_surgery.lower.split import split_sites
-from aim_surgery.nn.aim_modules import AimModules, operated_in, plan_of
+from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
-from aim_surgery.surgery.modules import AIM
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -82,15 +81,13 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
         graph.lint()
     if isinstance(gm, AimGraphModule) and modified:
         gm.recompile()
-    aim = gm.get_submodule(AIM)
-    assert isinstance(aim, AimModules)
-    aim.form = form
+    aim_of(gm).form = form
     return modified
 
 
 def form_of(gm: nn.Module) -> Form:
     """The form of an operated model."""
-    return gm.get_submodule(AIM).form  # type: ignore[return-value]
+    return aim_of(gm).form  # type: ignore[return-value]
 
 
 def _sharing(gm: nn.Module) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import nn
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.graph_module import AimGraphModule
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class AimModules(nn.Module):
     """Memories, memory weights that live beside their layers (`reads`), update blocks (`writes`).
 
     Attributes:
-        plan: The plan of a model that keeps its own class; a `GraphModule` holds it itself.
+        plan: What was done to the model.
         form: How sites are written: "concat", "split" or "folded".
         before_freezing: What the base was before `freeze_base`; None where it is not frozen.
     """
@@ -46,10 +45,15 @@ class AimModules(nn.Module):
 
 def plan_of(module: Any) -> Any:
     """The plan of an operated model; None for anything else."""
-    if isinstance(module, AimGraphModule):
-        return module.plan
     added = module._modules.get("aim") if isinstance(module, nn.Module) else None
     return added.plan if isinstance(added, AimModules) else None
+
+
+def aim_of(gm: nn.Module) -> AimModules:
+    """What was added to an operated model."""
+    added = gm._modules["aim"]
+    assert isinstance(added, AimModules)
+    return added
 
 
 def operated_in(gm: nn.Module) -> nn.Module:
@@ -83,15 +87,4 @@ def operated_in(gm: nn.Module) -> nn.Module:
 
 def is_folded(gm: Any) -> bool:
     """Whether a module is what `fold` returned."""
-    added = gm._modules.get("aim") if isinstance(gm, nn.Module) else None
-    return isinstance(added, AimModules) and added.form == "folded"
-
-
-def put_plan(module: nn.Module, plan: Any) -> None:
-    """Note down in an operated model what was done to it."""
-    if isinstance(module, AimGraphModule):
-        module.plan = plan
-        return
-    added = module._modules["aim"]
-    assert isinstance(added, AimModules)
-    added.plan = plan
+    return plan_of(gm) is not None and aim_of(gm).form == "folded"

@@ -25,32 +25,31 @@ class AimGraphModule(fx.GraphModule):
     """A model with a memory, as an fx graph.
 
     Attributes:
-        plan: The plan that it was operated by; None where it has been restored.
         contrary: Submodules that the original's own `train(mode)` puts in the other mode (frozen
             batch norm), for each mode.
     """
 
-    plan: Any
     contrary: dict[bool, tuple[str, ...]]
     _graphs: dict[bool, fx.Graph]
 
-    def __init__(
-        self, graphs: dict[bool, fx.Graph], plan: Any, *, training: bool, class_name: str
-    ) -> None:
+    def __init__(self, graphs: dict[bool, fx.Graph], *, training: bool, class_name: str) -> None:
         """Compile the graph(s); `adopt` then gives them the modules that they name.
 
         Args:
             graphs: The graph for training (True) and for evaluation (False); one may do for both.
-            plan: What the operation did.
             training: The mode to begin in.
             class_name: Name of the original model's class, for `repr`.
         """
         super().__init__(nn.Module(), fx.Graph(), class_name)
         self.training = training
-        self.plan = plan
         self.contrary = {True: (), False: ()}
         only = next(iter(graphs.values()))
         self._install({mode: graphs.get(mode, only) for mode in (True, False)})
+
+    @property
+    def plan(self) -> Any:
+        """The plan that it was operated by, `aim.plan`; None where it has been restored."""
+        return getattr(self._modules.get("aim"), "plan", None)
 
     def adopt(self, root: nn.Module) -> None:
         """Take over all that a module tree holds: children, tensors, plain attributes.

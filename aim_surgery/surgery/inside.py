@@ -56,7 +56,7 @@ def operate_whole(
             f"{type(err).__name__}: {err}"
         ) from err
     _check_copied(model, root, plan)
-    add_aim(root, model, plan, {}, device).plan = plan
+    add_aim(root, model, plan, {}, device)
     attach_reads(root, plan)
     return root
 

@@ -151,6 +151,7 @@ def add_aim(
     home = home_weight(model, plan)
     where = {"device": device or home.device, "dtype": home.dtype}
     aim, writes = AimModules(), nn.Module()
+    aim.plan = plan
     for memory in plan.memories:
         aim.add_module(memory.name, _memory_layer(memory, where))
     planned = {read.site.name: read for read in plan.reads if not read.site.inside}

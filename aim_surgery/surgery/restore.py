@@ -22,7 +22,7 @@ from torch import fx, nn
 from aim_surgery.capture import Inputs
 from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.aim_modules import AimModules, operated_in, plan_of
+from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import detach_reads
 from aim_surgery.planning import Plan, Read
@@ -135,10 +135,9 @@ def _narrow_weights(gm: nn.Module, plan: Plan) -> dict[int, Any]:
 
 
 def _drop_memory(twin: nn.Module) -> None:
-    aim = twin._modules.pop(AIM)
-    assert isinstance(aim, AimModules)
+    aim = aim_of(twin)
+    del twin._modules[AIM]
     if isinstance(twin, AimGraphModule):
-        twin.plan = None
         if aim.before_freezing is not None:
             twin.contrary = aim.before_freezing.contrary
         twin.recompile()

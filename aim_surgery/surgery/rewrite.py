@@ -72,7 +72,7 @@ def operate(
         trace.training: _rewrite(trace, calls[trace.training], points[trace.training], plan, home)
         for trace in capture.traces
     }
-    gm = AimGraphModule(graphs, plan, training=model.training, class_name=type(model).__name__)
+    gm = AimGraphModule(graphs, training=model.training, class_name=type(model).__name__)
     gm.contrary = contrary_modules(model)
     gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy, device=device))
     attach_reads(gm, plan)

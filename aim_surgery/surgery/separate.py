@@ -17,7 +17,7 @@ from dataclasses import replace
 from torch import fx, nn
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.aim_modules import plan_of, put_plan
+from aim_surgery.nn.aim_modules import aim_of, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input, write_beside
@@ -73,7 +73,7 @@ def separate(gm: nn.Module, why: str) -> None:
     for graph, pieces in zip(graphs, found, strict=True):
         _separate_sites(graph, pieces, widened)
     separated = _separated(plan, why)
-    put_plan(gm, separated)
+    aim_of(gm).plan = separated
     for read in separated.reads:
         if read.site.inside and read.site.name in every:
             add_instead(gm, read)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import row_files
 from benchmarks.evidence.recipes import Config
 from benchmarks.zoo.rows import source_digest
 
@@ -80,34 +79,16 @@ def blank(config: Config, device: torch.device) -> Row:
 
 def append(path: Path, row: Row) -> None:
     """Add a row; it is on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    row_files.append(path, asdict(row))
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
     """The newest row of each configuration, by digest, from all studies' files."""
-    found: dict[str, Row] = {}
-    for path in sorted((folder / FOLDER).glob("*.jsonl")):
-        for row in _rows_of(path):
-            if row.digest not in found or row.finished >= found[row.digest].finished:
-                found[row.digest] = row
-    return found
+    paths = sorted((folder / FOLDER).glob("*.jsonl"))
+    rows = (row for path in paths for row in row_files.rows_in(path, Row.of))
+    return row_files.newest(rows, lambda row: row.digest)
 
 
 def missing(configs: Iterable[Config], rows: dict[str, Row]) -> list[Config]:
     """Configurations that have no row."""
     return [config for config in configs if config.digest not in rows]
-
-
-def _rows_of(path: Path) -> list[Row]:
-    rows = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            rows.append(Row.of(json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue  # a line cut short by a crash: its configuration runs again
-    return rows

@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--light",
         action="store_true",
-        help="light checks for all: values in the model's own dtype only, a tenth of the time",
+        help="light checks for all, a tenth of the time; brief ones where the limit leaves less",
     )
     found.add_argument(
         "--smallest-first",

@@ -1,11 +1,11 @@
-"""What is checked of an operated model, in full or light, and on which inputs.
+"""What is checked of an operated model, in full, light or brief, and on which inputs.
 
 Full is `verify`. Its some sixty float64 forwards need about 36 bytes a parameter, six times the
 activations and 45 times the time of a training step of one image, so it runs on a smaller image
 where both models take one. Where even that is too much, the light checks take its place: the
 outputs of both in evaluation mode in the model's own dtype, outputs and buffers in training mode in
 float64, the audit of weights on the meta device, where it costs nothing, and one backward of the
-operated model.
+operated model. Brief are the light ones of the largest models, with nothing in float64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import convert
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
 from aim_surgery.verification.twins import call, own_dtype
-from benchmarks.zoo.rows import FULL, LIGHT, Row
+from benchmarks.zoo.rows import BRIEF, FULL, LIGHT, Row
 
 _LEAST_PIXELS = (96, 128, 160)  # of images: maps of 3x3 positions where five strides halve them
 _LEAST_OF_VIDEO = (64, 96)
@@ -99,6 +99,7 @@ def check_light(
     row: Row,
     *,
     detects: bool = False,
+    brief: bool = False,
 ) -> None:
     """Compare evaluation in the model's own dtype and training in float64; one backward.
 
@@ -106,23 +107,26 @@ def check_light(
 
     Args:
         model: The original; loses its weights, so that there is room for the backward.
-        gm: The operated one; left in float64.
+        gm: The operated one; left in float64, where it was compared in it.
         samples: What to run both on.
         audited: The original, on the meta device if it can be built there.
         row: Filled in.
         detects: Whether it is a detector.
+        brief: Whether training is compared in the model's own dtype, too.
     """
-    row.checks = LIGHT
+    row.checks = BRIEF if brief else LIGHT
     audit(audited, gm, row)
     dtype, notes = own_dtype(model), list[str]()
     pair = Pair(model, gm, plan_of(gm), TOLERANCES.get(dtype, TOLERANCES[torch.float32]))
     found = _compare_light(pair, Case(detects, samples, _batch(samples), dtype), row, notes)
     if found:
         row.difference = _finite(found[0].difference)
-    samples, dtype, refusal = _in_float64(pair, samples)
+    refusal = ""
+    if not brief:
+        samples, dtype, refusal = _in_float64(pair, samples)
     if refusal:
         notes.append(f"training compared in {dtype}: the original {refusal} in float64")
-    if not (detects and refusal):  # else it has been compared
+    if not (detects and (refusal or brief)):  # else it has been compared
         found += _compare_light(pair, Case(True, samples, _batch(samples), dtype), row, notes)
     row.notes += [_first_line(note) for note in notes[:_NOTES]]
     if not found:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import aim_surgery
+from benchmarks import row_files
 
 TRACED, PARTLY, WHOLE, NOT = "traced", "partly opaque", "kept whole", "not"
-FULL, LIGHT = "full", "light"
+FULL, LIGHT, BRIEF = "full", "light", "brief"
 DEFERRED, DONE = "deferred", "done"
 
 
@@ -38,7 +38,7 @@ class Row:
         nodes: Of the emitted graph.
         reads: Sites that read.
         skips: What does not, with a reason in the plan.
-        checks: "full" (`verify`), "light" (see `checks.py`) or "".
+        checks: "full" (`verify`), "light", "brief" (see `checks.py`) or "".
         checked_on: The inputs of the checks, in words.
         verified: Whether all checks passed.
         audited: Weights that the audit saw multiplied with activations, and their elements.
@@ -127,41 +127,21 @@ def rows_file(folder: Path, library: str, shard: tuple[int, int] | None) -> Path
 
 def append(path: Path, row: Row) -> None:
     """Add a row; it is on disk when this returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row.plain(), ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    row_files.append(path, row.plain())
 
 
 def read_rows(folder: Path, library: str) -> dict[str, Row]:
     """The newest row of each model, from all files of a library."""
     files = (*folder.glob(f"{library}.jsonl"), *folder.glob(f"{library}-*-of-*.jsonl"))
-    return _newest(row for path in files for row in _rows_of(path))
+    return _newest(row for path in files for row in row_files.rows_in(path, Row.of))
 
 
 def compact(path: Path) -> None:
     """Leave only the newest row of each model, in the order of names."""
-    rows = _newest(_rows_of(path))
+    rows = _newest(row_files.rows_in(path, Row.of))
     lines = [json.dumps(rows[name].plain(), ensure_ascii=False) for name in sorted(rows)]
     path.write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _newest(rows: Iterable[Row]) -> dict[str, Row]:
-    found: dict[str, Row] = {}
-    for row in rows:
-        if row.model not in found or row.finished >= found[row.model].finished:
-            found[row.model] = row
-    return found
-
-
-def _rows_of(path: Path) -> list[Row]:
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text("utf-8").splitlines():
-        try:
-            rows.append(Row.of(json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
-            continue  # a line cut short by a crash: its model runs again
-    return rows
+    return row_files.newest(rows, lambda row: row.model)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.zoo.libraries import Library
-from benchmarks.zoo.rows import FULL, LIGHT, NOT, PARTLY, TRACED, WHOLE, Row
+from benchmarks.zoo.rows import BRIEF, FULL, LIGHT, NOT, PARTLY, TRACED, WHOLE, Row
 
 RATIO_LIMIT = 1.5
 SMALL_GRAPH, LARGE_GRAPH = 1000, 4000
@@ -33,7 +33,8 @@ METHOD = (
     "parameter and six times the activations of one image) or time (45 training steps) than the "
     "limits leave: outputs in evaluation mode in the model's own dtype, outputs and buffers in "
     "training mode in float64 (of detectors, training in their own dtype alone), one backward of "
-    "the operated model, the audit on the meta device. On meta only: no values are compared, and "
+    "the operated model, the audit on the meta device. Brief checks where these, too, would take "
+    "more: the same with nothing in float64. On meta only: no values are compared, and "
     "the model counts as not verified.",
     "Audited weights are the parameters that the original's kernels multiply with activations; "
     "reached are those that read the memory, accounted for also those left out for a reason. "
@@ -90,6 +91,7 @@ def totals(rows: Sequence[Row], library: Library, names: Sequence[str]) -> list[
         _count("transformed and verified", verified, count, library.verified),
         _count("  of these, full checks", checked[FULL], count),
         _count("  of these, light checks", checked[LIGHT], count),
+        _count("  of these, brief checks", checked[BRIEF], count),
         _count("on meta only", sum(row.device == "meta" for row in rows), count),
         _count("training reaches all that is new", sum(bool(r.backward) for r in rows), count),
     ]

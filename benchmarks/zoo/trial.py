@@ -30,13 +30,13 @@ from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Ro
 
 # Measured: bytes a parameter that each kind of check needs, all copies and gradients together, and
 # what `verify` holds of activations, in those of one float32 image.
-FULL_BYTES, LIGHT_BYTES = 36, 18
+FULL_BYTES, LIGHT_BYTES, BRIEF_BYTES = 36, 18, 12
 FULL_ACTIVATIONS = 6
 BASE_GIB = 1.0  # libraries and activations
 FULL_STEPS = 45  # what `verify` takes, in forward-and-backward passes of one float32 image
-LIGHT_STEPS = 8  # what the light checks take of two images
+LIGHT_STEPS = 8  # what the light checks take of two images; of one, half of it
 _QUICK = 2.0  # seconds of a step that is timed more than once
-_SHARE_OF_TIME = 0.8
+_SHARE_OF_TIME, _SHARE_ASKED = 0.8, 0.25  # of what the limit leaves: most of it; for light checks
 _LONGEST = 1500
 
 Send = Callable[[dict[str, Any]], None]
@@ -78,8 +78,8 @@ class _Trial:
         if on_cpu and self._needs(least) > self._memory and not self._alone:
             self._enter(DEFERRED)
             return
-        if on_cpu and self._needs(LIGHT_BYTES) > self._memory:
-            row.notes.append(f"too big: weights and checks need {self._needs(LIGHT_BYTES):.0f} GiB")
+        if on_cpu and self._needs(BRIEF_BYTES) > self._memory:
+            row.notes.append(f"too big: weights and checks need {self._needs(BRIEF_BYTES):.0f} GiB")
             row.device = "meta"
         known = on_meta is not None or row.device == "cpu"
         model, inputs = build(row.library, row.model, row.device if known else "cpu")
@@ -147,11 +147,14 @@ class _Trial:
             needs = f"{memory:.0f} GiB and {FULL_STEPS * step:.0f} s"
             reason = "asked for" if self._light else f"as the full ones would take about {needs}"
             row.notes.append(f"light checks, {reason}")
-            if LIGHT_STEPS * step > self._time_left():
-                samples = samples.take(1)
+            steps = LIGHT_STEPS * step
+            left = self._time_left(_SHARE_ASKED if self._light else _SHARE_OF_TIME)
+            if steps > left:
+                samples, steps = samples.take(1), steps / 2
                 row.checked_on = checks.describe(samples)
+            brief = steps > left or self._needs(LIGHT_BYTES) > self._memory
             self._enter("verifying")
-            checks.check_light(model, gm, samples, on_meta, row, detects=detects)
+            checks.check_light(model, gm, samples, on_meta, row, detects=detects, brief=brief)
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
@@ -165,9 +168,8 @@ class _Trial:
     def _needs(self, bytes_each: float) -> float:
         return self._row.parameters * bytes_each / GIB + BASE_GIB
 
-    def _time_left(self) -> float:
-        left = self._seconds - time.process_time()
-        return _SHARE_OF_TIME * left
+    def _time_left(self, share: float = _SHARE_OF_TIME) -> float:
+        return share * (self._seconds - time.process_time())
 
     def _enter(self, stage: str) -> None:
         self._row.stage = stage

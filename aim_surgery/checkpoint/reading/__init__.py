@@ -6,6 +6,7 @@
                       the sources, one a kind of container
     zip_check         the checksums of PyTorch's zips; no bombs
     nesting, names    where in it the weights are; which tensor is which of the model
+    plain_data        what may stand beside the weights without trust
     outline           what a PyTorch file holds, without torch
     known_models      which known model it may be of
 

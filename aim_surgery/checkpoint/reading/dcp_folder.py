@@ -25,6 +25,7 @@ from aim_surgery.checkpoint.reading.nesting import (
     value_at,
     weights_in,
 )
+from aim_surgery.checkpoint.reading.plain_data import plain_classes
 from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, notes_in, unreadable
 from aim_surgery.checkpoint.reading.torch_file import refusal
 from aim_surgery.checkpoint.reading.zip_check import check_archive
@@ -159,7 +160,8 @@ class DcpFolder(Source):
                 raw = io.BytesIO(stream.read(info.length))
             check_archive(raw, self.path / file)
             raw.seek(0)
-            return torch.load(raw, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(plain_classes()):
+                return torch.load(raw, map_location="cpu", weights_only=True)
         except CheckpointError:
             raise
         except OSError as err:

@@ -167,7 +167,7 @@ def _why_not(content: Any, found: list[Where], candidates: list[Where], *, ema: 
         there = f"; there are {listed(map(dotted, found))}: choose with --key" if found else ""
         return f"holds no averaged weights under a usual key ({', '.join(AVERAGED)}){there}"
     if not isinstance(content, Mapping):
-        return f"holds a {type(content).__name__}, not a state dict; {REMEDY}"
+        return f"holds a {class_name(content)}, not a state dict; {REMEDY}"
     if found:
         return f"holds averaged weights alone, under {dotted(found[0])!r}; choose them with --ema"
     if not content:
@@ -175,7 +175,7 @@ def _why_not(content: Any, found: list[Where], candidates: list[Where], *, ema: 
     nested = next((key for key in KEYS if isinstance(content.get(key), Mapping)), None)
     where, value = (f" under {nested!r}", content[nested]) if nested else ("", content)
     strangers = [
-        f"{name!r}: {type(v).__name__}"
+        f"{name!r}: {class_name(v)}"
         for name, v in value.items()
         if not (isinstance(name, str) and is_tensor(v))
     ]
@@ -192,4 +192,9 @@ def outline(value: Any) -> str:
     """What a value is, in a few words."""
     if isinstance(value, Mapping):
         return f"a dict with {listed(map(repr, value), 5)}" if value else "an empty dict"
-    return f"a {type(value).__name__}"
+    return f"a {class_name(value)}"
+
+
+def class_name(value: Any) -> str:
+    """The name of a value's class, also where the value is an outline of an object."""
+    return getattr(type(value), "called", type(value).__name__)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from aim_surgery.checkpoint.reading.plain_data import is_plain
 from aim_surgery.checkpoint.reading.source import Entry, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
@@ -92,6 +93,8 @@ class Outliner(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Something harmless for a name."""
         if (module, name) in _PLAIN:
+            if name == "defaultdict":  # which PyTorch's reader refuses to fill
+                self.foreign["collections.defaultdict"] = None
             return _PLAIN[module, name]
         if module == "torch._utils" and name.startswith("_rebuild_"):
             return {
@@ -104,7 +107,8 @@ class Outliner(pickle.Unpickler):
             return Dtype(_STORAGES[name])
         if module == "torch" and name.rstrip("0123456789_") in _DTYPE_STEMS:
             return Dtype(name)
-        if module.partition(".")[0] != "torch" or module.startswith("torch.nn"):
+        ours = module.partition(".")[0] == "torch" and not module.startswith("torch.nn")
+        if not ours and not is_plain(f"{module}.{name}"):
             self.foreign[f"{module}.{name}"] = None
         return _class_of(f"{module}.{name}")
 
@@ -122,6 +126,8 @@ def _class_of(name: str) -> type[Foreign]:
     """A class to make empty objects of: pickles also make them past `__init__`."""
 
     class Named(Foreign):
+        called = name
+
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(name, *args)
 

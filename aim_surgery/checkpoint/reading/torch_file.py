@@ -1,6 +1,6 @@
 """Files that `torch.save` wrote: a zip, before PyTorch 1.6 a bare pickle.
 
-They are read with `weights_only=True`, so one that holds more than tensors and plain containers is
+They are read with `weights_only=True`, so one that holds more than tensors and plain data is
 refused, and the refusal names the class; `trust=True` runs what the file says. Tensors of a zip are
 mapped from it: don't write into the file while they are in use.
 
@@ -26,6 +26,7 @@ from aim_surgery.checkpoint.reading.nesting import (
     value_at,
     weights_in,
 )
+from aim_surgery.checkpoint.reading.plain_data import plain_classes
 from aim_surgery.checkpoint.reading.source import FORMAT_KEY, REMEDY, Entry, Source
 from aim_surgery.checkpoint.reading.zip_check import check_zip
 from aim_surgery.errors import CheckpointError
@@ -109,7 +110,7 @@ def load_content(path: Path, kind: str, *, trust: bool = False) -> Any:
     if kind == "zip":
         check_zip(path)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(plain_classes()):
             warnings.simplefilter("ignore")  # what torch.load remarks on is an error below
             return torch.load(path, map_location="cpu", weights_only=not trust, mmap=kind == "zip")
     except Exception as err:  # torch.load has no error of its own: KeyError, EOFError, OSError
