@@ -82,15 +82,19 @@ KINDS = {
     "program.pt2": (_write_program, "all"),
     "dcp/__0_0.distcp": (_write_dcp, "all"),
     "dcp/.metadata": (_write_dcp, "structure"),
+    "ours.index.json": (_write_operated, "all"),
+    "ours.dcp/__0_0.distcp": (lambda path: _write_operated(path.parent), "all"),
+    "ours.dcp/aim_surgery.json": (lambda path: _write_operated(path.parent), "all"),
 }
 
 
 def made(name: str) -> tuple[Path, Path]:
     """A file of a kind, and what is opened to read it."""
     path = Path(name)
-    path.parent.mkdir(exist_ok=True)
+    if name.startswith("dcp"):
+        path.parent.mkdir()
     KINDS[name][0](path)
-    return path, path.parent if name.startswith("dcp") else path
+    return path, path if path.parent == Path() else path.parent
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -243,7 +247,7 @@ def kill(child: int) -> None:
     assert os.WIFSIGNALED(status)  # it was still at it
 
 
-@pytest.mark.parametrize("path", ["o.safetensors", "o.pt"])
+@pytest.mark.parametrize("path", ["o.safetensors", "o.pt", "o.index.json"])
 def test_killed_at_20_random_moments_while_writing(folder, path):
     gm = operated(0.0)
     save(gm, path)

@@ -19,13 +19,12 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import safe_open
 
-from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.reading.source import CRC_KEY, Entry, Source, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CRC_KEY = "aim_surgery.crc32"
 CRC_DIGITS = 8
 
 DTYPES = {

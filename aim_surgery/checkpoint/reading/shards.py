@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from aim_surgery.checkpoint.reading.source import Source, damaged, listed, unreadable
+from aim_surgery.checkpoint.reading.source import Source, checked_notes, damaged, listed, unreadable
 from aim_surgery.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Shards(Source):
         count = len(self._shards)
         self.kind = f"{count} shard{'s' * (count > 1)}, {' and '.join(sorted(kinds))}"
         self.entries = {n: e for shard in self._shards.values() for n, e in shard.entries.items()}
-        self.metadata = {k: v for k, v in index["metadata"].items() if isinstance(v, str)}
+        self.metadata = checked_notes(index["metadata"], path)
 
     def tensor(self, name: str) -> Tensor:
         """Load a tensor."""

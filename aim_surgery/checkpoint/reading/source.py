@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ ALIASES_KEY = "aim_surgery.aliases"
 VERSIONS_KEY = "aim_surgery.versions"
 FORM_KEY = "aim_surgery.form"
 
+CRC_KEY = "aim_surgery.crc32"
 NOTES = "aim_surgery.json"
 
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path)"
@@ -127,7 +129,30 @@ def notes_in(folder: Path) -> dict[str, str]:
         raise damaged(path, err) from err
     if not isinstance(found, dict):
         raise damaged(path, "no dict of notes")
-    return {name: text for name, text in found.items() if isinstance(text, str)}
+    return checked_notes(found, path)
+
+
+def with_checksum(notes: Mapping[str, str]) -> dict[str, str]:
+    """Notes for a file of text, which has no checksum of its own; none where there are none."""
+    return {**notes, CRC_KEY: _crc_of(notes)} if notes else {}
+
+
+def checked_notes(notes: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """The texts among notes, once they have passed their checksum, where there is one.
+
+    Raises:
+        CheckpointError: They have been changed.
+    """
+    texts = {name: text for name, text in notes.items() if isinstance(text, str)}
+    if CRC_KEY in texts and texts.pop(CRC_KEY) != _crc_of(texts):
+        raise damaged(
+            path, f"its notes do not match their checksum; who edits them drops {CRC_KEY}"
+        )
+    return texts
+
+
+def _crc_of(notes: Mapping[str, str]) -> str:
+    return f"{zlib.crc32(json.dumps(sorted(notes.items())).encode()):08x}"
 
 
 def listed(names: Iterable[object], limit: int = 10) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed import checkpoint as dcp
 
-from aim_surgery.checkpoint.reading.source import NOTES
+from aim_surgery.checkpoint.reading.source import NOTES, with_checksum
 from aim_surgery.checkpoint.writing.atomic import folder_beside, sync
 from aim_surgery.checkpoint.writing.safetensors_file import Progress
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
@@ -63,7 +63,7 @@ def write_dcp(
         except (ValueError, dcp.CheckpointException) as err:
             raise _reason(err, path) from err
         if metadata:
-            (folder / NOTES).write_text(json.dumps(dict(metadata)), encoding="utf-8")
+            (folder / NOTES).write_text(json.dumps(with_checksum(metadata)), encoding="utf-8")
         for file in (*folder.iterdir(), folder):
             sync(file)
         folder.rename(path)

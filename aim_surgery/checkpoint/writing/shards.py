@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from aim_surgery.checkpoint.reading.shards import SUFFIX, read_index
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry
+from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry, with_checksum
 from aim_surgery.checkpoint.writing.atomic import folder_beside, replacing
 from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safetensors
 from aim_surgery.errors import CheckpointError
@@ -64,7 +64,10 @@ def write_shards(
             for name in names:
                 moved.append((folder / name).rename(path.parent / name))
             index = {
-                "metadata": {"total_size": sum(e.nbytes for e in entries.values()), **metadata},
+                "metadata": {
+                    "total_size": sum(e.nbytes for e in entries.values()),
+                    **with_checksum(metadata),
+                },
                 "weight_map": files,
             }
             with replacing(path) as temporary:
