@@ -314,9 +314,9 @@ def _write_slowly(gm: torch.nn.Module, path: Path) -> None:
 
     plain = dcp_folder._Planner.transform_object
 
-    def slowly(*args):
+    def slowly(self, write_item, object):
         time.sleep(0.01)  # as a large tensor would take
-        return plain(*args)
+        return plain(self, write_item, object)
 
     dcp_folder._Planner.transform_object = slowly
     save(gm, path)

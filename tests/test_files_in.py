@@ -13,6 +13,7 @@ import types
 import warnings
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -440,7 +441,8 @@ def test_plain_data_beside_the_weights_needs_no_trust(folder):
     found = inspect("run.pt")
     assert found.foreign == ()
     assert "--trust" not in found.to_text()
-    content = open_source("run.pt").content
+    source: Any = open_source("run.pt")
+    content = source.content
     assert content["args"] == BESIDE["args"]
     np.testing.assert_array_equal(content["rng"]["numpy"], BESIDE["rng"]["numpy"])
     assert {name: content[name] for name in BESIDE if name != "rng"} == {

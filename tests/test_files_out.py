@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
-from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from typer.testing import CliRunner, Result
 
 import aim_surgery
@@ -59,7 +59,7 @@ def contents(folder: Path = Path()) -> dict[str, bytes]:
     return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def assert_operates(output: str, state) -> None:
+def assert_operates(output: str | Path, state) -> None:
     """The file holds a model that computes what the original does, with its very values."""
     gm = load(output, SPEC)
     model = build(SPEC)
@@ -443,10 +443,11 @@ def test_a_distributed_run_goes_on(folder):
     transformed("dcp", "-o", "o.dcp")
     gm = aim_surgery.apply(net(), load("o.dcp", SPEC).plan)
     resumed = torch.optim.AdamW(gm.parameters(), lr=0.1)
-    state = dict(zip(("model", "optimizer"), get_state_dict(gm, resumed), strict=True))
+    weights, moments = get_state_dict(gm, resumed)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that there is one process alone
-        dcp.load(state, checkpoint_id="o.dcp", no_dist=True)
+        load_distributed(state, checkpoint_id="o.dcp", no_dist=True)
     set_state_dict(
         gm,
         resumed,

@@ -105,7 +105,7 @@ def form_in(source: Source) -> Form:
     Raises:
         CheckpointError: There is no such form.
     """
-    form = source.metadata.get(FORM_KEY, "concat")
+    form: Any = source.metadata.get(FORM_KEY, "concat")
     if form not in get_args(Form):
         raise CheckpointError(f"{source.path}: its model is in a form {form!r}: pass form='concat'")
     return form

@@ -272,8 +272,9 @@ def output_for(checkpoint: Path, output: str, form: Format | None = None) -> Pat
     """
     if not names_a_folder(output):
         return Path(output)
-    own: Format = {"torch": "pt", "dcp": "dcp"}.get(layout_of(checkpoint), "safetensors")
-    return outputs_in(Path(output), [checkpoint], form or own)[checkpoint]
+    alike: dict[str, Format] = {"torch": "pt", "dcp": "dcp"}
+    form = form or alike.get(layout_of(checkpoint), "safetensors")
+    return outputs_in(Path(output), [checkpoint], form)[checkpoint]
 
 
 def names_a_folder(output: str) -> bool:

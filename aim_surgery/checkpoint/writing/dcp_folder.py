@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from aim_surgery.checkpoint.reading.source import NOTES, with_checksum
 from aim_surgery.checkpoint.writing.atomic import folder_beside, sync
@@ -54,13 +57,13 @@ def write_dcp(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that there is one process alone
-                dcp.save(
+                save(
                     dict(content),
-                    storage_writer=dcp.FileSystemWriter(folder),
+                    storage_writer=FileSystemWriter(folder),
                     planner=_Planner(placeholders, progress),
                     no_dist=True,
                 )
-        except (ValueError, dcp.CheckpointException) as err:
+        except (ValueError, CheckpointException) as err:
             raise _reason(err, path) from err
         if metadata:
             (folder / NOTES).write_text(json.dumps(with_checksum(metadata)), encoding="utf-8")
@@ -72,7 +75,7 @@ def write_dcp(
 
 def _reason(err: BaseException, path: Path) -> Exception:
     """What PyTorch's writer failed of: the system's own error, where there is one behind it."""
-    if isinstance(err, dcp.CheckpointException):
+    if isinstance(err, CheckpointException):
         err = next(iter(err.failures.values()))[0]
     cause: BaseException | None = err
     while cause is not None:
@@ -84,7 +87,7 @@ def _reason(err: BaseException, path: Path) -> Exception:
     )
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Makes the values of placeholders when they are written."""
 
     def __init__(self, placeholders: Placeholders, progress: Progress) -> None:
