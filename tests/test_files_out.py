@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import urllib.request
 import warnings
 from pathlib import Path
 from typing import Any
@@ -535,6 +537,22 @@ def test_load_in_a_fresh_process(folder):
     expected = model.eval()(torch.ones(2, 3, 64, 64))
     for found in torch.load("out.pt"):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["torchvision:squeezenet1_1", "timm:test_vit"])
+def test_nothing_asks_the_network(folder, monkeypatch, spec):
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"asked the network: {args}")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(AssertionError, match="asked the network"):  # that it can fail
+        urllib.request.urlopen("http://localhost:1/weights.pt")
+    torch.save(build(spec).state_dict(), "m.pt")
+    assert run("transform", "m.pt", "--model", spec, "-o", "o.safetensors").exit_code == 0
+    assert run("restore", "o.safetensors", "-o", "back.pt").exit_code == 0
+    assert run("inspect", "m.pt").exit_code == 0
 
 
 # Values -------------------------------------------------------------------------------------
