@@ -13,11 +13,16 @@ import importlib.metadata
 import json
 from typing import Any
 
+import torch
+from torch.overrides import TorchFunctionMode
+
+from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.skeleton import build_skeleton
 from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from aim_surgery.checkpoint.reading.known_models import TABLE, names_digest, shapes_digest
 from aim_surgery.errors import AimSurgeryError
 
+_DRAWING = {torch.Tensor.uniform_, torch.Tensor.normal_, torch.Tensor.erfinv_}
 CLASSES = 7  # not the usual number of any model
 
 
@@ -75,8 +80,30 @@ def row_of(spec: str) -> tuple[str, list[Any]]:
 
 def shapes_of(spec: str, args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a model's state dict."""
-    state = build_skeleton(spec, args).state_dict()
+    try:
+        state = build_skeleton(spec, args).state_dict()
+    except AimSurgeryError:  # it computes while it is built
+        state = _small(spec, args).state_dict()
     return {name: tuple(value.shape) for name, value in state.items() if hasattr(value, "shape")}
+
+
+def _small(spec: str, args: dict[str, Any]) -> torch.nn.Module:
+    """The model with values, in half the bytes; nothing is drawn for them."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with _Undrawn():
+            return build(spec, **args)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class _Undrawn(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _DRAWING:
+            return args[0]
+        return func(*args, **kwargs or {})
 
 
 if __name__ == "__main__":

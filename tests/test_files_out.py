@@ -26,7 +26,7 @@ from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.skeleton import build_skeleton
 from aim_surgery.checkpoint.reading.kinds import open_source, read_state_dict, tensors_of
-from aim_surgery.checkpoint.reading.known_models import models_that_fit
+from aim_surgery.checkpoint.reading.known_models import TABLE, models_that_fit
 from aim_surgery.checkpoint.reading.source import Entry
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.writing import shards
@@ -732,6 +732,20 @@ def test_inspect_gives_a_hint_at_known_models(folder, spec, args):
     assert [m for m in models_that_fit(entries, "module.") if "torchvision" in m] == told
     entries["module.layer1.0.conv1.weight"] = Entry((64, 64, 5, 5), "float32")
     assert models_that_fit(entries, "module.") == []
+
+
+@pytest.mark.parametrize(("spec", "args"), [
+    ("timm:vit_tiny_patch16_224", {"num_classes": 12}),
+    ("timm:convnextv2_atto", {}),
+    ("timm:swinv2_tiny_window8_256", {"num_classes": 3}),
+])  # fmt: skip
+def test_inspect_knows_timms_models(folder, spec, args):
+    torch.save({"state_dict": build(spec, **args).state_dict()}, "m.pt")
+    told = spec + (f""" --model-args '{json.dumps(args)}'""" if args else "")
+    assert told in inspect("m.pt").candidates
+    line = next(s for s in run("inspect", "m.pt").stdout.splitlines() if "may be" in s)
+    assert told in line
+    assert TABLE.stat().st_size < 300_000  # it is read at every look
 
 
 def test_a_bar_is_drawn_for_a_terminal_alone(folder, monkeypatch):
