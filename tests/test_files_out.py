@@ -310,6 +310,50 @@ def test_a_restored_run_goes_on_from_where_it_is(folder):
     assert "not taken along: epoch," in restored("trained.pt", "-o", "b.safetensors")
 
 
+def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(step)).double()
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("carried", [True, False])
+def test_a_run_loses_nothing_through_files(folder, carried):
+    """Trained, operated with a memory frozen at zero, trained on, restored, trained on."""
+    model = net().double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses_of(model, optimizer, range(3))
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, "a.pt")
+    expected = losses_of(model, optimizer, range(3, 9))
+
+    transformed("a.pt", "-o", "b.pt")
+    content, gm = torch.load("b.pt"), load("b.pt", SPEC)
+    for name, parameter in gm.aim.named_parameters():
+        parameter.requires_grad_(False)
+        if name.startswith("memory") or ".out." in name:
+            parameter.data.zero_()
+    optimizer = torch.optim.Adam(gm.parameters(), lr=1e-2)
+    if carried:
+        optimizer.load_state_dict(content["optimizer"])
+    found = losses_of(gm, optimizer, range(3, 6))
+    content["model"].update(gm.state_dict())  # which keeps the plan that came with the file
+    torch.save(content | {"optimizer": optimizer.state_dict()}, "c.pt")
+
+    assert "restored    exact" in restored("c.pt", "-o", "d.pt")
+    content, model = torch.load("d.pt"), net().double()
+    model.load_state_dict(content["model"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimizer.load_state_dict(content["optimizer"])
+    found += losses_of(model, optimizer, range(6, 9))
+    furthest = max(abs(f - e) / e for f, e in zip(found, expected, strict=True))
+    assert (furthest < 1e-12) == carried, furthest  # without its state, it is another run
+
+
 def not_equal(one: Any, other: Any, at: str = "") -> list[str]:
     """Where two nested values differ."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
