@@ -216,6 +216,24 @@ def test_a_training_checkpoint_keeps_its_layout(folder):
     torch.testing.assert_close(averaged.eval()(INPUT), expected.eval()(INPUT))
 
 
+def test_several_optimizers_in_a_list(folder):
+    training_checkpoint()
+    content = torch.load("train.pt")
+    content["optimizers"] = [content.pop("optimizer"), content["epoch"]]
+    content["optimizers"].append(torch.load("train.pt")["optimizer"])
+    torch.save(content, "list.pt")
+    transformed("list.pt", "-o", "o.pt")
+    wide = torch.load("o.pt")["optimizers"]
+    shapes = [s["state"][4]["momentum_buffer"].shape for s in (wide[0], wide[2])]
+    assert shapes[0] == shapes[1] == load("o.pt", SPEC).get_parameter("3.weight").shape
+    told = transformed("list.pt", "-o", "less.pt", "--drop-optimizer")
+    assert "left out: optimizers.0" in told
+    assert "left out: optimizers.2" in told
+    assert torch.load("less.pt")["optimizers"] == [7]
+    restored("o.pt", "-o", "back.pt")
+    assert not_equal(torch.load("back.pt"), content) == []
+
+
 def test_an_optimizer_is_not_lost_silently(folder):
     training_checkpoint()
     content = torch.load("train.pt")

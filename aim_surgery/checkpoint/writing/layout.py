@@ -12,6 +12,7 @@ keeps module versions, `state_dict._metadata`, which `load_state_dict` passes ov
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
@@ -75,11 +76,11 @@ def operated_layout(
         read = None if where == source.where else _reader(weights, names)
         return _weights(operated, names, weights, read, placeholders, metadata)
 
-    carry = carry_optimizer and (
-        lambda state: carry_optimizer(state, original.model, operated.model)
-    )
+    carry = None
+    if carry_optimizer is not None:
+        carry = functools.partial(carry_optimizer, model=original.model, gm=operated.model)
     own = original.model.state_dict(keep_vars=True)
-    return _relaid(source, own, original.names, change, carry if carry_optimizer else None)
+    return _relaid(source, own, original.names, change, carry)
 
 
 def restored_layout(
@@ -110,7 +111,7 @@ def restored_layout(
     def change(where: Where, weights: _Weights, names: Names) -> _Weights:
         return _restored(weights, names, plan)
 
-    carry = None if drop_optimizer else (lambda state: restore_optimizer(state, gm))
+    carry = None if drop_optimizer else functools.partial(restore_optimizer, gm=gm)
     return _relaid(source, own, names, change, carry)
 
 
@@ -145,7 +146,7 @@ def _relaid(
         else:
             places[where] = found
     groups: set[tuple[int, int]] = set()
-    for where in states:
+    for where in reversed(states):  # what is left out of a list changes the places behind it
         if carry is None:
             content = _replaced(content, where, None)
             notes.append(f"left out: {dotted(where)}")
