@@ -359,8 +359,7 @@ def test_a_run_loses_nothing_through_files(folder, carried):
     if carried:
         optimizer.load_state_dict(content["optimizer"])
     found = losses_of(gm, optimizer, range(3, 6))
-    content["model"].update(gm.state_dict())  # which keeps the plan that came with the file
-    torch.save(content | {"optimizer": optimizer.state_dict()}, "c.pt")
+    torch.save({"model": gm.state_dict(), "optimizer": optimizer.state_dict()}, "c.pt")
 
     assert "restored    exact" in restored("c.pt", "-o", "d.pt")
     content, model = torch.load("d.pt"), net().double()
@@ -370,6 +369,25 @@ def test_a_run_loses_nothing_through_files(folder, carried):
     found += losses_of(model, optimizer, range(6, 9))
     furthest = max(abs(f - e) / e for f, e in zip(found, expected, strict=True))
     assert (furthest < 1e-12) == carried, furthest  # without its state, it is another run
+
+
+@pytest.mark.parametrize("form", ["concat", "split"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_scripts_own_state_dict_takes_the_plan_along(folder, form, wrapped):
+    gm = aim_surgery.lower(aim_surgery.transform(net()), form)
+    told = gm.state_dict()
+    script = nn.DataParallel(gm) if wrapped else gm
+    torch.save(script.state_dict(), "own.pt")
+    assert told.keys() == gm.state_dict().keys()  # no key of its own
+    found = load("own.pt", SPEC)
+    assert (found.plan, found.aim.form) == (gm.plan, form)
+    assert not not_equal(dict(found.state_dict()), dict(told))
+    assert f"form: {form}" in inspect("own.pt").to_text()
+    nn.Module.load_state_dict(gm, torch.load("own.pt") if not wrapped else told)
+    with pytest.raises(CheckpointError, match="operated on already"):
+        read_state_dict("own.pt")
+    torch.save(aim_surgery.fold(gm.eval()).state_dict(), "folded.pt")
+    assert inspect("folded.pt").operation is None
 
 
 def not_equal(one: Any, other: Any, at: str = "") -> list[str]:

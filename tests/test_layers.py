@@ -15,6 +15,7 @@ ORDER = (
     "_version",
     "_garbage",
     "errors",
+    "file_format",
     "nn",
     "capture",
     "sites",

@@ -23,6 +23,7 @@ from aim_surgery.checkpoint.reading.nesting import (
     is_optimizer_state,
     is_state_dict,
     is_tensor,
+    metadata_in,
     value_at,
     weights_in,
 )
@@ -32,15 +33,9 @@ from aim_surgery.checkpoint.reading.outline import (
     outline_of_dcp,
     outline_of_exported,
 )
-from aim_surgery.checkpoint.reading.source import (
-    FORMAT_KEY,
-    MODEL_KEY,
-    PLAN_KEY,
-    Entry,
-    listed,
-    notes_in,
-)
+from aim_surgery.checkpoint.reading.source import Entry, listed, notes_in
 from aim_surgery.errors import AimSurgeryError, CheckpointError
+from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY, PLAN_KEY
 
 _SHOWN = 6
 _TOLD = ("version", "form")  # of the operation, in the file's metadata
@@ -297,7 +292,6 @@ def _nested(
         if key is not None or ema:
             raise
         problem = str(err).removeprefix(f"{path}: ")
-    mine = versions.get(FORMAT_KEY) if isinstance(versions, Mapping) else None
     return Inspection(
         path,
         kind,
@@ -308,7 +302,7 @@ def _nested(
         weights,
         _besides(content, weights),
         tuple(foreign),
-        mine if isinstance(mine, Mapping) else {},
+        metadata_in(versions),
         problem,
     )
 

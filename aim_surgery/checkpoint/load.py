@@ -19,9 +19,10 @@ from aim_surgery.checkpoint.models.skeleton import adopt_dtypes
 from aim_surgery.checkpoint.operated import renamed
 from aim_surgery.checkpoint.reading.kinds import kind_of, open_source, tensors_of
 from aim_surgery.checkpoint.reading.names import Names, match_names, misfits
-from aim_surgery.checkpoint.reading.source import MODEL_KEY, Entry, Source
+from aim_surgery.checkpoint.reading.source import Entry, Source
 from aim_surgery.config import Form
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import MODEL_KEY
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import AIM, widened_reads

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 from aim_surgery._version import __version__
-from aim_surgery.checkpoint.reading.source import (
+from aim_surgery.checkpoint.reading.source import Source
+from aim_surgery.config import Form
+from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import (
     ALIASES_KEY,
     FORM_KEY,
     FORMAT_KEY,
+    FORMAT_VERSION,
     MODEL_KEY,
     PLAN_KEY,
     VERSIONS_KEY,
-    Source,
 )
-from aim_surgery.config import Form
-from aim_surgery.errors import CheckpointError
 from aim_surgery.planning import Plan
 
-FORMAT_VERSION = "1"
 _LIBRARIES = ("torch", "torchvision", "timm", "transformers")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.file_format import FORM_KEY, FORMAT_KEY, FORMAT_VERSION, PLAN_KEY
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,22 @@ class AimModules(nn.Module):
     plan: Any = None
     form: str = "concat"
     before_freezing: BeforeFreezing | None = None
+    _told: tuple[Any, str] = (None, "")
 
     def forward(self, *args: Any) -> Any:
         """Give back what comes in: an `nn.Sequential` that keeps its class calls all it holds."""
         return args[0] if len(args) == 1 else args
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Tell the plan where PyTorch keeps module versions: `torch.save` takes it along."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        versions = getattr(destination, "_metadata", None)
+        if versions is None or self.plan is None or self.form == "folded":
+            return
+        if self._told[0] is not self.plan:  # some scripts ask for a state dict each step
+            self._told = (self.plan, self.plan.to_json())
+        told = {FORMAT_KEY: FORMAT_VERSION, PLAN_KEY: self._told[1], FORM_KEY: self.form}
+        versions.setdefault(prefix[:-1], {}).update(told)
 
 
 def plan_of(module: Any) -> Any:

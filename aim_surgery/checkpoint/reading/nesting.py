@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, REMEDY, listed
+from aim_surgery.checkpoint.reading.source import REMEDY, listed
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import FORMAT_KEY
 
 Where = tuple[str, ...]
 
@@ -54,8 +55,24 @@ def is_optimizer_state(value: Any) -> bool:
 
 def is_operated(value: Any) -> bool:
     """Whether a state dict tells that it is of an operated model."""
-    versions = getattr(value, "_metadata", None)
-    return isinstance(versions, Mapping) and FORMAT_KEY in versions
+    return bool(metadata_in(getattr(value, "_metadata", None)))
+
+
+def metadata_in(versions: Any) -> dict[str, str]:
+    """What a state dict tells of its operated model, text by name.
+
+    Args:
+        versions: Its `_metadata`: files of this package tell under a name of their own, a script's
+            own `torch.save(model.state_dict(), path)` at the module that was added.
+
+    Returns:
+        The plan among it; nothing where it is of another model.
+    """
+    if not isinstance(versions, Mapping):
+        return {}
+    told = (versions.get(FORMAT_KEY), *versions.values())
+    mine = next((one for one in told if isinstance(one, Mapping) and FORMAT_KEY in one), {})
+    return {name: text for name, text in mine.items() if isinstance(text, str)}
 
 
 def is_scheduler_state(value: Any) -> bool:

@@ -19,8 +19,9 @@ from typing import IO, TYPE_CHECKING
 
 from safetensors import safe_open
 
-from aim_surgery.checkpoint.reading.source import CRC_KEY, Entry, Source, damaged, unreadable
+from aim_surgery.checkpoint.reading.source import Entry, Source, damaged, unreadable
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import CRC_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor

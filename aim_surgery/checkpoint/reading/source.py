@@ -17,18 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import CRC_KEY, FORMAT_KEY
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_KEY = "aim_surgery.format"  # metadata of files that hold an operated model
-PLAN_KEY = "aim_surgery.plan"
-MODEL_KEY = "aim_surgery.model"
-ALIASES_KEY = "aim_surgery.aliases"
-VERSIONS_KEY = "aim_surgery.versions"
-FORM_KEY = "aim_surgery.form"
-
-CRC_KEY = "aim_surgery.crc32"
 NOTES = "aim_surgery.json"
 
 REMEDY = "save the weights alone, torch.save(model.state_dict(), path)"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,12 @@ from aim_surgery.checkpoint.reading.nesting import (
     beside,
     is_state_dict,
     is_tensor,
+    metadata_in,
     value_at,
     weights_in,
 )
 from aim_surgery.checkpoint.reading.plain_data import plain_classes
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, REMEDY, Entry, Source
+from aim_surgery.checkpoint.reading.source import REMEDY, Entry, Source
 from aim_surgery.checkpoint.reading.zip_check import check_zip
 from aim_surgery.errors import CheckpointError
 
@@ -74,14 +74,6 @@ class TorchFile(Source):
     def tensor(self, name: str) -> Tensor:
         """Give a tensor, mapped from the file where its format allows it."""
         return self._tensors[name].detach()
-
-
-def metadata_in(versions: Any) -> dict[str, str]:
-    """What `put_metadata` stored, empty for files of others."""
-    mine = versions.get(FORMAT_KEY) if isinstance(versions, Mapping) else None
-    if not isinstance(mine, Mapping):
-        return {}
-    return {name: text for name, text in mine.items() if isinstance(text, str)}
 
 
 def entry_of(tensor: Tensor) -> Entry:

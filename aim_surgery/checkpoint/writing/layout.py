@@ -32,10 +32,11 @@ from aim_surgery.checkpoint.reading.nesting import (
     is_tensor,
     value_at,
 )
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry, Source
+from aim_surgery.checkpoint.reading.source import Entry, Source
 from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import FORMAT_KEY
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.state_dict import is_new, restore_state_dict, versioned

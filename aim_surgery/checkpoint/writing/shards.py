@@ -15,10 +15,11 @@ from pathlib import Path
 from torch import Tensor
 
 from aim_surgery.checkpoint.reading.shards import SUFFIX, read_index
-from aim_surgery.checkpoint.reading.source import FORMAT_KEY, Entry, with_checksum
+from aim_surgery.checkpoint.reading.source import Entry, with_checksum
 from aim_surgery.checkpoint.writing.atomic import folder_beside, replacing
 from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safetensors
 from aim_surgery.errors import CheckpointError
+from aim_surgery.file_format import FORMAT_KEY
 
 SHARD_BYTES = 2_000_000_000
 
