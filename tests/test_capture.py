@@ -566,6 +566,11 @@ SIZED = {
     "tril": lambda x: torch.tril(x, x.shape[1] - 4),
     "pad": lambda x: F.pad(x, (x.shape[1] % 2, 1)),
     "len": lambda x: x.reshape(len(x), -1),
+    "broadcast_shapes": lambda x: x[:, :1].expand(torch.broadcast_shapes(x.shape, (x.shape[1], 1))),
+    "transformed distribution": lambda x: torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(x, 1.0),
+        [torch.distributions.AffineTransform(x[:, :1].mean(2, keepdim=True), x.new_ones(()))],
+    ).log_prob(x),
     "avg_pool1d": lambda x: F.avg_pool1d(x, (x.shape[2] // 2,)),
     "avg_pool2d": lambda x: F.avg_pool2d(x[None], (x.shape[1], 1)),
     "conv1d": lambda x: F.conv1d(  # one group a sample
