@@ -457,7 +457,7 @@ def test_what_only_a_message_shows_is_not_assumed() -> None:
     gm = aim_surgery.transform(model, torch.zeros(2, 4))
     assert_same(gm(x), model(x), tolerance=1e-6)
     assert torch._assert.__module__ == "torch"
-    keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4))
+    keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4), emit="graph")
     with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
         keyed(x)
 
