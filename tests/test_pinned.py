@@ -131,10 +131,10 @@ def test_questions_that_leave_the_batch_free_cost_no_run(monkeypatch: pytest.Mon
         def forward(self, x: Tensor) -> Tensor:
             if x.shape[0] == 0 or x.shape[1] % 4 or x.ndim != 2 or len(x) < 1:
                 return x
-            left, right = self.fc(x).chunk(2, -1)
+            left, right = self.fc(x).reshape(-1, 4, 2).permute(2, 0, 1).unbind(0)
             return torch.cat([right, left], 1).view(x.shape[0], -1)
 
-    monkeypatch.setattr(pinned, "_takes", lambda *_: pytest.fail("was run"))
+    monkeypatch.setattr(pinned, "_twin", lambda *_: pytest.fail("is run"))
     for batch in (1, 2, 4):
         (trace,) = capture(between(Asks()), X[:batch]).traces
         assert trace.assumptions

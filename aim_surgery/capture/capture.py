@@ -204,13 +204,21 @@ def with_inputs(
 
 
 @collection_paused()
-def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ...] = ()) -> Capture:
+def capture_graphs(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    notes: tuple[str, ...] = (),
+    *,
+    one_mode_will_do: bool = True,
+) -> Capture:
     """Trace until both modes, and all calls of a module, agree on what stays a Python call.
 
     Args:
         model: The model, out of its wrappers.
         inputs: Example inputs.
         notes: What a reader should know already.
+        one_mode_will_do: Whether graphs are of use where one mode has none; if not, nothing more is
+            found out about them.
 
     Returns:
         The graphs; `missing` says why the other mode has none, where it needs one, and `pinned`
@@ -231,7 +239,8 @@ def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ..
             opaque = {call.path: call.reason for one in found.traced for call in one.trace.opaque}
             entered = {path for one in found.traced for path in one.entered}
             python = {path: why for path, why in opaque.items() if path in entered}
-            pinned = {} if python else tracing.pinned(found, inputs)
+            in_vain = found.missing and not one_mode_will_do
+            pinned = {} if python or in_vain else tracing.pinned(found, inputs)
             if not python and ("" in pinned or not pinned):
                 break
             tracing.python |= python | pinned

@@ -3,9 +3,8 @@
 Python that goes through the samples one by one, or takes a batch's size as a number, is told the
 example's; the graph holds for no other. Whoever asks has to stay a Python call. Three steps, as
 models that never ask shall not pay: does an answer change if all axes that may run over samples are
-stretched by new/old (arithmetic on sizes alone)? Does the original take that many samples (one run
-of a copy)? Does the graph refuse them (another)? A model that takes one batch size only is left as
-it is.
+stretched by new/old (arithmetic on sizes alone)? Does the graph refuse that many samples (one run)?
+Does the original take them (another)? A model that takes one batch size only is left as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,20 +51,23 @@ def find_pinned(
         constants: Tensors of the graph that belong to no module.
 
     Returns:
-        Their qualified names ("" for the model itself), with what they ask; modules of one kind
-        that ask alike together. Empty where the graph takes what the model takes.
+        Their qualified names ("" for the model itself), with what they ask; whoever asks by
+        the same line of code together. Empty where the graph takes what the model takes.
     """
     count = count_samples((*inputs.args, *inputs.kwargs.values()))
+    unrefuted = list(checked)
     for other in dict.fromkeys((count + 1, 2 * count, 3 * count)) if count else ():
         stretched = _Stretched(count, other)
-        suspects = [one for one in checked if stretched.changes(one)]
-        if not suspects or not _takes(model, inputs, count, other, training):
+        suspects = [one for one in unrefuted if stretched.changes(one)]
+        if not suspects:
             continue
-        refused = _refused(model, graph, arguments, count, other, training, constants, suspects)
-        if refused:
-            modules = dict(model.named_modules())
-            kinds = {type(modules[one.path]) for one in refused}
-            alike = [one for one in suspects if type(modules[one.path]) in kinds]
+        run = _Run(_twin(model, training, constants), graph, suspects)
+        took = run.takes(take_samples([argument.value for argument in arguments], count, other))
+        if took:
+            unrefuted = [one for one in unrefuted if one not in suspects or one in run.broken]
+        if run.broken and _takes(model, inputs, count, other, training):
+            places = {one.place for one in run.broken}
+            alike = [one for one in checked if one in run.broken or one.place in places - {None}]
             return {one.path: _reason(one) for one in reversed(alike)}
     return {}
 
@@ -89,7 +91,7 @@ class _Stretched:
         if one.question in ("given", "keys") or value is None:
             return False
         if isinstance(value, torch.Tensor):  # len(x)
-            return one.question == "len" and self._size(value)[0] != one.answer
+            return one.question == "len" and self._size(one.node)[0] != one.answer
         try:
             return bool(ANSWERS[one.question](self._of(one.node)) != one.answer)
         except Exception:
@@ -115,7 +117,7 @@ class _Stretched:
             return self._listed(value)
         owner = node.args[0] if node.args else None
         if isinstance(owner, fx.Node) and _is_tensor(owner):
-            return self._asked(node, owner.meta["val"])
+            return self._asked(node, owner)
         if any(_is_tensor(source) for source in node.all_input_nodes):
             return value
 
@@ -131,7 +133,7 @@ class _Stretched:
         except Exception:
             return value
 
-    def _asked(self, node: fx.Node, tensor: torch.Tensor) -> Any:
+    def _asked(self, node: fx.Node, tensor: fx.Node) -> Any:
         """What is asked of a tensor: its size, or its parts."""
         rest = node_value(node.args[1:])
         if node.target == "numel":
@@ -143,7 +145,7 @@ class _Stretched:
             return size if not isinstance(axis, int) else size[axis]
         if node.target in _UNBIND:
             axis = rest[0] if rest else node.kwargs.get("dim", 0)
-            return (tensor,) * self._size(tensor)[axis]
+            return (tensor.meta["val"],) * self._size(tensor)[axis]
         return node.meta["val"]
 
     def _listed(self, value: Any) -> Any:
@@ -152,13 +154,34 @@ class _Stretched:
             return [value[i % self._old] for i in range(self._new)]
         return value
 
-    def _size(self, tensor: torch.Tensor) -> torch.Size:
+    def _size(self, tensor: fx.Node) -> torch.Size:
         """Its first axis may hold samples, and any that is as long as the batch."""
         old, new = self._old, self._new
-        return torch.Size(
-            size // old * new if (axis == 0 and size % old == 0) or size == old > 1 else size
-            for axis, size in enumerate(tensor.shape)
-        )
+
+        def stretched(axis: int, size: int) -> int:
+            may = (axis == 0 and size % old == 0) or size == old > 1
+            return size // old * new if may and not _is_literal(tensor, axis) else size
+
+        return torch.Size(stretched(*each) for each in enumerate(tensor.meta["val"].shape))
+
+
+def _is_literal(tensor: fx.Node, axis: int) -> bool:
+    """Whether a number in the model's code says how long an axis is: `reshape(b, n, 2, h, -1)`."""
+    while tensor.op == "call_method" and isinstance(tensor.args[0], fx.Node):
+        args = tuple(tensor.args[1:])
+        sizes: Any = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+        name, ndim = str(tensor.target), tensor.meta["val"].ndim
+        if name in ("view", "reshape", "expand", "new_zeros", "new_ones") and len(sizes) == ndim:
+            return isinstance(sizes[axis], int) and sizes[axis] != -1
+        if name == "permute" and all(isinstance(size, int) for size in sizes):
+            axis = sizes[axis] % ndim
+        elif name == "transpose" and all(isinstance(size, int) for size in sizes):
+            one, two = (size % ndim for size in sizes)
+            axis = {one: two, two: one}.get(axis, axis)
+        elif name not in ("contiguous", "float", "clone"):
+            return False
+        tensor = tensor.args[0]
+    return False
 
 
 def _is_tensor(node: fx.Node) -> bool:
@@ -168,8 +191,12 @@ def _is_tensor(node: fx.Node) -> bool:
 # Runs ---------------------------------------------------------------------------------------
 
 
-def _twin(model: nn.Module, training: bool) -> nn.Module:
+def _twin(
+    model: nn.Module, training: bool, constants: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
     twin = copy.deepcopy(model, derived_tensors(model))
+    for name, constant in (constants or {}).items():
+        setattr(twin, name, constant)
     return twin if twin.training == training else twin.train(training)
 
 
@@ -186,37 +213,22 @@ def _takes(model: nn.Module, inputs: ExampleInputs, old: int, new: int, training
     return True
 
 
-def _refused(
-    model: nn.Module,
-    graph: fx.Graph,
-    arguments: Sequence[Argument],
-    old: int,
-    new: int,
-    training: bool,
-    constants: dict[str, torch.Tensor],
-    suspects: Sequence[Assumption],
-) -> list[Assumption]:
-    """The assumptions that so many samples break in the graph."""
-    twin = _twin(model, training)
-    for name, constant in constants.items():
-        setattr(twin, name, constant)
-    run = _Run(twin, graph, suspects)
-    given = take_samples([argument.value for argument in arguments], old, new)
-    try:
-        with torch.no_grad(), random_state_kept():
-            run.run(*tree_map_only(torch.Tensor, own_values, given))
-    except Exception:  # what comes behind a broken assumption
-        return run.broken
-    return run.broken
-
-
 class _Run(fx.Interpreter):
-    """Notes broken assumptions, and goes on."""
+    """Runs a graph; notes broken assumptions, and goes on."""
 
     def __init__(self, module: nn.Module, graph: fx.Graph, suspects: Sequence[Assumption]) -> None:
         super().__init__(module, graph=graph)
         self._suspects = {one.refusal: one for one in suspects}
         self.broken: list[Assumption] = []
+
+    def takes(self, given: Sequence[Any]) -> bool:
+        """Whether it comes to its end; what follows a broken assumption may not."""
+        try:
+            with torch.no_grad(), random_state_kept():
+                self.run(*tree_map_only(torch.Tensor, own_values, list(given)))
+        except Exception:
+            return False
+        return True
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """One function of the graph."""

@@ -74,7 +74,7 @@ def capture_any(
 
     def take(inputs: ExampleInputs) -> Capture:
         try:
-            found = capture_graphs(model, inputs, notes)
+            found = capture_graphs(model, inputs, notes, one_mode_will_do=False)
         except CaptureError as err:
             arguments = bind_arguments(model, inputs)
             if _why_not_run(model, inputs):
