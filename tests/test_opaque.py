@@ -594,7 +594,7 @@ def test_what_float32_can_not_tell_float64_does() -> None:
     x = 1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
     model = nn.Sequential(nn.Linear(8, 8), Cancels(1.0))
     gm = transform(model, x, config=WIDE, emit="module")
-    gm.get_submodule("1").gain = 1 + 5e-5
+    vars(gm.get_submodule("1"))["gain"] = 1 + 5e-5
     offenders = aim_surgery.verify(model, gm, x).equivalence.offenders
     assert {one.what for one in offenders if one.dtype == torch.float64} >= {"outputs"}
 

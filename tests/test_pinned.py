@@ -81,8 +81,8 @@ def test_a_model_that_asks_itself_keeps_its_class() -> None:
             return super().forward(self.fc(x))
 
     model = Root().double()
-    gm = transform(model, X, config=WIDE)
-    assert type(gm) is Root
+    gm: Any = transform(model, X, config=WIDE)
+    assert gm.__class__ is Root
     assert gm.aim.plan.emit == "module"
     (note,) = [note for note in gm.aim.plan.notes if "own forward stays" in note]
     assert "other batch sizes would be refused" in note

@@ -141,10 +141,10 @@ class _Stretched:
         if node.target == "size" or (node.target is getattr and rest == ("shape",)):
             size = self._size(tensor)
             axes = rest if node.target == "size" else ()
-            axis = axes[0] if axes else node.kwargs.get("dim")
-            return size if not isinstance(axis, int) else size[axis]
+            axis: Any = axes[0] if axes else node.kwargs.get("dim")
+            return size[axis] if isinstance(axis, int) else size
         if node.target in _UNBIND:
-            axis = rest[0] if rest else node.kwargs.get("dim", 0)
+            axis = rest[0] if rest else node_value(node.kwargs).get("dim", 0)
             return (tensor.meta["val"],) * self._size(tensor)[axis]
         return node.meta["val"]
 
