@@ -180,6 +180,41 @@ class Tied(nn.Module):
         return self.head(torch.relu(self.middle(self.embedding(tokens))))
 
 
+class PerSample(nn.Module):
+    """Goes through the samples one by one, in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.fc(sample) for sample in x])
+
+
+class BatchAsNumber(PerSample):
+    """Takes the batch size, of which the samples are a multiple, as Python's own number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        samples = int(x.shape[0] / 1)
+        return self.fc(x).view(samples, 2, -1).flip(1).reshape(samples, -1)
+
+
+class OneByOneInTraining(PerSample):
+    """Two functions, of which one goes through the samples."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 1 if self.training else self.fc(x)
+
+
+class FixedBatch(PerSample):
+    """Takes four samples and no other number."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] != 4:
+            raise ValueError(f"four samples, not {x.shape[0]}")
+        return torch.stack([self.fc(sample) for sample in x])
+
+
 class SameConv(nn.Conv2d):
     """A subclass that keeps the stock forward."""
 

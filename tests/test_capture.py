@@ -457,7 +457,7 @@ def test_what_only_a_message_shows_is_not_assumed() -> None:
     gm = aim_surgery.transform(model, torch.zeros(2, 4))
     assert_same(gm(x), model(x), tolerance=1e-6)
     assert torch._assert.__module__ == "torch"
-    keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4))
+    keyed = aim_surgery.transform(Speaking(keyed=True), torch.zeros(2, 4), emit="graph")
     with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
         keyed(x)
 
@@ -566,6 +566,11 @@ SIZED = {
     "tril": lambda x: torch.tril(x, x.shape[1] - 4),
     "pad": lambda x: F.pad(x, (x.shape[1] % 2, 1)),
     "len": lambda x: x.reshape(len(x), -1),
+    "broadcast_shapes": lambda x: x[:, :1].expand(torch.broadcast_shapes(x.shape, (x.shape[1], 1))),
+    "transformed distribution": lambda x: torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(x, 1.0),
+        [torch.distributions.AffineTransform(x[:, :1].mean(2, keepdim=True), x.new_ones(()))],
+    ).log_prob(x),
     "avg_pool1d": lambda x: F.avg_pool1d(x, (x.shape[2] // 2,)),
     "avg_pool2d": lambda x: F.avg_pool2d(x[None], (x.shape[1], 1)),
     "conv1d": lambda x: F.conv1d(  # one group a sample

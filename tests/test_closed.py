@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery import transform
-from aim_surgery.sites.closed import is_closed
+from aim_surgery.sites.closed import are_closed
 
 
 class Drop(nn.Module):
@@ -66,7 +66,7 @@ def with_an_object(drop: Drop) -> None:
 
 
 def test_what_holds_plain_things_is_closed() -> None:
-    assert is_closed(Drop(), [LAYER])
+    assert are_closed([Drop()], [LAYER])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_what_holds_plain_things_is_closed() -> None:
 def test_what_leads_to_a_layer_is_not(leak: Callable[[Drop], None]) -> None:
     drop = Drop()
     leak(drop)
-    assert not is_closed(drop, [LAYER])
+    assert not are_closed([drop], [LAYER])
 
 
 class Gate(nn.Module):

@@ -501,13 +501,16 @@ def test_a_list_of_images_is_a_batch() -> None:
 class Ranks(nn.Module):
     """Orders numbers that are as good as equal, and some that are not."""
 
-    def __init__(self, shift: float, gain: float = 1.0) -> None:
+    def __init__(self, shift: float, gain: float = 1.0, *, joined: bool = False) -> None:
         super().__init__()
-        self.shift, self.gain = shift, gain
+        self.shift, self.gain, self.joined = shift, gain, joined
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         tied = torch.where(torch.arange(x.shape[-1]) % 2 == 1, 1 + self.shift, 1.0) * x
-        return {"order": tied.argsort(-1), "sum": self.gain * x.sum(-1)}
+        order, total = tied.argsort(-1), self.gain * x.sum(-1, keepdim=True)
+        if self.joined:
+            return {"both": torch.cat([order, total], -1)}
+        return {"order": order, "sum": total}
 
 
 def compared(base: nn.Module, other: nn.Module, x: Tensor) -> tuple[Any, list[str]]:
@@ -531,6 +534,69 @@ def test_outputs_that_jump_by_rounding_are_named_and_not_judged() -> None:
     found, notes = compared(Ranks(0.0), Ranks(0.5), apart)
     assert not found.ok
     assert not notes
+
+
+def test_a_small_defect_does_not_hide_beside_jumps() -> None:
+    tied, eps = torch.full((1, 64), 0.5), torch.finfo(torch.float32).eps
+    defect = 1 + 5e-5
+    found, _ = compared(Ranks(0.0), Ranks(eps, gain=defect), tied)
+    assert [text.split()[0] for text in found.offenders] == ["output['sum']"]
+    # nor among entries of one tensor that jump, where the others are judged
+    found, notes = compared(Ranks(0.0, joined=True), Ranks(eps, joined=True), tied)
+    assert found.ok
+    assert found.judged
+    assert re.search(r"\d\d entries of output\['both'\] are not judged", notes[0])
+    found, _ = compared(Ranks(0.0, joined=True), Ranks(eps, gain=1 + 5e-4, joined=True), tied)
+    assert not found.ok
+
+
+class Jumps(nn.Module):
+    """Keeps what is above a threshold that rounding crosses, and something is wrong with it."""
+
+    def __init__(self, wrong: str = "") -> None:
+        super().__init__()
+        self.wrong = wrong
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        # sums of tied numbers, in an order that rounding chooses
+        kept = (x * (x >= 0.5)).clone()
+        some = x[x >= 0.5][: -1 if self.wrong == "shape" else None, None].expand(-1, 3)
+        out: dict[str, Any] = {"kept": kept, "some": some, "ends": x.sum()}
+        if self.wrong == "missing":
+            del out["kept"]
+        if self.wrong == "nan":
+            out["kept"] = torch.full_like(kept, float("nan"))
+        if self.wrong == "huge":
+            out["kept"] = kept * 100
+        if self.wrong == "features":
+            out["some"] = some[:, :2]
+        if self.wrong == "dtype":
+            out["some"] = some.double()
+        if self.wrong == "new":
+            out["more"] = kept
+        return out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [("missing", "kept"), ("nan", "kept"), ("huge", "kept"), ("features", "some"),
+     ("dtype", "some"), ("new", "more")],
+)  # fmt: skip
+def test_what_rounding_can_not_do_is_judged_where_outputs_jump(wrong: str, name: str) -> None:
+    x = torch.full((1, 64), 0.5)
+    found, _ = compared(Jumps(), Jumps("shape"), x)
+    assert found.ok  # as many as this may be kept, or other ones
+    found, _ = compared(Jumps(), Jumps(wrong), x)
+    assert [text.split()[0] for text in found.offenders] == [f"output['{name}']"]
+
+
+def test_what_float32_can_not_tell_float64_does() -> None:
+    x = 1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) * 1e-3
+    model = nn.Sequential(nn.Linear(8, 8), Cancels(1.0))
+    gm = transform(model, x, config=WIDE, emit="module")
+    vars(gm.get_submodule("1"))["gain"] = 1 + 5e-5
+    offenders = aim_surgery.verify(model, gm, x).equivalence.offenders
+    assert {one.what for one in offenders if one.dtype == torch.float64} >= {"outputs"}
 
 
 def test_empty_outputs_say_nothing() -> None:

@@ -61,6 +61,17 @@ def test_in_place_gives_the_input_itself() -> None:
     assert values.call(F.dropout, (x, 0.5, False, True), {}) is x
 
 
+@pytest.mark.parametrize("function", sorted(shortcuts._IN_PLACE, key=str), ids=lambda f: str(f))
+def test_in_place_ones_do_as_torch_does(function: Callable[..., Any]) -> None:
+    values = FakeValues()
+    for x in map(values.of, inputs()):
+        before = spec(x)
+        assert values.call(function, (x,), {"inplace": True}) is x
+        with values.mode, torch.no_grad():
+            assert function(x, inplace=True) is x
+        assert spec(x) == before
+
+
 def test_errors_are_torchs_own() -> None:
     values = FakeValues()
     x, one, four = (values.of(torch.zeros(*shape)) for shape in ((1, 3, 1), (3,), (4,)))

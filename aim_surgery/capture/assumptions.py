@@ -55,40 +55,59 @@ class Assumption:
         question: What Python wanted of it: its truth, its length, ...
         answer: The answer.
         path: The module that asked ("" for the model itself).
+        place: File and number of the line of the model's own code that asked; None where unknown.
     """
 
     node: fx.Node
     question: Question
     answer: Any
     path: str
+    place: tuple[str, int] | None = None
+
+    @property
+    def refusal(self) -> str:
+        """What an input that breaks it is told."""
+        return (
+            f"this input breaks what the graph was captured with: {self}. "
+            f"Capture again with such an input as the example."
+        )
 
     def __str__(self) -> str:
+        where = f" (asked in {self.path})" if self.path else ""
+        return f"{self.claim}{where}"
+
+    @property
+    def claim(self) -> str:
+        """What was taken for granted, as a clause."""
         what = describe(self.node)
         if self.question in ("len", "int", "float"):
             what = f"{self.question}({what})"
-        where = f" (asked in {self.path})" if self.path else ""
         if self.question == "bool":
-            return f"{what} is {'true' if self.answer else 'false'}{where}"
+            return f"{what} is {'true' if self.answer else 'false'}"
         if self.question == "given":
-            return f"{what} is given{where}"
+            return f"{what} is given"
         if self.question == "keys":
-            return f"the keys of {what} are {self.answer!r}{where}"
-        return f"{what} is {self.answer!r}{where}"
+            return f"the keys of {what} are {self.answer!r}"
+        return f"{what} is {self.answer!r}"
 
 
-def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> None:
+def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> tuple[Assumption, ...]:
     """Make a graph refuse inputs that break an assumption.
 
     Args:
         graph: The traced graph; gets one `torch._assert` for each assumption that an input can
             break (sizes of parameters can't change and need none).
         assumptions: Answers about nodes of this graph.
+
+    Returns:
+        Those that it checks now.
     """
     variable = _depends_on_call(graph)
-    for assumption in assumptions:
-        if assumption.node in variable and not _asks_for_layout(assumption):
-            _hoist(graph, assumption.node)
-            _insert_check(graph, assumption)
+    checked = tuple(a for a in assumptions if a.node in variable and not _asks_for_layout(a))
+    for assumption in checked:
+        _hoist(graph, assumption.node)
+        _insert_check(graph, assumption)
+    return checked
 
 
 def _asks_for_layout(assumption: Assumption) -> bool:
@@ -124,11 +143,7 @@ def _insert_check(graph: fx.Graph, assumption: Assumption) -> None:
     else:
         measured = append(_MEASURES[question], node) if question in _MEASURES else node
         condition = append(operator.eq, measured, answer)
-    message = (
-        f"this input breaks what the graph was captured with: {assumption}. "
-        f"Capture again with such an input as the example."
-    )
-    append(torch._assert, condition, message)
+    append(torch._assert, condition, assumption.refusal)
 
 
 def _hoist(graph: fx.Graph, node: fx.Node) -> None:

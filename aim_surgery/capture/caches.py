@@ -107,14 +107,25 @@ def _places(model: nn.Module) -> Iterator[_Place]:
         space, file = vars(module), module.__name__
         for name, value in tuple(space.items()):
             if not isinstance(value, type):
-                yield from _places_in(space.__setitem__, name, value, seen)
+                if _may_hold(value):
+                    yield from _places_in(space.__setitem__, name, value, seen)
             elif value.__module__ == file:
                 put = functools.partial(setattr, value)
                 for key, member in tuple(vars(value).items()):
-                    yield from _places_in(put, key, member, seen)
+                    if _may_hold(member):
+                        yield from _places_in(put, key, member, seen)
     for part in model.modules():
         for name, value in tuple(vars(part).items()):
-            yield from _places_in(vars(part).__setitem__, name, value, seen)
+            if _may_hold(value):
+                yield from _places_in(vars(part).__setitem__, name, value, seen)
+
+
+def _may_hold(value: Any) -> bool:
+    """Whether a value is of a kind to look into: few of the thousands in a package are."""
+    kind = type(value)
+    if kind is types.FunctionType:
+        return value.__closure__ is not None
+    return kind is _LRU or kind is property or kind in _METHODS
 
 
 def _places_in(

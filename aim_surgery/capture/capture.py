@@ -30,6 +30,7 @@ from aim_surgery.capture.inputs import (
 )
 from aim_surgery.capture.opaque import OpaqueCall, StayPython, first_line
 from aim_surgery.capture.patches import refuse_nested
+from aim_surgery.capture.pinned import find_pinned
 from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
@@ -70,6 +71,7 @@ class Capture:
             None where the model was taken as a whole (`capture_whole`).
         notes: What a reader should know, such as a mode that could not be captured.
         missing: Why the other mode has no trace, where the model branches on its mode.
+        pinned: Why the graphs hold for one batch size only, where the model takes others.
         why_whole: Why the model was taken as a whole, where nobody asked for that.
         findings: What was found out about it later, such as the sites of a graph, so that it need
             not be found again.
@@ -81,6 +83,7 @@ class Capture:
     traces: tuple[Trace, ...]
     notes: tuple[str, ...] = ()
     missing: str = ""
+    pinned: str = ""
     why_whole: str = ""
     findings: dict[Any, Any] = field(default_factory=dict, repr=False)
 
@@ -201,16 +204,25 @@ def with_inputs(
 
 
 @collection_paused()
-def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ...] = ()) -> Capture:
+def capture_graphs(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    notes: tuple[str, ...] = (),
+    *,
+    one_mode_will_do: bool = True,
+) -> Capture:
     """Trace until both modes, and all calls of a module, agree on what stays a Python call.
 
     Args:
         model: The model, out of its wrappers.
         inputs: Example inputs.
         notes: What a reader should know already.
+        one_mode_will_do: Whether graphs are of use where one mode has none; if not, nothing more is
+            found out about them.
 
     Returns:
-        The graphs; `missing` says why the other mode has none, where it needs one.
+        The graphs; `missing` says why the other mode has none, where it needs one, and `pinned`
+        why they hold for one batch size only.
 
     Raises:
         CaptureError: The model's own mode can't be captured.
@@ -226,16 +238,21 @@ def capture_graphs(model: nn.Module, inputs: ExampleInputs, notes: tuple[str, ..
                 continue
             opaque = {call.path: call.reason for one in found.traced for call in one.trace.opaque}
             entered = {path for one in found.traced for path in one.entered}
-            differ = {path: why for path, why in opaque.items() if path in entered}
-            if not differ:
+            python = {path: why for path, why in opaque.items() if path in entered}
+            in_vain = found.missing and not one_mode_will_do
+            pinned = {} if python or in_vain else tracing.pinned(found, inputs)
+            if not python and ("" in pinned or not pinned):
                 break
-            tracing.python |= differ
+            tracing.python |= python | pinned
     words = [*notes, *(note for one in found.traced for note in one.notes)]
     words += [found.missing] if found.missing else []
+    why = pinned.get("", "")
+    words += [f"the graph is one of {type(model).__name__}'s own forward, and {why}"] if why else []
     words += _opaque_notes(opaque)
     traces = tuple(one.trace for one in found.traced)
     words += _hook_notes(model, traces)
-    return Capture(model, inputs, arguments, traces, tuple(dict.fromkeys(words)), found.missing)
+    notes = tuple(dict.fromkeys(words))
+    return Capture(model, inputs, arguments, traces, notes, found.missing, why)
 
 
 def _opaque_notes(opaque: Mapping[str, str]) -> Iterator[str]:
@@ -258,12 +275,14 @@ class _Traced:
 
     Attributes:
         trace: The trace.
+        checked: Its assumptions that the graph checks.
         dependent: Whether the model branched on its training flag.
         entered: Submodules that were traced through.
         notes: What a reader should know.
     """
 
     trace: Trace
+    checked: tuple[Assumption, ...]
     dependent: bool
     entered: frozenset[str]
     notes: tuple[str, ...]
@@ -310,6 +329,21 @@ class _Tracing:
             mode = "evaluation" if self.model.training else "training"
             return _Found((first,), f"{mode} mode could not be captured: {err}")
 
+    def pinned(self, found: _Found, inputs: ExampleInputs) -> dict[str, str]:
+        """Submodules that narrow the batch, with the reason; "" where the model itself does."""
+        pinned: dict[str, str] = {}
+        for one in found.traced:
+            pinned |= find_pinned(
+                self.model,
+                inputs,
+                self.arguments,
+                one.trace.graph,
+                one.checked,
+                training=one.trace.training,
+                constants=self.constants,
+            )
+        return pinned
+
     def in_mode(self, training: bool) -> _Traced:
         tracer = ValueTracer(
             self.model,
@@ -333,7 +367,7 @@ class _Tracing:
                 raise
             raise CaptureError(_explain(self.model, self.arguments, err)) from err
         assumptions = tuple(tracer.assumptions.values())
-        insert_checks(graph, assumptions)
+        checked = insert_checks(graph, assumptions)
         opaque = tuple(tracer.opaque)
         trace = Trace(graph, training, assumptions, opaque, self.constants)
         inside = tuple(f"{call.path}." for call in opaque)
@@ -344,7 +378,7 @@ class _Tracing:
             if not name.startswith(inside)
         )
         entered = frozenset(tracer.entered)
-        return _Traced(trace, tracer.mode_dependent, entered, (*notes, *tracer.remarks))
+        return _Traced(trace, checked, tracer.mode_dependent, entered, (*notes, *tracer.remarks))
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:

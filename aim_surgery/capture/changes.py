@@ -45,7 +45,7 @@ class Changes:
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes: list[_Attribute] = []
-        self._collections: list[tuple[str, nn.Module, Any, Any]] = []
+        self._collections: dict[nn.Module, list[tuple[str, Any, Any]]] = {}
         self._hooks: list[dict[Any, Any]] = []
         for path, module in model.named_modules():
             for name, value in vars(module).items():
@@ -53,7 +53,8 @@ class Changes:
                     self._hooks.append(value)
                 elif not name.startswith("_") and isinstance(value, list | dict | set):
                     qualname = f"{path}.{name}".removeprefix(".")
-                    self._collections.append((qualname, module, value, copy.copy(value)))
+                    entry = (qualname, value, copy.copy(value))
+                    self._collections.setdefault(module, []).append(entry)
 
     def note(self, module: nn.Module, name: str) -> None:
         """Note what an attribute is, before it is set."""
@@ -85,12 +86,13 @@ class Changes:
         """
         while len(self._attributes) > mark.attributes:
             self._attributes.pop().put_back()
-        for table in self._hooks:
-            for number in [number for number in table if number >= mark.next_hook]:
-                del table[number]
-        inside = {id(module) for module in root.modules()} if root is not None else set()
-        kept = (entry for entry in self._collections if id(entry[1]) in inside)
-        return tuple(name for name, _, value, before in kept if _put_back(value, before))
+        if RemovableHandle.next_id > mark.next_hook:  # else none was registered since
+            for table in self._hooks:
+                for number in [number for number in table if number >= mark.next_hook]:
+                    del table[number]
+        modules = () if root is None else root.modules()
+        kept = (entry for module in modules for entry in self._collections.get(module, ()))
+        return tuple(name for name, value, before in kept if _put_back(value, before))
 
     def handed_in(self, mark: Mark, root: nn.Module) -> Iterator[str]:
         """Attributes of a module, or of those in it, that hold traced values since before.
@@ -102,8 +104,9 @@ class Changes:
         Yields:
             Their names.
         """
-        inside = {id(module) for module in root.modules()}
-        for entry in self._attributes[: mark.attributes]:
+        before = self._attributes[: mark.attributes]
+        inside = {id(module) for module in root.modules()} if before else set()
+        for entry in before:
             value = vars(entry.module).get(entry.name)
             if id(entry.module) in inside and type(value) is ValueProxy:
                 yield entry.name

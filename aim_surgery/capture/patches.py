@@ -57,7 +57,16 @@ if TYPE_CHECKING:
 # Functions of torch's that take sizes, places, lengths or groups. Methods don't ask.
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
-    *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+    *(
+        "narrow",
+        "select",
+        "split_with_sizes",
+        "topk",
+        "tril",
+        "triu",
+        "diagonal",
+        "broadcast_shapes",
+    ),
 )
 
 _SIZED_F = (

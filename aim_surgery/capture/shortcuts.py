@@ -21,11 +21,15 @@ _ACTIVATIONS = frozenset(
      F.mish, F.softplus, F.logsigmoid, F.selu, F.dropout, F.dropout2d, F.sigmoid, F.tanh,
      torch.relu, torch.sigmoid, torch.tanh, Tensor.relu, Tensor.sigmoid, Tensor.tanh)
 )  # fmt: skip
+_IN_PLACE = frozenset(
+    (F.relu, F.relu6, F.silu, F.hardswish, F.hardsigmoid, F.hardtanh, F.elu, F.leaky_relu, F.mish,
+     F.selu)
+)  # fmt: skip
 _PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
 
 class Shortcuts(TorchFunctionMode):
-    """While active, answers these functions by a fresh value like their input.
+    """While active, answers these functions by a fresh value like their input, or by that itself.
 
     Args:
         like: Makes a fake tensor like another.
@@ -40,8 +44,9 @@ class Shortcuts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _ACTIVATIONS:
-            if not kwargs.get("inplace") and _is_plain(args) and True not in args[1:]:
-                return self._like(args[0])
+            in_place = kwargs.get("inplace")
+            if _is_plain(args) and True not in args[1:] and (not in_place or func in _IN_PLACE):
+                return args[0] if in_place else self._like(args[0])
         elif func is F.batch_norm and _is_plain(args) and _fits(args, kwargs):
             return self._like(args[0])
         return func(*args, **kwargs)

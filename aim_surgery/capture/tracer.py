@@ -36,6 +36,7 @@ from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_fi
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.values import FakeValues, node_value
+from aim_surgery.capture.where import calling_place
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
 _AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
@@ -176,7 +177,8 @@ class ValueTracer(fx.Tracer):
         """Note an answer; the graph will check it."""
         if (node, question) not in self.assumptions:
             path = (self.path_of(self._stack[-1]) if self._stack else None) or ""
-            self.assumptions[node, question] = Assumption(node, question, answer, path)
+            place = calling_place()
+            self.assumptions[node, question] = Assumption(node, question, answer, path, place)
 
     def show(self, proxy: ValueProxy, spec: str) -> str:
         """A value as text; assumed, unless it goes into an assertion's message alone."""

@@ -27,10 +27,20 @@ _PACKAGES = tuple(f"{sysconfig.get_path(name)}/" for name in ("purelib", "platli
 
 def calling_line() -> str:
     """The innermost line of the model's own code that is running, "" where there is none."""
+    return shown(calling_place())
+
+
+def calling_place() -> tuple[str, int] | None:
+    """File and number of that line, to be shown later."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_own(frame.f_code.co_filename):
         frame = frame.f_back
-    return "" if frame is None else _show(frame.f_code.co_filename, frame.f_lineno)
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def shown(place: tuple[str, int] | None) -> str:
+    """The line at a place, with its file and number; "" of none."""
+    return "" if place is None else _show(*place)
 
 
 def failing_line(err: BaseException) -> str:

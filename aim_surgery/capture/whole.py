@@ -74,17 +74,19 @@ def capture_any(
 
     def take(inputs: ExampleInputs) -> Capture:
         try:
-            found = capture_graphs(model, inputs, notes)
+            found = capture_graphs(model, inputs, notes, one_mode_will_do=False)
         except CaptureError as err:
             arguments = bind_arguments(model, inputs)
             if _why_not_run(model, inputs):
                 raise
             why = first_line(err)
         else:
-            if not found.missing:
+            if not (found.missing or found.pinned):
                 return found
             arguments = found.arguments
             why = f"in one mode it could be a graph (emit='graph'), but {found.missing}"
+            if found.pinned:
+                why = f"it could be a graph (emit='graph'), but {found.pinned}"
         note = f"the model's own forward stays a Python call: {why}"
         return Capture(model, inputs, arguments, (), (*notes, note), why_whole=why)
 

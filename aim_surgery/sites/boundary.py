@@ -61,6 +61,13 @@ def node_names(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ..
     Returns:
         Names by node; no name belongs to two nodes.
     """
+    key = (node_names, graph)
+    if key not in capture.findings:
+        capture.findings[key] = _node_names(capture, graph)
+    return capture.findings[key]
+
+
+def _node_names(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     inside = tuple(f"{call.path}." for trace in capture.traces for call in trace.opaque)
     calls: Counter[str] = Counter()
     names: defaultdict[fx.Node, list[str]] = defaultdict(list)

@@ -20,22 +20,26 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _HOOKS = tuple(name for name in _OF_EVERY_MODULE if name.endswith("hooks"))
 
 
-def is_closed(module: nn.Module, layers: Iterable[nn.Module]) -> bool:
-    """Whether calls of a module certainly call none of these layers, and use none's weights.
+def are_closed(modules: Iterable[nn.Module], layers: Iterable[nn.Module]) -> bool:
+    """Whether calls of modules certainly call none of these layers, and use none's weights.
 
     Args:
-        module: A submodule that stays a Python call.
-        layers: All layers of its model that could read.
+        modules: Submodules that stay Python calls.
+        layers: All layers of their model that could read.
 
     Returns:
-        True where that is certain.
+        True where that is certain of each.
     """
-    parts = set(module.modules())
     layers = set(layers)
-    if not parts.isdisjoint(layers) or not all(map(_holds_only_plain, parts)):
-        return False
     weights = {id(weight) for layer in layers for weight in layer.parameters(recurse=False)}
-    return weights.isdisjoint(id(parameter) for parameter in module.parameters())
+
+    def is_closed(module: nn.Module) -> bool:
+        parts = set(module.modules())
+        if not parts.isdisjoint(layers) or not all(map(_holds_only_plain, parts)):
+            return False
+        return weights.isdisjoint(id(parameter) for parameter in module.parameters())
+
+    return all(map(is_closed, modules))
 
 
 def _holds_only_plain(module: nn.Module) -> bool:

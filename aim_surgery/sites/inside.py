@@ -26,7 +26,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.capture.copies import derived_tensors, is_shape_only
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import LAYER_TYPES
-from aim_surgery.sites.closed import is_closed
+from aim_surgery.sites.closed import are_closed
 from aim_surgery.sites.recurrent import fault_recurrent, recurrent_sites, recurrent_skips
 from aim_surgery.sites.rows import RowsWatched
 from aim_surgery.sites.site import Kind, Site, Skip
@@ -87,8 +87,7 @@ def find_inside(
     if not paths:
         return (), (), frozenset()
     layers = {name: layer for name, layer in capture.modules.items() if _may_read(layer)}
-    modules, own = capture.modules, frozenset(layers.values())
-    closed = all(is_closed(modules[path], own) for path in paths)
+    closed = are_closed((capture.modules[path] for path in paths), layers.values())
     runs = _Runs() if closed else _run(capture, layers, paths)
     within = [name for name in layers if name not in runs.seen and path_of(name, paths) is not None]
     sites: list[Site] = []
@@ -164,7 +163,9 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
 
 def path_of(name: str, paths: Mapping[str, str]) -> str | None:
     """The Python call that a module is in, by their qualified names; None where in none."""
-    return next((p for p in paths if name == p or not p or name.startswith(f"{p}.")), None)
+    parts = name.split(".")
+    outer = ("", *(".".join(parts[:length]) for length in range(1, len(parts) + 1)))
+    return next((path for path in outer if path in paths), None)
 
 
 def _may_read(layer: nn.Module) -> bool:

@@ -52,8 +52,13 @@ def find_stages(capture: Capture) -> Stages:
     Returns:
         The stages; all empty where no site depends on the input.
     """
-    graph = analysed_trace(capture).graph
-    features = Features(capture, graph)
+    if find_stages not in capture.findings:
+        capture.findings[find_stages] = _find_stages(capture)
+    return capture.findings[find_stages]
+
+
+def _find_stages(capture: Capture) -> Stages:
+    features = Features(capture, analysed_trace(capture).graph)
     flow = features.flow
     points = [point for node in flow.dominators if (point := features.at(node)) is not None]
     stages = [list(run) for _, run in groupby(points, key=lambda point: point[1].positions)]

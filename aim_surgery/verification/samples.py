@@ -10,19 +10,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import ExampleInputs, Inputs
+from aim_surgery.capture.batches import count_samples, cycled, take_samples, tensors_in
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, inputs_of_plan
 
 _NOISE_SEED = 20210
 _MULTIPLE = 32  # networks halve their input about five times
-_SAMPLE_DIMS = 3  # of an image, (C, H, W); more are maps of a whole batch
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,7 @@ class Samples:
 
         0 where there is neither.
         """
-        values = (*self.args, *self.kwargs.values())
-        first = next((value for value in values if _tensors(value)), None)
-        if _is_list_of_samples(first):
-            return len(first)
-        return next((tensor.shape[0] for tensor in self._tensors() if tensor.ndim), 0)
+        return count_samples((*self.args, *self.kwargs.values()))
 
     def describe(self) -> str:
         """The shapes in words."""
@@ -55,25 +51,7 @@ class Samples:
 
     def take(self, batch: int) -> Samples:
         """The same inputs with another number of samples; what has no batch axis stays."""
-        old = self.batch
-        if old in (0, batch):
-            return self
-
-        def resize(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                same = value.ndim and value.shape[0] == old
-                return _cycled(value, 0, batch) if same else value
-            return [value[i % old] for i in range(batch)]
-
-        def is_whole(value: Any) -> bool:
-            listed = _is_list_of_samples(value) and len(value) == old
-            return listed or isinstance(value, torch.Tensor)
-
-        args, kwargs = pytree.tree_map(
-            lambda value: resize(value) if is_whole(value) else value,
-            (self.args, dict(self.kwargs)),
-            is_leaf=is_whole,
-        )
+        args, kwargs = take_samples((self.args, dict(self.kwargs)), self.batch, batch)
         return Samples(args, kwargs)
 
     def resized(self) -> Iterator[tuple[str, Samples]]:
@@ -127,24 +105,11 @@ class Samples:
         return self._map(torch.clone)
 
     def _tensors(self) -> list[torch.Tensor]:
-        return _tensors((self.args, dict(self.kwargs)))
+        return tensors_in((self.args, dict(self.kwargs)))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Samples:
         args, kwargs = pytree.tree_map_only(torch.Tensor, function, (self.args, dict(self.kwargs)))
         return Samples(args, kwargs)
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
-def _is_list_of_samples(value: Any) -> TypeGuard[list[Any]]:
-    """Whether a list has one entry a sample: images without a batch axis, or dicts of tensors."""
-    if not isinstance(value, list) or not value:
-        return False
-    if all(isinstance(item, torch.Tensor) for item in value):
-        return all(item.ndim <= _SAMPLE_DIMS for item in value)
-    return all(isinstance(item, Mapping) for item in value) and bool(_tensors(value))
 
 
 @dataclass(frozen=True)
@@ -159,7 +124,7 @@ class _Resize:
             return tensor
         before = tensor.shape
         for axis in self.axes:
-            tensor = _cycled(tensor, axis, _smaller(tensor.shape[axis], self.ratio))
+            tensor = cycled(tensor, axis, _smaller(tensor.shape[axis], self.ratio))
         if tensor.shape != before:
             self.sizes.append("x".join(str(tensor.shape[axis]) for axis in self.axes))
         return tensor
@@ -234,13 +199,6 @@ def named_leaves(value: Any, path: str = "output") -> dict[str, Any]:
     return {
         name: leaf for at, part in parts.items() for name, leaf in named_leaves(part, at).items()
     }
-
-
-def _cycled(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    old = tensor.shape[axis]
-    if size == old:
-        return tensor
-    return tensor.index_select(axis, torch.arange(size, device=tensor.device) % old)
 
 
 def _smaller(size: int, ratio: float) -> int:

@@ -1,0 +1,141 @@
+"""Modules that ask for the batch size as Python's own: the batch stays free around them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import aim_surgery
+from aim_surgery import AimConfig, transform
+from aim_surgery.capture import capture, pinned
+from aim_surgery.nn.graph_module import AimGraphModule
+from tests.cases import BatchAsNumber, FixedBatch, OneByOneInTraining, PerSample, assert_same
+
+WIDE = AimConfig(budget=None, memory=48)
+X = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def between(*inner: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), *inner, nn.Linear(8, 8)).double()
+
+
+def opaque_paths(model: nn.Module) -> list[list[str]]:
+    return [[call.path for call in trace.opaque] for trace in capture(model, X).traces]
+
+
+@pytest.mark.parametrize("kind", [PerSample, BatchAsNumber])
+def test_who_asks_for_the_batch_size_stays_one_call(kind: type[nn.Module]) -> None:
+    model = between(nn.Sequential(kind(), nn.ReLU()), kind())
+    assert opaque_paths(model) == [["1.0", "2"]]
+    gm = transform(model, X, config=WIDE)
+    assert isinstance(gm, AimGraphModule)
+    assert {r.site.name: r.site.inside for r in gm.plan.reads} == {
+        "0": "", "1.0.fc": "1.0", "2.fc": "2", "3": ""
+    }  # fmt: skip
+    notes = "; ".join(note for note in gm.plan.notes if "stay" in note)
+    assert re.search(r"1.0.* stays? (a )?Python calls?: other batch sizes would be refused", notes)
+    assert "at tests/cases.py:" in notes
+    for batch in (1, 3, 4, 9):
+        x = torch.randn(batch, 8, dtype=torch.float64)
+        assert_same(gm(x), model(x))
+    assert aim_surgery.verify(model, gm, X).ok
+
+
+def test_without_it_other_batches_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinned._Stretched, "changes", lambda *_: False)
+    model = between(PerSample())
+    assert opaque_paths(model) == [[]]
+    assert not aim_surgery.verify(model, transform(model, X, config=WIDE), X).ok
+
+
+def test_all_modules_of_one_kind_cost_one_more_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[Any] = []
+    takes = pinned._takes
+    monkeypatch.setattr(pinned, "_takes", lambda *args: runs.append(args) or takes(*args))
+    assert opaque_paths(between(*(BatchAsNumber() for _ in range(7))))[0] == [*"1234567"]
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_modes_agree_on_it(training: bool) -> None:
+    class TwoModes(PerSample):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + 1 if self.training else self.fc(x)
+
+    model = between(OneByOneInTraining(), TwoModes()).train(training)
+    assert opaque_paths(model) == [["1"], ["1"]]
+    gm = transform(model, X, config=WIDE)
+    assert aim_surgery.verify(model, gm, X).ok
+    for mode in (True, False):
+        assert_same(gm.train(mode)(X[:3]), model.train(mode)(X[:3]))
+
+
+def test_a_model_that_asks_itself_keeps_its_class() -> None:
+    class Root(PerSample):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.fc(x))
+
+    model = Root().double()
+    gm: Any = transform(model, X, config=WIDE)
+    assert gm.__class__ is Root
+    assert gm.aim.plan.emit == "module"
+    (note,) = [note for note in gm.aim.plan.notes if "own forward stays" in note]
+    assert "other batch sizes would be refused" in note
+    assert aim_surgery.verify(model, gm, X).ok
+    graph = transform(model, X, config=WIDE, emit="graph")
+    assert any("other batch sizes would be refused" in note for note in graph.plan.notes)
+    assert_same(graph(X), model(X))
+    with pytest.raises(AssertionError, match="breaks what the graph was captured with: len"):
+        graph(X[:3])
+
+
+def test_lists_of_samples_are_batches() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = PerSample()
+
+        def forward(self, images: list[Tensor]) -> Tensor:
+            return self.inner(torch.stack(images))
+
+    model = Listed().double()
+    gm = transform(model, (list(X),), config=WIDE)
+    for batch in (1, 4, 5):
+        x = list(torch.randn(batch, 8, dtype=torch.float64))
+        assert_same(gm(x), model(x))
+
+
+def test_a_model_of_one_batch_size_is_traced() -> None:
+    model = between(FixedBatch())
+    assert opaque_paths(model) == [[]]
+    gm = transform(model, X, config=WIDE)
+    assert_same(gm(X), model(X))
+    with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
+        gm(X[:3])
+
+
+def test_an_exported_program_of_a_fixed_batch_stays_a_graph() -> None:
+    program = torch.export.export(between(nn.ReLU()), (X,))
+    gm = transform(program, config=WIDE)
+    assert isinstance(gm, AimGraphModule)
+    assert not [note for note in gm.plan.notes if "batch" in note]
+
+
+def test_questions_that_leave_the_batch_free_cost_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Asks(PerSample):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[0] == 0 or x.shape[1] % 4 or x.ndim != 2 or len(x) < 1:
+                return x
+            left, right = self.fc(x).reshape(-1, 4, 2).permute(2, 0, 1).unbind(0)
+            return torch.cat([right, left], 1).view(x.shape[0], -1)
+
+    monkeypatch.setattr(pinned, "_twin", lambda *_: pytest.fail("is run"))
+    for batch in (1, 2, 4):
+        (trace,) = capture(between(Asks()), X[:batch]).traces
+        assert trace.assumptions
+        assert not trace.opaque
