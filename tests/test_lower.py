@@ -16,6 +16,7 @@ from aim_surgery import AimConfig, AimSurgeryError, transform
 from aim_surgery.lower import lower
 from aim_surgery.lower.forms import rewrite_as
 from aim_surgery.nn.inside import JoinMemory
+from aim_surgery.nn.pointwise import pointwise
 from aim_surgery.nn.split_memory import SplitMemory
 from aim_surgery.surgery.notes import noted_sites
 from tests.cases import CASES, Case, assert_same, conv_geometries
@@ -228,6 +229,8 @@ def test_fewer_operations() -> None:
             result = super().call_function(target, args, kwargs)
             if target is F.conv2d:
                 shapes.append(result.shape)
+            if target is pointwise:
+                shapes.extend((result.shape, args[3].shape))
             return result
 
     Watch(split).run(x)

@@ -2,11 +2,13 @@
 
     conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
 
-W_x and W_m are slices of the widened weight, taken once a forward. A view of the memory that is the
-same for all samples has no batch, so its product is computed once a batch and broadcasts in the
-sum; where each sample has its own memory, the product is added as it is computed (`add_product`).
-Depthwise and grouped convolutions keep their own kernels. Products are added in place: nothing
-needs what a product was before.
+W_x and W_m are slices of the widened weight, taken once a forward, right before they are used: so
+backward joins their gradients as soon as both are there, and never holds them all. A view of the
+memory that is the same for all samples has no batch, so its product is computed once a batch; of a
+linear layer it goes into the bias, of a pointwise convolution it is what the product starts from
+(`pointwise`), else it broadcasts in the sum. Where each sample has its own memory, the product is
+added as it is computed (`add_product`). Depthwise and grouped convolutions keep their own kernels.
+Products are added in place: nothing needs what a product was before.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,6 +24,7 @@ from torch import Tensor, fx, nn
 
 from aim_surgery.lower.products import write_product
 from aim_surgery.nn.add_product import add_product
+from aim_surgery.nn.pointwise import pointwise
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -51,6 +55,7 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
     slices: dict[str, tuple[fx.Node, fx.Node]] = {}
     sums: dict[fx.Node, fx.Node] = {}  # a site may work right on another one's result
     first = next(node for node in graph.nodes if node.op != "placeholder")
+    switches = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     modified = False
     for node, note, source, view, joined, _ in pieces_of(graph, reads):
         if joined is None:
@@ -58,18 +63,23 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
         read = reads[note.site]
         weight = read.site.weights[0]
         if weight not in slices:
-            slices[weight] = _slices(graph, first, weight, read)
+            # a slice taken without gradients would have none wherever else it is used
+            with graph.inserting_before(first if switches else node):
+                slices[weight] = _slices(graph, weight, read, copied=not _is_pointwise(root, node))
         own, memory = slices[weight]
         source = sums.get(source, source)
+        varies = plan.varies(read.memory, read.version)
         if node.op == "call_module":
-            product, beside = _of_layer(graph, root, node, (source, view), (own, memory))
+            operands = (source, view), (own, memory)
+            product, beside = _of_layer(graph, root, node, *operands, varies=varies)
             note = note._replace(called=str(node.target))
         else:
             product, beside = _of_function(graph, node, note, (source, view), (own, memory))
-        with graph.inserting_before(beside.next):
-            varies = plan.varies(read.memory, read.version)
-            wide = operator.attrgetter(weight)(root) if varies else None
-            total, beside = _sum(graph, product, beside, wide, read.planes)
+        total = product
+        if beside not in product.all_input_nodes:
+            with graph.inserting_before(beside.next):
+                wide = operator.attrgetter(weight)(root) if varies else None
+                total, beside = _sum(graph, product, beside, wide, read.planes)
         node.replace_all_uses_with(total, lambda user, own=total: user is not own)
         if product is not node:
             graph.erase_node(node)
@@ -81,23 +91,32 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
     return modified
 
 
-def _slices(graph: fx.Graph, first: fx.Node, weight: str, read: Read) -> tuple[fx.Node, fx.Node]:
-    """W_x and W_m of a widened weight, at the graph's beginning: no `no_grad` region is there."""
+def _slices(graph: fx.Graph, weight: str, read: Read, *, copied: bool) -> tuple[fx.Node, fx.Node]:
+    """W_x and W_m of a widened weight."""
     site, planes = read.site, read.planes
     method, item = graph.call_method, operator.getitem
-    with graph.inserting_before(first):
-        wide = graph.get_attr(weight)
-        if site.kind != "conv_transpose":
-            sizes = (site.in_channels // site.groups, planes)
-            parts = method("split", (wide, sizes, 1))
-            own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
-            # a convolution would copy the slice to work on it, and once more in backward
-            return method("clone", (own,)) if site.kind == "conv" else own, memory
-        each = method("unflatten", (wide, 0, (site.groups, -1)))
-        parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
+    wide = graph.get_attr(weight)
+    if site.kind != "conv_transpose":
+        sizes = (site.in_channels // site.groups, planes)
+        parts = method("split", (wide, sizes, 1))
         own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
-        turned = method("transpose", (memory, 0, 1))
-        return method("flatten", (own, 0, 1)), method("flatten", (turned, 1, 2))
+        # a convolution would copy the slice to work on it, and once more in backward
+        copied = copied and site.kind == "conv"
+        return method("clone", (own,)) if copied else own, memory
+    each = method("unflatten", (wide, 0, (site.groups, -1)))
+    parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
+    own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
+    turned = method("transpose", (memory, 0, 1))
+    return method("flatten", (own, 0, 1)), method("flatten", (turned, 1, 2))
+
+
+def _is_pointwise(root: nn.Module, node: fx.Node) -> bool:
+    """Whether a site is the call of a layer that `pointwise` can stand for."""
+    layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.groups > 1:
+        return False
+    padded = isinstance(layer.padding, str) or any(layer.padding)
+    return {*layer.kernel_size} == {1} and not padded
 
 
 def _of_layer(
@@ -106,15 +125,27 @@ def _of_layer(
     node: fx.Node,
     operands: tuple[fx.Node, fx.Node],
     weights: tuple[fx.Node, fx.Node],
+    *,
+    varies: bool,
 ) -> tuple[fx.Node, fx.Node]:
-    """Both products of a site that is the call of a layer; the call itself is left to be erased."""
-    layer = root.get_submodule(str(node.target))
+    """Both products of a site that is the call of a layer; the call itself is left to be erased.
+
+    The first works on the second where it is their sum already; of a pointwise convolution, on the
+    memory itself.
+    """
+    layer: Any = root.get_submodule(str(node.target))
     refuse_changed(layer, str(node.target))
     size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
     groups = getattr(layer, "groups", 1)
     (source, view), (own, memory) = operands, weights
     with graph.inserting_before(node):
         bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
+        if _is_pointwise(root, node):
+            arguments = (source, own, bias, view, memory, layer.stride)
+            return graph.call_function(pointwise, arguments), view
+        if isinstance(layer, nn.Linear) and not varies:
+            beside = graph.call_function(F.linear, (view, memory, bias))
+            return graph.call_function(F.linear, (source, own, beside)), beside
         product = write_product(graph, layer, source, own, bias, groups=groups, output_size=size)
         beside = write_product(graph, layer, view, memory, None, groups=1, output_size=size)
     return product, beside

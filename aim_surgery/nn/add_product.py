@@ -47,7 +47,7 @@ def add_product(
     """
     dims = weight.ndim - 2
     pointwise = set(weight.shape[2:]) == {1} and not any(padding)
-    if t.ndim != dims + 2 or (dims == 3 and not pointwise) or _is_watched():
+    if t.ndim != dims + 2 or (dims == 3 and not pointwise) or is_watched():
         return t.add_(_CONVS[dims](view, weight, None, stride, padding, dilation))
     columns = _columns(view, weight, stride, padding, dilation, pointwise=pointwise)
     found: Any = _AddProduct.apply(t, weight.flatten(1).to(t.dtype), columns.to(t.dtype))
@@ -74,7 +74,7 @@ def _columns(
     return F.unfold(view, (*kernel,), (*dilation,), (*padding,), (*stride,))
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody looks on who doesn't know `_AddProduct`: compilers, exporters, `func`."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True

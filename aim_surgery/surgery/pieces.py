@@ -27,7 +27,8 @@ class Pieces(NamedTuple):
     source: fx.Node  # x
     view: fx.Node  # m
     joined: fx.Node | None  # cat[x, m], where it works on that
-    beside: fx.Node | None  # conv(m, W_m), where it does not; m, where that is added on the way
+    beside: fx.Node | None  # conv(m, W_m), where it does not; m, where that is added on the way;
+    # among the inputs of `node`, where that starts from it and is the sum already
 
     def total(self) -> fx.Node:
         """The sum of both products.
@@ -35,6 +36,8 @@ class Pieces(NamedTuple):
         Raises:
             AimSurgeryError: Somebody took it out.
         """
+        if self.beside in self.node.all_input_nodes:
+            return self.node
         both = (self.node, self.beside)
         for user in self.node.users:
             if user.args[:2] == both:

@@ -1,0 +1,166 @@
+"""conv(x, W_x) + conv(m, W_m) with kernels of one position, as products of matrices.
+
+    out[n] = (W_m m + b) + W_x x[n]        W_x (O, I), x[n] (I, P), W_m (O, k), m (k, P)
+
+At each of P positions a pointwise convolution is the same product. A product of matrices can start
+from an addend (`baddbmm`), so the memory's part costs no pass of its own; and where matrices are
+wide, P more than the harmonic mean of I and O, it is no slower than a convolution and often several
+times as fast: tensors are read and written where they are, without a detour through the blocked
+formats that convolutions like. Narrow ones, other formats and types, other devices, and whoever
+looks on (compilers, exporters, `torch.func`) get the plain convolutions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from aim_surgery.nn.add_product import add_product, is_watched
+
+_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_TYPES = (torch.float32, torch.float64)
+
+
+def pointwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    view: Tensor,
+    beside: Tensor,
+    stride: Sequence[int],
+) -> Tensor:
+    """Convolve input and memory with kernels of one position, and add.
+
+    Shapes:
+        x (N, I, *S), weight (O, I, 1, ..), bias (O,), view (k, *S) or (N, k, *S), beside
+        (O, k, 1, ..) -> (N, O, *S'); N may be missing
+
+    Args:
+        x: What the layer works on.
+        weight: W_x.
+        bias: Of the layer, if it has one.
+        view: The memory as planes; with batch, where each sample has its own.
+        beside: W_m.
+        stride: Of the convolution, for each axis.
+
+    Returns:
+        The sum, a tensor of its own.
+    """
+    if _as_matrices(x, weight, view, beside, stride):
+        found: Any = _Pointwise.apply(x, weight, bias, view, beside, tuple(stride))
+        return found
+    dims = len(stride)
+    # of a slice, a convolution would make a copy, and another one in backward
+    t = _CONVS[dims](x, weight.contiguous(), bias, stride)
+    if view.ndim == t.ndim == dims + 2:
+        return add_product(t, view, beside, stride, (0,) * dims, (1,) * dims)
+    return t.add_(_CONVS[dims](view, beside, None, stride))
+
+
+def wide(samples: int, inputs: int, outputs: int, positions: int) -> bool:
+    """Whether a product of matrices is the better one: P ≥ 2 I·O ÷ (I + O).
+
+    Then the gradients of W_x, one for each sample before they are added up, are no more numbers
+    than inputs and outputs are.
+    """
+    return samples > 0 and positions * (inputs + outputs) >= 2 * inputs * outputs
+
+
+def _as_matrices(
+    x: Tensor, weight: Tensor, view: Tensor, beside: Tensor, stride: Sequence[int]
+) -> bool:
+    operands = (x, weight, view, beside)
+    if x.ndim != len(stride) + 2 or not x.is_contiguous() or is_watched():
+        return False
+    if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in operands):
+        return False
+    if x.dtype not in _TYPES or any(t.dtype != x.dtype for t in operands):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+    return wide(len(x), x.shape[1], len(weight), positions)
+
+
+def _columns(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """What each position of the result sees, (.., channels, P)."""
+    if any(step > 1 for step in stride):
+        x = x[(..., *(slice(None, None, step) for step in stride))]
+    return x.flatten(-len(stride))
+
+
+class _Pointwise(torch.autograd.Function):
+    """The result is no view, so that what follows may change it in place without a copy."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        view: Tensor,
+        beside: Tensor,
+        stride: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, view, beside)
+        ctx.stride = stride
+        seen, planes = _columns(x, stride), _columns(view, stride)
+        own, memory = weight.flatten(1), beside.flatten(1)
+        samples, positions = len(x), seen.shape[-1]
+        sizes = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
+        out = x.new_empty(samples, len(own), *sizes)
+        whole = out.view(samples, len(own), positions)
+        each = own.expand(samples, -1, -1)
+        addend = None if bias is None else bias.unsqueeze(1)
+        if planes.ndim == 2:
+            addend = memory @ planes if addend is None else torch.addmm(addend, memory, planes)
+        if addend is None:
+            torch.bmm(each, seen, out=whole)
+        else:
+            torch.baddbmm(addend.unsqueeze(0), each, seen, out=whole)
+        if planes.ndim == 3:
+            whole.baddbmm_(memory.expand(samples, -1, -1), planes)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, view, beside = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_view, of_beside, _ = ctx.needs_input_grad
+        found: list[Tensor | None] = [None] * 6
+        whole = grad.flatten(2)
+        if of_x:
+            found[0] = _spread(_from_left(weight, whole), x, ctx.stride)
+        if of_weight:
+            seen = _columns(x, ctx.stride)
+            found[1] = torch.bmm(whole, seen.mT).sum(0).view_as(weight)
+        shared = view.ndim < x.ndim
+        summed = whole.sum(0) if shared and (of_bias or of_view or of_beside) else whole
+        if of_bias:
+            found[2] = summed.sum(1) if shared else summed.sum((0, 2))
+        if of_view:
+            found[3] = _spread(_from_left(beside, summed), view, ctx.stride)
+        if of_beside:
+            product = summed @ _columns(view, ctx.stride).mT
+            found[4] = (product if shared else product.sum(0)).view_as(beside)
+        return tuple(found)
+
+
+def _from_left(weight: Tensor, grad: Tensor) -> Tensor:
+    """W^T · gradient, of all samples or of none."""
+    turned = weight.flatten(1).mT
+    return turned @ grad if grad.ndim == 2 else torch.bmm(turned.expand(len(grad), -1, -1), grad)
+
+
+def _spread(columns: Tensor, like: Tensor, stride: Sequence[int]) -> Tensor:
+    """Columns at the positions that they came from; zeros where none did."""
+    if all(step == 1 for step in stride):
+        return columns.view_as(like)
+    steps = (..., *(slice(None, None, step) for step in stride))
+    found = columns.new_zeros(like.shape)
+    found[steps] = columns.view(like[steps].shape)
+    return found

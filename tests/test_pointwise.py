@@ -1,0 +1,167 @@
+"""Pointwise convolutions of input and memory, as products of matrices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+import aim_surgery
+from aim_surgery import AimConfig, lower, transform
+from aim_surgery.nn import pointwise as module
+from aim_surgery.nn.pointwise import pointwise, wide
+from tests.cases import assert_same
+
+CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CASES = [
+    (dims, stride, batched, biased, inputs)
+    for dims, stride in ((1, 1), (2, 1), (2, 2), (2, 3), (3, 1), (3, 2))
+    for batched in (False, True)
+    for biased in (False, True)
+    for inputs in (3, 40)  # 40: more channels than positions
+]
+
+
+def operands(case: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x, W_x, bias, view, W_m, stride: both weights are slices of one."""
+    dims, stride, batched, biased, inputs = case
+    torch.manual_seed(0)
+    sizes = {1: (30,), 2: (8, 7), 3: (4, 5, 6)}[dims]
+    lead = (2,) * batched
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    x, view = noise(2, inputs, *sizes), noise(*lead, 2, *sizes)
+    weight, beside = noise(4, inputs + 2, *(1,) * dims).split((inputs, 2), 1)
+    return x, weight, noise(4) if biased else None, view, beside, (stride,) * dims
+
+
+def plainly(
+    x: Tensor, weight: Tensor, bias: Any, view: Tensor, beside: Tensor, stride: Any
+) -> Tensor:
+    convolve = CONVS[len(stride)]
+    return convolve(x, weight, bias, stride) + convolve(view, beside, None, stride)
+
+
+def gradients(function: Any, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    output = function(*given)
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    by_name = torch.linspace(1, 2, output.numel(), dtype=output.dtype).view_as(output)
+    return output, *torch.autograd.grad((output * by_name).sum(), tensors)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_they_are_convolutions(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = operands(case)
+    theirs = gradients(plainly, given)
+    for matrices in (True, False):
+        monkeypatch.setattr(module, "_as_matrices", lambda *_, given=matrices: given)
+        for ours, expected in zip(gradients(pointwise, given), theirs, strict=True):
+            assert_same(ours, expected)
+
+
+def test_only_wide_products_are_matrices() -> None:
+    assert wide(1, 64, 256, 56 * 56)
+    assert not wide(1, 512, 2048, 7 * 7)
+    assert not wide(0, 3, 4, 1000)
+    assert "_Pointwise" in str(pointwise(*operands((2, 1, False, True, 3))).grad_fn)
+    assert "_Pointwise" not in str(pointwise(*operands((2, 4, False, True, 40))).grad_fn)
+
+
+@pytest.mark.parametrize("case", [(2, 2, False, True, 3), (1, 1, True, False, 3)], ids=str)
+def test_second_derivatives(case: tuple[Any, ...]) -> None:
+    *given, stride = operands(case)
+    tensors = tuple(t for t in given if t is not None)
+
+    def function(*tensors: Tensor) -> Tensor:
+        all_of_them = [*tensors] if given[2] is not None else [*tensors[:2], None, *tensors[2:]]
+        return pointwise(*all_of_them, stride).sin()  # type: ignore[call-arg, arg-type]
+
+    tensors = tuple(t.detach()[:, :2].requires_grad_() if t.ndim > 1 else t for t in tensors)
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_what_it_leaves_to_convolutions() -> None:
+    x, weight, bias, view, beside, stride = operands((2, 1, False, True, 3))
+    expected = plainly(x, weight, bias, view, beside, stride)
+    last = x.contiguous(memory_format=torch.channels_last)
+    ours = pointwise(last, weight, bias, view, beside, stride)
+    assert_same(ours, expected)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    alone = pointwise(x[0], weight, bias, view, beside, stride)
+    assert_same(alone, expected[0])
+    assert pointwise(x[:0], weight, bias, view, beside, stride).shape == expected[:0].shape
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        single = [t.float() for t in (x, weight, bias, view, beside)]
+        assert pointwise(*single, stride).dtype == torch.bfloat16
+    with torch.inference_mode():
+        assert_same(pointwise(x, weight, bias, view, beside, stride), expected)
+
+
+def test_the_result_may_be_changed_in_place() -> None:
+    given = operands((2, 1, False, True, 3))
+    theirs = gradients(lambda *given: plainly(*given).relu(), given)
+    ours = gradients(lambda *given: pointwise(*given).relu_(), given)
+    for a, e in zip(ours, theirs, strict=True):
+        assert_same(a, e)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func's own imports
+def test_under_transforms_and_compilers() -> None:
+    x, *rest = operands((2, 1, False, True, 3))
+    given = [t.detach() if isinstance(t, Tensor) else t for t in rest]
+
+    def function(x: Tensor) -> Tensor:
+        return pointwise(x, *given).sin().sum()  # type: ignore[call-arg]
+
+    expected = torch.autograd.grad(function(x), x)[0]
+    assert_same(torch.func.grad(function)(x), expected)
+    along = torch.func.jvp(function, (x.detach(),), (torch.ones_like(x),))[1]
+    assert_same(along, expected.sum())
+    compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(compiled(x), function(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("write", ["none", "sample"])
+def test_split_uses_it(write: Any) -> None:
+    """And the sums of linear layers go into their biases."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(True), nn.Conv2d(8, 8, 1, 2, bias=False), nn.ReLU(True),
+              nn.Conv2d(8, 8, 1, padding=1), nn.Conv2d(8, 8, 1, groups=2), nn.Flatten(),
+              nn.Linear(288, 5), nn.Linear(5, 5, bias=False)]  # fmt: skip
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    at = None if write == "none" else ("1",)
+    config = AimConfig(budget=None, memory=64, write=write, write_at=at, init="fresh")
+    gm: Any = transform(nn.Sequential(*layers).double(), x, config=config)
+    split = lower(gm, "split")
+    nodes = [node.target for node in split.graph.nodes]
+    assert nodes.count(pointwise) == 2
+    assert nodes.count(F.conv2d) == (4 if write == "none" else 2)
+    added = [node for node in split.graph.nodes if node.target == "add_"]
+    assert len(added) == 2  # linear layers where samples vary, other convolutions where not
+    assert_same(split(x), gm(x))
+    back = lower(split, "concat")
+    assert pointwise not in [node.target for node in back.graph.nodes]
+    assert_same(back(x), gm(x))
+    base = aim_surgery.restore(split, measure=False)
+    assert [tuple(p.shape) for p in base.parameters()] == [
+        tuple(p.shape) for p in nn.Sequential(*layers).parameters()
+    ]
+
+
+def test_slices_are_taken_where_they_are_used() -> None:
+    """So that backward holds the gradients of one layer's slices at a time."""
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    gm: Any = transform(nn.Sequential(*layers), torch.randn(2, 3, 12, 12), form="split",
+                        config=AimConfig(budget=None, memory=64, write="none"))  # fmt: skip
+    targets = [node.target for node in gm.graph.nodes]
+    splits = [index for index, target in enumerate(targets) if target == "split"]
+    sums = [index for index, target in enumerate(targets) if target == "add_"]
+    assert len(splits) == len(sums) == 3
+    assert all(a < b for a, b in zip(sums, splits[1:], strict=False))
