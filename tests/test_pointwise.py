@@ -65,11 +65,12 @@ def test_they_are_convolutions(case: tuple[Any, ...], monkeypatch: pytest.Monkey
 
 
 def test_only_wide_products_are_matrices() -> None:
-    assert wide(1, 64, 256, 56 * 56)
-    assert not wide(1, 512, 2048, 7 * 7)
+    assert wide(2, 64, 256, 56 * 56)
+    assert not wide(2, 512, 2048, 7 * 7)
+    assert not wide(1, 64, 256, 56 * 56)
     assert not wide(0, 3, 4, 1000)
-    assert "_Pointwise" in str(pointwise(*operands((2, 1, False, True, 3))).grad_fn)
-    assert "_Pointwise" not in str(pointwise(*operands((2, 4, False, True, 40))).grad_fn)
+    assert "_AsMatrices" in str(pointwise(*operands((2, 1, False, True, 3))).grad_fn)
+    assert "_AsMatrices" not in str(pointwise(*operands((2, 4, False, True, 40))).grad_fn)
 
 
 @pytest.mark.parametrize("case", [(2, 2, False, True, 3), (1, 1, True, False, 3)], ids=str)

@@ -18,6 +18,8 @@ added once.
                            by a second graph (the recipe) over the same layers, once for each size.
     per-sample memory      What a sample wrote is no constant: reads after such a write keep their
                            sum of two products; offsets from before it go through W_x all the same.
+    pointwise products     Convolutions with kernels of one position become products of matrices
+                           where these are faster (`nn.pointwise`).
     per-batch memory       In evaluation, that is a constant: the running average.
 
 In: an operated model in evaluation mode. Out: another, of one graph.
@@ -48,6 +50,7 @@ from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
+from aim_surgery.nn.pointwise import use_matrices
 from aim_surgery.nn.recurrent import GateMemory
 from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -129,6 +132,8 @@ def _fold_graph(
         aim.add_module(name, _maps(twin, writer, recipe, inputs))
     _look_up(writer, f"{AIM}.{name}", sized=recipe is not None)
     _erase_unused(writer)
+    for path in {str(node.target) for node in folded.nodes if node.op == "call_module"}:
+        use_matrices(twin.get_submodule(path))
     folded.lint()
     twin._install({True: folded, False: folded})
     return _unfolded(writer)

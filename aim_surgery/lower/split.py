@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from aim_surgery.lower.products import write_product
 from aim_surgery.nn.add_product import add_product
-from aim_surgery.nn.pointwise import pointwise
+from aim_surgery.nn.pointwise import is_pointwise, pointwise
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -63,9 +63,10 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
         read = reads[note.site]
         weight = read.site.weights[0]
         if weight not in slices:
+            layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
             # a slice taken without gradients would have none wherever else it is used
             with graph.inserting_before(first if switches else node):
-                slices[weight] = _slices(graph, weight, read, copied=not _is_pointwise(root, node))
+                slices[weight] = _slices(graph, weight, read, copied=not is_pointwise(layer))
         own, memory = slices[weight]
         source = sums.get(source, source)
         varies = plan.varies(read.memory, read.version)
@@ -110,15 +111,6 @@ def _slices(graph: fx.Graph, weight: str, read: Read, *, copied: bool) -> tuple[
     return method("flatten", (own, 0, 1)), method("flatten", (turned, 1, 2))
 
 
-def _is_pointwise(root: nn.Module, node: fx.Node) -> bool:
-    """Whether a site is the call of a layer that `pointwise` can stand for."""
-    layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.groups > 1:
-        return False
-    padded = isinstance(layer.padding, str) or any(layer.padding)
-    return {*layer.kernel_size} == {1} and not padded
-
-
 def _of_layer(
     graph: fx.Graph,
     root: nn.Module,
@@ -140,7 +132,7 @@ def _of_layer(
     (source, view), (own, memory) = operands, weights
     with graph.inserting_before(node):
         bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
-        if _is_pointwise(root, node):
+        if is_pointwise(layer):
             arguments = (source, own, bias, view, memory, layer.stride)
             return graph.call_function(pointwise, arguments), view
         if isinstance(layer, nn.Linear) and not varies:

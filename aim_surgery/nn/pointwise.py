@@ -30,8 +30,8 @@ def pointwise(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    view: Tensor,
-    beside: Tensor,
+    view: Tensor | None,
+    beside: Tensor | None,
     stride: Sequence[int],
 ) -> Tensor:
     """Convolve input and memory with kernels of one position, and add.
@@ -44,37 +44,82 @@ def pointwise(
         x: What the layer works on.
         weight: W_x.
         bias: Of the layer, if it has one.
-        view: The memory as planes; with batch, where each sample has its own.
-        beside: W_m.
+        view: The memory as planes; with batch, where each sample has its own; None for nothing.
+        beside: W_m; None for nothing.
         stride: Of the convolution, for each axis.
 
     Returns:
         The sum, a tensor of its own.
     """
-    if _as_matrices(x, weight, view, beside, stride):
-        found: Any = _Pointwise.apply(x, weight, bias, view, beside, tuple(stride))
+    if _as_matrices(x, (weight, bias, view, beside), stride):
+        found: Any = _AsMatrices.apply(x, weight, bias, view, beside, tuple(stride))
         return found
     dims = len(stride)
     # of a slice, a convolution would make a copy, and another one in backward
     t = _CONVS[dims](x, weight.contiguous(), bias, stride)
+    if view is None or beside is None:
+        return t
     if view.ndim == t.ndim == dims + 2:
         return add_product(t, view, beside, stride, (0,) * dims, (1,) * dims)
     return t.add_(_CONVS[dims](view, beside, None, stride))
 
 
 def wide(samples: int, inputs: int, outputs: int, positions: int) -> bool:
-    """Whether a product of matrices is the better one: P ≥ 2 I·O ÷ (I + O).
+    """Whether a product of matrices is the better one: of several samples, P ≥ 2 I·O ÷ (I + O).
 
     Then the gradients of W_x, one for each sample before they are added up, are no more numbers
-    than inputs and outputs are.
+    than inputs and outputs are. A convolution of one sample is as fast or faster.
     """
-    return samples > 0 and positions * (inputs + outputs) >= 2 * inputs * outputs
+    return samples > 1 and positions * (inputs + outputs) >= 2 * inputs * outputs
 
 
-def _as_matrices(
-    x: Tensor, weight: Tensor, view: Tensor, beside: Tensor, stride: Sequence[int]
-) -> bool:
-    operands = (x, weight, view, beside)
+class _Pointwise(nn.modules.conv._ConvNd):
+    def forward(self, x: Tensor) -> Tensor:
+        """As the convolution's own."""
+        return pointwise(x, self.weight, self.bias, None, None, self.stride)
+
+
+class Pointwise1d(_Pointwise, nn.Conv1d):
+    """A convolution with a kernel of one position, as a product of matrices where that is wide."""
+
+
+class Pointwise2d(_Pointwise, nn.Conv2d):
+    """A convolution with a kernel of one position, as a product of matrices where that is wide."""
+
+
+class Pointwise3d(_Pointwise, nn.Conv3d):
+    """A convolution with a kernel of one position, as a product of matrices where that is wide."""
+
+
+_KINDS = {nn.Conv1d: Pointwise1d, nn.Conv2d: Pointwise2d, nn.Conv3d: Pointwise3d}
+
+
+def is_pointwise(layer: nn.Module | None) -> bool:
+    """Whether a layer is a convolution that `pointwise` can stand for."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.groups > 1:
+        return False
+    padded = isinstance(layer.padding, str) or any(layer.padding)
+    return {*layer.kernel_size} == {1} and not padded
+
+
+def use_matrices(layer: nn.Module | None) -> bool:
+    """Let a convolution of torch's own be a product of matrices, if it is pointwise.
+
+    Args:
+        layer: Any module; changed in place: its class. Parameters, hooks and modes stay.
+
+    Returns:
+        Whether it was changed.
+    """
+    wanted = type(layer) in _KINDS and is_pointwise(layer)
+    if wanted and "forward" not in vars(layer):
+        layer.__class__ = _KINDS[type(layer)]  # type: ignore[index]
+        return True
+    return False
+
+
+def _as_matrices(x: Tensor, others: Sequence[Tensor | None], stride: Sequence[int]) -> bool:
+    operands = (x, *(t for t in others if t is not None))
     if x.ndim != len(stride) + 2 or not x.is_contiguous() or is_watched():
         return False
     if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in operands):
@@ -84,7 +129,7 @@ def _as_matrices(
     if torch.is_autocast_enabled("cpu"):
         return False
     positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
-    return wide(len(x), x.shape[1], len(weight), positions)
+    return wide(len(x), x.shape[1], len(operands[1]), positions)
 
 
 def _columns(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -94,7 +139,7 @@ def _columns(x: Tensor, stride: Sequence[int]) -> Tensor:
     return x.flatten(-len(stride))
 
 
-class _Pointwise(torch.autograd.Function):
+class _AsMatrices(torch.autograd.Function):
     """The result is no view, so that what follows may change it in place without a copy."""
 
     @staticmethod
@@ -103,27 +148,29 @@ class _Pointwise(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        view: Tensor,
-        beside: Tensor,
+        view: Tensor | None,
+        beside: Tensor | None,
         stride: tuple[int, ...],
     ) -> Tensor:
         ctx.save_for_backward(x, weight, view, beside)
         ctx.stride = stride
-        seen, planes = _columns(x, stride), _columns(view, stride)
-        own, memory = weight.flatten(1), beside.flatten(1)
+        seen, own = _columns(x, stride), weight.flatten(1)
         samples, positions = len(x), seen.shape[-1]
         sizes = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
         out = x.new_empty(samples, len(own), *sizes)
         whole = out.view(samples, len(own), positions)
         each = own.expand(samples, -1, -1)
         addend = None if bias is None else bias.unsqueeze(1)
-        if planes.ndim == 2:
+        memory = planes = None
+        if view is not None and beside is not None:
+            memory, planes = beside.flatten(1), _columns(view, stride)
+        if memory is not None and planes is not None and planes.ndim == 2:
             addend = memory @ planes if addend is None else torch.addmm(addend, memory, planes)
         if addend is None:
             torch.bmm(each, seen, out=whole)
         else:
             torch.baddbmm(addend.unsqueeze(0), each, seen, out=whole)
-        if planes.ndim == 3:
+        if memory is not None and planes is not None and planes.ndim == 3:
             whole.baddbmm_(memory.expand(samples, -1, -1), planes)
         return out
 
@@ -138,7 +185,7 @@ class _Pointwise(torch.autograd.Function):
         if of_weight:
             seen = _columns(x, ctx.stride)
             found[1] = torch.bmm(whole, seen.mT).sum(0).view_as(weight)
-        shared = view.ndim < x.ndim
+        shared = view is not None and view.ndim < x.ndim
         summed = whole.sum(0) if shared and (of_bias or of_view or of_beside) else whole
         if of_bias:
             found[2] = summed.sum(1) if shared else summed.sum((0, 2))
