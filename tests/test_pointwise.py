@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import aim_surgery
 from aim_surgery import AimConfig, lower, transform
 from aim_surgery.nn import pointwise as module
-from aim_surgery.nn.pointwise import pointwise, wide
+from aim_surgery.nn.pointwise import Pointwise2d, pointwise, wide
 from tests.cases import assert_same
 
 CONVS: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
@@ -166,3 +167,22 @@ def test_slices_are_taken_where_they_are_used() -> None:
     sums = [index for index, target in enumerate(targets) if target == "add_"]
     assert len(splits) == len(sums) == 3
     assert all(a < b for a, b in zip(sums, splits[1:], strict=False))
+
+
+def test_fold_uses_it() -> None:
+    """Layers keep their names and parameters; exports see a convolution as ever."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 8, 1, 2),
+              nn.Conv2d(8, 8, 1, groups=2)]  # fmt: skip
+    x = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    config = AimConfig(budget=None, memory=64, write="none", init="fresh")
+    gm: Any = transform(nn.Sequential(*layers).double(), x, config=config).eval()
+    expected = gm(x)
+    folded: Any = aim_surgery.fold(gm)
+    kinds = [type(folded.get_submodule(str(index))) for index in (0, 3, 4)]
+    assert kinds == [Pointwise2d, Pointwise2d, nn.Conv2d]
+    assert type(gm.get_submodule("0")) is nn.Conv2d
+    assert_same(folded(x), expected)
+    assert_same(pickle.loads(pickle.dumps(folded))(x), expected)
+    assert_same(folded(x[:1]), expected[:1])
+    assert_same(torch.export.export(folded, (x,)).module()(x), expected)

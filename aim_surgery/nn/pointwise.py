@@ -119,9 +119,9 @@ def use_matrices(layer: nn.Module | None) -> bool:
 
 
 def _as_matrices(x: Tensor, others: Sequence[Tensor | None], stride: Sequence[int]) -> bool:
-    operands = (x, *(t for t in others if t is not None))
-    if x.ndim != len(stride) + 2 or not x.is_contiguous() or is_watched():
+    if is_watched() or x.ndim != len(stride) + 2 or len(x) == 1 or not x.is_contiguous():
         return False
+    operands = (x, *(t for t in others if t is not None))
     if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in operands):
         return False
     if x.dtype not in _TYPES or any(t.dtype != x.dtype for t in operands):
