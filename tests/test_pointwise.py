@@ -100,7 +100,7 @@ def test_what_it_leaves_to_convolutions() -> None:
     assert pointwise(x[:0], weight, bias, view, beside, stride).shape == expected[:0].shape
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         single = [t.float() for t in (x, weight, bias, view, beside)]
-        assert pointwise(*single, stride).dtype == torch.bfloat16
+        assert pointwise(*single, stride).dtype == torch.bfloat16  # type: ignore[call-arg]
     with torch.inference_mode():
         assert_same(pointwise(x, weight, bias, view, beside, stride), expected)
 

@@ -74,9 +74,9 @@ def wide(samples: int, inputs: int, outputs: int, positions: int) -> bool:
 
 
 class _Pointwise(nn.modules.conv._ConvNd):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """As the convolution's own."""
-        return pointwise(x, self.weight, self.bias, None, None, self.stride)
+        return pointwise(input, self.weight, self.bias, None, None, self.stride)
 
 
 class Pointwise1d(_Pointwise, nn.Conv1d):
@@ -189,9 +189,9 @@ class _AsMatrices(torch.autograd.Function):
         summed = whole.sum(0) if shared and (of_bias or of_view or of_beside) else whole
         if of_bias:
             found[2] = summed.sum(1) if shared else summed.sum((0, 2))
-        if of_view:
+        if of_view and view is not None:
             found[3] = _spread(_from_left(beside, summed), view, ctx.stride)
-        if of_beside:
+        if of_beside and view is not None:
             product = summed @ _columns(view, ctx.stride).mT
             found[4] = (product if shared else product.sum(0)).view_as(beside)
         return tuple(found)
