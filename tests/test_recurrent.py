@@ -282,6 +282,9 @@ def test_the_audit_sees_a_read_that_is_none(pair: tuple[nn.Module, nn.Module]) -
         found = check_coverage(model, deaf, plan_of(gm), samples)
         assert [name for name, _ in found.unaccounted] == [f"1.rnn.{weight}"]
         assert "reach no activation" in found.unaccounted[0][1]
+    del deaf.get_submodule("1.rnn")._parameters["weight_ih_l0"]  # so that it does not run
+    found = check_coverage(model, deaf, plan_of(gm), samples)
+    assert "the operated model does not run" in found.unaccounted[-1][1]
     reads = plan_of(gm).reads
     forgetful = dataclasses.replace(
         plan_of(gm), reads=tuple(read for read in reads if "hh" not in read.site.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import time
@@ -149,6 +150,14 @@ def test_light_checks_pass_and_are_seen_to_fail(brief: bool) -> None:
     modes = [error.partition("), ")[2].partition(",")[0] for error in row.errors]
     assert modes == ["evaluation", "training"]
     assert row.errors[0].startswith("light: outputs differ by")
+
+
+def test_the_audit_sees_reads_in_python_calls_on_meta() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.LSTM(64, 64)).eval()
+    gm = aim_surgery.transform(model, torch.randn(5, 2, 64))
+    row = Row("timm", "recurrent")
+    checks.audit(copy.deepcopy(model).to("meta"), gm, row)
+    assert (row.errors, row.reached[0], row.audited[0]) == ([], 3, 3)
 
 
 class _BranchesOnData(nn.Module):

@@ -114,7 +114,7 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
     unseen_reads = any(read.site.inside and not read.site.widens for read in plan.reads)
     with random_state_kept():
         found = _run(copy_of(model), samples)
-        met = _run(copy_of(gm), samples).met if unseen_reads else None
+        seen = _run(copy_of(gm), samples) if unseen_reads else None
     if len(found.refusals) == 2:
         raise AimSurgeryError(
             f"the original model does not run on the example inputs ({samples.describe()}): "
@@ -135,7 +135,7 @@ def check_coverage(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples
         mine = {read.site.name: read for n in names for read in reads.get(n, ())}.values()
         reason = next((reasons[n] for n in names if n in reasons), None)
         if mine:
-            faults = (_fault(read, original, operated, met) for read in mine)
+            faults = (_fault(read, original, operated, seen) for read in mine)
             fault = next(filter(None, faults), "")
             (unaccounted if fault else covered).append((name, fault))
         elif reason is not None:
@@ -158,7 +158,7 @@ def _fault(
     read: Read,
     original: Mapping[str, torch.Tensor],
     operated: Mapping[str, torch.Tensor],
-    met: Mapping[str, str] | None,
+    seen: _Found | None,
 ) -> str:
     """Why a claimed read is none, "" if it is one."""
     site = read.site
@@ -166,7 +166,9 @@ def _fault(
         name = f"{READS}.{site.layer}.weight"
         if name not in operated:
             return f"has no memory weights: {name} is missing"
-        if site.inside and met is not None and name not in met:
+        if site.inside and seen is not None and name not in seen.met:
+            if len(seen.refusals) == 2:
+                return f"can't be judged: the operated model does not run: {seen.refusals[0]}"
             return f"has memory weights that reach no activation: {name}"
         return ""
     name = site.weights[0]
