@@ -94,7 +94,8 @@ METHOD = (
     "starts.",
     "Folded: `fold(gm)` against the base as it is; folded with norms: `fold(gm, batch_norm=True)` "
     "against the base after `torch.fx.experimental.optimization.fuse`, which merges norms into "
-    "convolutions, too.",
+    "convolutions, too. Before `torch.compile`, it is folded on a channels-last example: that is "
+    "the layout in which inductor's convolutions hand on what they give; maps are stored likewise.",
     "default: `transform(model)`; no writes: `write='none'` at the same budget (the reads get more "
     f"planes then); full reads: `budget=None, memory={FLOATS:_}, write='none'`. by hand: the same "
     "reads as full reads, written as a module around each convolution. LoRA: peft, "
@@ -257,7 +258,10 @@ def _variants(
     if mode != "training":
         forms["folded"] = aim_surgery.fold
         if norms:
-            forms[WITH_NORMS] = lambda gm: aim_surgery.fold(gm, batch_norm=True)
+            example = case.data()[0] if mode == "compiled" else None
+            if example is not None and example.ndim == 4:
+                example = example.to(memory_format=torch.channels_last)
+            forms[WITH_NORMS] = lambda gm: aim_surgery.fold(gm, example, batch_norm=True)
     for words, config in configs.items():
         names = {form: f"{form}, {words}" for form in forms}
         if not any(map(wanted, names.values())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import threading
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, fold, lower, transform
+from aim_surgery.nn.add_product import add_product
 from aim_surgery.nn.folded import Maps, at_least, plus, scaled_plus, within
 from aim_surgery.nn.memory import Memory
 from tests.cases import CASES, Case, SmallNet, assert_same
@@ -278,6 +280,25 @@ def test_what_samples_wrote_is_told() -> None:
     assert told == {read.site.name for read in gm.plan.reads if read.version}
     assert "stem" not in told
     assert not reads_memory(folded)
+
+
+def test_what_samples_wrote_is_added_as_it_is_computed() -> None:
+    x = images(2, 3, 32, 32)
+    torch.manual_seed(2)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.ReLU(),
+        nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 3, groups=4), nn.Conv2d(16, 16, 3, padding=1),
+    )  # fmt: skip
+    gm = transform(net.double(), x, config=AimConfig(budget=None, memory=196, write_at=("1",)))
+    gm = random_weights(gm).eval()
+    folded: Any = fold(gm)
+    late = [read for read in gm.plan.reads if read.version]
+    small = [r for r in late if r.planes * math.prod(r.site.kernel_size) <= 16]
+    assert 0 < len(small) < len(late)  # the others' columns would be more than their result
+    assert functions(folded).count(add_product) == len(small)
+    for size in (32, 24):
+        x = images(3, 3, size, size)
+        assert_same(folded(x), gm(x))
 
 
 def test_any_form_and_frozen_bases() -> None:

@@ -43,6 +43,7 @@ from aim_surgery.lower.fold_graph import FoldWriter
 from aim_surgery.lower.fold_hooks import fold_hooks
 from aim_surgery.lower.fold_norms import fold_batch_norms
 from aim_surgery.lower.fold_rules import rule_of
+from aim_surgery.lower.fold_sums import add_products
 from aim_surgery.lower.fold_watch import Watched, watch
 from aim_surgery.lower.forms import rewrite_as
 from aim_surgery.lower.split import resize_where_needed
@@ -132,6 +133,7 @@ def _fold_graph(
         aim.add_module(name, _maps(twin, writer, recipe, inputs))
     _look_up(writer, f"{AIM}.{name}", sized=recipe is not None)
     _erase_unused(writer)
+    add_products(folded, twin)
     for path in {str(node.target) for node in folded.nodes if node.op == "call_module"}:
         use_matrices(twin.get_submodule(path))
     folded.lint()

@@ -1,0 +1,65 @@
+"""What is left of reads in a folded graph: sums with products of a memory that each sample wrote.
+
+    t += conv(m, W_m)        ->        add_product(t, m, W_m)
+
+As in the split form, the product is added as it is computed, and never written out.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+from torch import fx, nn
+
+from aim_surgery.nn.add_product import add_product
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def add_products(graph: fx.Graph, root: nn.Module) -> bool:
+    """Add products of memories in place of their sums.
+
+    Args:
+        graph: A folded graph; changed in place.
+        root: The module that it belongs to.
+
+    Returns:
+        Whether anything changed.
+    """
+    modified = False
+    for node in graph.nodes:
+        beside = node.args[1] if node.target is operator.iadd else None
+        if not isinstance(beside, fx.Node) or beside.op != "call_module" or len(beside.users) > 1:
+            continue
+        layer = root.get_submodule(str(beside.target))
+        if not _fits(layer) or len(beside.args) != 1 or beside.kwargs:
+            continue
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        options = (layer.stride, layer.padding, layer.dilation)
+        with graph.inserting_before(node):
+            weight = graph.get_attr(f"{beside.target}.weight")
+            total = graph.call_function(
+                add_product, (node.args[0], beside.args[0], weight, *options)
+            )
+        node.replace_all_uses_with(total)
+        graph.erase_node(node)
+        graph.erase_node(beside)
+        modified = True
+    return modified
+
+
+def _fits(layer: nn.Module) -> bool:
+    """Whether it is a plain convolution whose columns are no more numbers than its result."""
+    if type(layer) not in _CONVS or layer._forward_hooks or layer._forward_pre_hooks:
+        return False
+    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    plain = layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros"
+    taps = math.prod(layer.kernel_size)
+    small = layer.in_channels * taps <= layer.out_channels
+    return (
+        plain
+        and small
+        and not isinstance(layer.padding, str)
+        and not (len(layer.kernel_size) == 3 and taps > 1)
+    )
