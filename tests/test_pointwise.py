@@ -157,6 +157,63 @@ def test_split_uses_it(write: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("write", ["none", "sample"])
+def test_whole_models_run_as_matrices(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and all gradients, of wide layers and of one that is frozen, against concat."""
+    calls = []
+    whole = module._AsMatrices.apply
+    monkeypatch.setattr(
+        module._AsMatrices, "apply", lambda *a: (calls.append(len(a)), whole(*a))[1]
+    )
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(True), nn.Conv2d(8, 8, 1, 2), nn.ReLU(True),
+                        nn.Conv2d(8, 8, 1), nn.ReLU(True), nn.Conv2d(8, 5, 1))  # fmt: skip
+    x = torch.randn(3, 3, 24, 24, dtype=torch.float64)
+    at = None if write == "none" else ("1",)
+    config = AimConfig(budget=None, memory=144, write=write, write_at=at, init="fresh")
+    gm: Any = transform(net.double(), x, config=config)
+    gm.get_parameter("4.weight").requires_grad_(False)
+    split: Any = lower(gm, "split")
+    found = []
+    for model in (gm, split):
+        given = x.clone().requires_grad_(True)
+        output = model(given)
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(output.square().sum(), [given, *named.values()])
+        found.append((output, *grads))
+    assert_same(found[1], found[0])
+    assert len(calls) == 4
+    folded: Any = aim_surgery.fold(gm.eval())
+    assert_same(folded(x), gm(x))
+    assert len(calls) == 8
+
+
+def test_what_is_frozen_holds_no_input() -> None:
+    x, weight, _, view, beside, stride = operands((2, 1, False, False, 3))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
+        pointwise(x, weight.detach(), None, view, beside, stride)
+    assert x.shape not in kept
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: (kept.append(t.shape), t)[1], lambda t: t
+    ):
+        pointwise(x, weight, None, view, beside, stride)
+    assert x.shape in kept
+
+
+def test_other_precisions_of_products_are_left_to_convolutions() -> None:
+    x = torch.randn(2, 3, 8, 8)
+    weight, stride = torch.randn(4, 3, 1, 1), (1, 1)
+    assert module._as_matrices(x, (weight,), stride)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert not module._as_matrices(x, (weight,), stride)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_slices_are_taken_where_they_are_used() -> None:
     """So that backward holds the gradients of one layer's slices at a time."""
     layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]

@@ -126,7 +126,8 @@ def _as_matrices(x: Tensor, others: Sequence[Tensor | None], stride: Sequence[in
         return False
     if x.dtype not in _TYPES or any(t.dtype != x.dtype for t in operands):
         return False
-    if torch.is_autocast_enabled("cpu"):
+    rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    if rounded or torch.is_autocast_enabled("cpu"):  # which a convolution would not be
         return False
     positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
     return wide(len(x), x.shape[1], len(operands[1]), positions)
@@ -152,8 +153,9 @@ class _AsMatrices(torch.autograd.Function):
         beside: Tensor | None,
         stride: tuple[int, ...],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, view, beside)
-        ctx.stride = stride
+        # a convolution whose weight is frozen does not hold its input either
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, view, beside)
+        ctx.stride, ctx.shape = stride, x.shape
         seen, own = _columns(x, stride), weight.flatten(1)
         samples, positions = len(x), seen.shape[-1]
         sizes = (-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
@@ -181,16 +183,16 @@ class _AsMatrices(torch.autograd.Function):
         found: list[Tensor | None] = [None] * 6
         whole = grad.flatten(2)
         if of_x:
-            found[0] = _spread(_from_left(weight, whole), x, ctx.stride)
+            found[0] = _spread(_from_left(weight, whole), ctx.shape, ctx.stride)
         if of_weight:
             seen = _columns(x, ctx.stride)
             found[1] = torch.bmm(whole, seen.mT).sum(0).view_as(weight)
-        shared = view is not None and view.ndim < x.ndim
+        shared = view is not None and view.ndim < len(ctx.shape)
         summed = whole.sum(0) if shared and (of_bias or of_view or of_beside) else whole
         if of_bias:
             found[2] = summed.sum(1) if shared else summed.sum((0, 2))
         if of_view and view is not None:
-            found[3] = _spread(_from_left(beside, summed), view, ctx.stride)
+            found[3] = _spread(_from_left(beside, summed), view.shape, ctx.stride)
         if of_beside and view is not None:
             product = summed @ _columns(view, ctx.stride).mT
             found[4] = (product if shared else product.sum(0)).view_as(beside)
@@ -203,11 +205,11 @@ def _from_left(weight: Tensor, grad: Tensor) -> Tensor:
     return turned @ grad if grad.ndim == 2 else torch.bmm(turned.expand(len(grad), -1, -1), grad)
 
 
-def _spread(columns: Tensor, like: Tensor, stride: Sequence[int]) -> Tensor:
+def _spread(columns: Tensor, shape: torch.Size, stride: Sequence[int]) -> Tensor:
     """Columns at the positions that they came from; zeros where none did."""
     if all(step == 1 for step in stride):
-        return columns.view_as(like)
+        return columns.view(shape)
     steps = (..., *(slice(None, None, step) for step in stride))
-    found = columns.new_zeros(like.shape)
-    found[steps] = columns.view(like[steps].shape)
+    found = columns.new_zeros(shape)
+    found[steps] = columns.view(found[steps].shape)
     return found
