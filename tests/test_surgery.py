@@ -573,6 +573,24 @@ def test_the_name_aim_is_taken() -> None:
         aim_surgery.transform(model, torch.zeros(2, 4), config=LITERAL)
 
 
+@pytest.mark.parametrize("name", ["code", "graph", "plan"])
+def test_names_that_a_graph_module_has_for_itself(name: str) -> None:
+    class Shadowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.add_module(name, nn.Linear(64, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.get_submodule(name)(x)
+
+    model, x = Shadowed().double(), torch.randn(2, 64, dtype=torch.float64)
+    with pytest.raises(UnsupportedLayerError, match=f"called '{name}'.*emit='module'"):
+        aim_surgery.transform(model, x)
+    gm = aim_surgery.transform(model, x, emit="module")
+    assert_same(gm(x), model(x))
+    assert len(gm.aim.plan.reads) == 1
+
+
 @pytest.mark.parametrize("model", [None, "resnet50", torch.zeros(2)])
 def test_what_is_no_model(model: Any) -> None:
     with pytest.raises(AimSurgeryError, match=r"torch\.nn\.Module"):

@@ -66,6 +66,7 @@ def operate(
         )
     if capture.whole:
         return operate_whole(capture, plan, copy_tensors=copy, device=device)
+    _refuse_shadowed(model)
     # Graphs first: what the compilation of their code needs is free again when tensors are copied.
     home = home_weight(model, plan)
     graphs = {
@@ -77,6 +78,17 @@ def operate(
     gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy, device=device))
     attach_reads(gm, plan)
     return gm
+
+
+def _refuse_shadowed(model: nn.Module) -> None:
+    """Refuse names at the top that mean something else in a graph module, which would win."""
+    names = (*model._modules, *model._parameters, *model._buffers)
+    shadowed = next((name for name in names if hasattr(AimGraphModule, name)), None)
+    if shadowed is not None:
+        raise UnsupportedLayerError(
+            f"{type(model).__name__} has something called {shadowed!r}, which in a GraphModule is "
+            f"its own: rename it, or keep the class with emit='module'"
+        )
 
 
 def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
