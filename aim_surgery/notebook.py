@@ -29,6 +29,7 @@ from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import AIM, memory_path, write_path
+from aim_surgery.surgery.outputs import evaluating
 from aim_surgery.surgery.separate import separate
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -149,7 +150,7 @@ def read_memory(gm: nn.Module, inputs: Inputs | None = None) -> dict[str, Tensor
     gm = operated_in(gm)
     notes = _notes_by_name(plan_of(gm))
     found: dict[str, Tensor] = {}
-    with _evaluating(gm), torch.no_grad():
+    with evaluating(gm), torch.no_grad():
         if inputs is None:
             _read_constants(gm, found)
         else:
@@ -317,17 +318,3 @@ def _read_constants(gm: nn.Module, found: dict[str, Tensor]) -> None:
 def _at_home(memory: Tensor, planned: PlannedMemory) -> Tensor:
     places = torch.Size(planned.layout).numel()
     return F.pad(memory.detach(), (0, places - planned.floats)).unflatten(1, planned.layout)
-
-
-@contextmanager
-def _evaluating(gm: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and back to every module's own."""
-    modes = [(module, module.training) for module in gm.modules()]
-    before = gm.training
-    gm.eval()
-    try:
-        yield
-    finally:
-        gm.train(before)
-        for module, mode in modes:
-            module.training = mode

@@ -24,12 +24,8 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
-_STAY = (
-    torch.Tensor,
-    list,
-    dict,
-    set,
-)  # what takes time to compute, or may change before it is asked
+# What takes time to compute, or may change before it is asked.
+_STAY = (torch.Tensor, list, dict, set)
 
 Question = Literal["bool", "int", "index", "float", "len", "keys", "value", "given"]
 

@@ -57,16 +57,8 @@ if TYPE_CHECKING:
 # Functions of torch's that take sizes, places, lengths or groups. Methods don't ask.
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
-    *(
-        "narrow",
-        "select",
-        "split_with_sizes",
-        "topk",
-        "tril",
-        "triu",
-        "diagonal",
-        "broadcast_shapes",
-    ),
+    *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
+    "broadcast_shapes",
 )
 
 _SIZED_F = (

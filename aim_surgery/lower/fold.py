@@ -35,7 +35,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
@@ -57,6 +56,7 @@ from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
+from aim_surgery.surgery.outputs import floating_dtype, noise_like
 from aim_surgery.surgery.pieces import pieces_of
 from aim_surgery.surgery.separate import separate
 
@@ -164,24 +164,12 @@ def _watched(
             "this model's example inputs hold objects that its plan can't store: pass "
             "example_inputs to fold"
         )
-    inputs = _with_noise(_bound(graph, example), None)
+    inputs = noise_like(_bound(graph, example), None)
     try:
         return inputs, watch(graph, twin, inputs)
     except (RuntimeError, TypeError, ValueError):  # it may be of another dtype now
-        dtype = next((p.dtype for p in twin.parameters() if p.is_floating_point()), None)
-        inputs = _with_noise(inputs, dtype)
+        inputs = noise_like(inputs, floating_dtype(twin))
         return inputs, watch(graph, twin, inputs)
-
-
-def _with_noise(inputs: tuple[Any, ...], dtype: torch.dtype | None) -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        return torch.randn(x.shape, generator=generator).to(x.device, dtype or x.dtype)
-
-    return tree_map_only(Tensor, noise, inputs)
 
 
 def _bound(graph: fx.Graph, inputs: ExampleInputs) -> tuple[Any, ...]:

@@ -3,7 +3,8 @@
     conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
 
 W_x and W_m are slices of the widened weight, taken once a forward, right before they are used: so
-backward joins their gradients as soon as both are there, and never holds them all. A view of the
+backward joins their gradients as soon as both are there, and never holds them all (in a graph that
+switches gradients off and on, at its beginning: a slice taken without them has none). A view of the
 memory that is the same for all samples has no batch, so its product is computed once a batch; of a
 linear layer it goes into the bias, of a pointwise convolution it is what the product starts from
 (`pointwise`), else it broadcasts in the sum. Where each sample has its own memory, the product is

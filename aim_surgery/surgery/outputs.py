@@ -44,7 +44,8 @@ def difference_of(
         where = "on noise of the sizes that it was operated with"
         if inputs is None:
             raise Unmeasured("its plan can't store its example inputs: pass example_inputs")
-        inputs = _with_noise(inputs, one)
+        args, kwargs = noise_like((inputs.args, dict(inputs.kwargs)), floating_dtype(one))
+        inputs = ExampleInputs(args, kwargs, inputs.source)
     try:
         with random_state_kept():
             outputs = [_outputs(model, inputs) for model in (one, other)]
@@ -58,18 +59,21 @@ def difference_of(
     return max(found), where
 
 
-def _with_noise(inputs: ExampleInputs, model: nn.Module) -> ExampleInputs:
-    """Floats drawn anew, in the model's dtype of today."""
+def noise_like(values: Any, dtype: torch.dtype | None) -> Any:
+    """Nested values with all floats in them drawn anew, in another dtype if one is given."""
     generator = torch.Generator().manual_seed(0)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
     def noise(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
         return torch.randn(x.shape, generator=generator).to(x.device, dtype or x.dtype)
 
-    args, kwargs = tree_map_only(Tensor, noise, (inputs.args, dict(inputs.kwargs)))
-    return ExampleInputs(args, kwargs, inputs.source)
+    return tree_map_only(Tensor, noise, values)
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model's first floating parameter."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 @torch.no_grad()
@@ -77,7 +81,7 @@ def _outputs(model: nn.Module, inputs: ExampleInputs) -> list[Any]:
     """Tensors that come out; what the model writes into buffers goes to copies of them."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     args, kwargs = tree_map_only(Tensor, torch.clone, (inputs.args, dict(inputs.kwargs)))
-    with _evaluating(model):
+    with evaluating(model):
         output = torch.func.functional_call(model, buffers, args, kwargs)
     return [x.detach().clone() if isinstance(x, Tensor) else x for x in tree_leaves(output)]
 
@@ -94,7 +98,7 @@ def _difference(one: Tensor, other: Any) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and back to every module's own."""
     modes = [(module, module.training) for module in model.modules()]
     before = model.training

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture
+from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.capture.leaves import is_stock
-from aim_surgery.sites.inside import derived_tensors
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
 _COLLECTIONS = (dict, OrderedDict, set, list)
