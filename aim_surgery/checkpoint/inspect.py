@@ -38,6 +38,7 @@ from aim_surgery.errors import AimSurgeryError, CheckpointError
 from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY, PLAN_KEY
 
 _SHOWN = 6
+_DCP = "distributed checkpoint (DCP)"
 _TOLD = ("version", "form")  # of the operation, in the file's metadata
 
 
@@ -179,7 +180,8 @@ class Inspection:
             told = [f"{place}: {what}" for place, what in self.besides.items()]
             lines.append(f"besides     {listed(told, _SHOWN)}")
         if self.foreign:
-            lines.append(f"objects     {listed(self.foreign, _SHOWN)}: reading needs --trust")
+            what = "it is not read" if self.kind == _DCP else "reading needs --trust"
+            lines.append(f"objects     {listed(self.foreign, _SHOWN)}: {what}")
         lines += self._operated()
         if self.spec is not None:
             lines.append(f"model       {self.spec}")
@@ -243,7 +245,7 @@ def inspect(
         found = _nested(path, words, content, foreign, key, ema)
     elif kind == "dcp":
         content, foreign = outline_of_dcp(path / ".metadata")
-        found = _nested(path, "distributed checkpoint (DCP)", content, [], key, ema)
+        found = _nested(path, _DCP, content, foreign, key, ema)
         found = replace(found, metadata=notes_in(path))
     elif kind == "exported":
         entries, metadata = outline_of_exported(path)
