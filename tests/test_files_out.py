@@ -775,7 +775,9 @@ def test_inspect(folder):
     assert "operated    no" in told
     transformed("train.pt", "-o", "o.pt", "--drop-optimizer")
     told = run("inspect", "o.pt", "--keys").stdout
-    assert "operated    yes, by aim-surgery" in told
+    assert f"operated    yes, by aim-surgery {aim_surgery.__version__}:" in told
+    torch.save(load("o.pt", SPEC).state_dict(), "own.pt")  # by a script
+    assert f"by aim-surgery {aim_surgery.__version__}:" in run("inspect", "own.pt").stdout
     assert "memory of 100 floats, 2 reads" in told
     assert f"model       {SPEC}" in told
     assert "module.aim.memory.weight" in told

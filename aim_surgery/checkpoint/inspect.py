@@ -35,11 +35,11 @@ from aim_surgery.checkpoint.reading.outline import (
 )
 from aim_surgery.checkpoint.reading.source import Entry, listed, notes_in
 from aim_surgery.errors import AimSurgeryError, CheckpointError
-from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY, PLAN_KEY
+from aim_surgery.file_format import FORM_KEY, FORMAT_KEY, MODEL_KEY, PLAN_KEY, VERSION_KEY
 
 _SHOWN = 6
 _DCP = "distributed checkpoint (DCP)"
-_TOLD = ("version", "form")  # of the operation, in the file's metadata
+_TOLD = {"version": VERSION_KEY, "form": FORM_KEY}  # of the operation, in the file's metadata
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Inspection:
             }
         except (KeyError, TypeError, ValueError) as err:
             return {"damaged": repr(err)}
-        told = {name: self.metadata.get(f"aim_surgery.{name}", "unknown") for name in _TOLD}
+        told = {name: self.metadata.get(key, "unknown") for name, key in _TOLD.items()}
         return found | told
 
     @property
