@@ -227,8 +227,18 @@ def _weights(
         key = names.key_of(name)
         if key not in found:
             found[key] = tensor(name)
-    versions = dict(getattr(weights, "_metadata", None) or {})
-    return versioned(found, versions | {FORMAT_KEY: dict(metadata)})
+    versions = getattr(weights, "_metadata", None) or _own_versions(operated.model, names.prefix)
+    return versioned(found, {**versions, FORMAT_KEY: dict(metadata)})
+
+
+def _own_versions(gm: nn.Module, prefix: str) -> dict[str, Any]:
+    """Versions of a model's modules under the file's names, for weights that came without any."""
+    own = getattr(gm.state_dict(keep_vars=True), "_metadata", None) or {}
+    return {
+        (prefix + path).removesuffix("."): {"version": told["version"]}
+        for path, told in own.items()
+        if "version" in told
+    }
 
 
 def _restored(weights: _Weights, names: Names, plan: Plan) -> _Weights:
