@@ -6,6 +6,7 @@ It stands in the metadata of safetensors files, and in `state_dict._metadata` of
 FORMAT_VERSION = "1"
 
 FORMAT_KEY = "aim_surgery.format"  # which every such file has
+VERSION_KEY = "aim_surgery.version"  # of this package
 PLAN_KEY = "aim_surgery.plan"
 FORM_KEY = "aim_surgery.form"
 MODEL_KEY = "aim_surgery.model"

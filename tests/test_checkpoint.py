@@ -496,6 +496,65 @@ def test_load_accounts_for_every_tensor(tmp_path):
     assert "1 unexpected: stranger" in message
 
 
+class Training(nn.Module):
+    """What a training framework saves whole: models, and a loss with weights."""
+
+    def __init__(self, **parts: nn.Module):
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+
+@pytest.mark.parametrize("kind", ["ckpt", "safetensors"])
+def test_load_tells_what_it_leaves_out(tmp_path, kind):
+    gm, path = operated(), tmp_path / f"lightning.{kind}"
+    module = Training(model=gm, criterion=nn.Linear(2, 2, bias=False))
+    state = module.state_dict()
+    if kind == "ckpt":
+        torch.save({"state_dict": state, "epoch": 1}, path)
+    else:
+        save(gm, tmp_path / "own.safetensors")
+        with safe_open(tmp_path / "own.safetensors", framework="pt") as file:
+            metadata = file.metadata()
+        del metadata[CRC_KEY]
+        safetensors.torch.save_file(state, path, metadata)
+    with pytest.warns(UserWarning, match=r"left out.*under 'model\.': criterion\.weight$"):
+        found = load(path, small())
+    assert_same_state(found.state_dict(), gm.state_dict())
+
+
+def test_load_keeps_module_versions_of_the_model_alone(tmp_path):
+    seen = []
+
+    class Versioned(nn.BatchNorm2d):
+        def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+            self, state_dict, prefix, local_metadata, *args
+        ):
+            seen.append(local_metadata.get("version"))
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    base = nn.Sequential(nn.Conv2d(3, 4, 3), Versioned(4), nn.Conv2d(4, 2, 3))
+    gm = transform(base, IMAGE, config=CONFIG)
+    state = Training(model=gm, **{"1": nn.Linear(1, 1)}).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.warns(UserWarning, match=r"1\.weight, 1\.bias"):
+        load(tmp_path / "w.pt", base)
+    assert seen == [2]
+
+
+def test_load_refuses_two_operated_models(tmp_path):
+    state = Training(student=operated(), teacher=operated()).state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    message = message_of_load(tmp_path / "w.pt", small())
+    assert "several operated models, under 'student.', 'teacher.'" in message
+
+
+def test_load_knows_the_counter_of_averaged_models(tmp_path):
+    gm = operated()
+    torch.save(torch.optim.swa_utils.AveragedModel(gm).state_dict(), tmp_path / "w.pt")
+    assert_same_state(load(tmp_path / "w.pt", small()).state_dict(), gm.state_dict())
+
+
 @pytest.mark.parametrize(
     ("key", "text", "message"),
     [

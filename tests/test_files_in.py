@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import os
+import pathlib
 import pickle
 import re
 import sys
@@ -427,7 +428,7 @@ def _problem_of(content):
 BESIDE = {
     "args": argparse.Namespace(lr=0.1, output=Path("runs")),
     "best": np.float64(76.1),
-    "rng": {"numpy": np.arange(5, dtype=np.uint32), "names": np.array(["a", None], dtype=object)},
+    "rng": {"numpy": np.arange(5, dtype=np.uint32), "names": np.array(["a", "bc"])},
     "counts": collections.Counter("aab"),
     "started": datetime.datetime(2026, 11, 25, tzinfo=datetime.UTC),
     "more": types.SimpleNamespace(a=1),
@@ -444,14 +445,70 @@ def test_plain_data_beside_the_weights_needs_no_trust(folder):
     source: Any = open_source("run.pt")
     content = source.content
     assert content["args"] == BESIDE["args"]
-    np.testing.assert_array_equal(content["rng"]["numpy"], BESIDE["rng"]["numpy"])
+    for name, expected in BESIDE["rng"].items():
+        np.testing.assert_array_equal(content["rng"][name], expected)
     assert {name: content[name] for name in BESIDE if name != "rng"} == {
         name: value for name, value in BESIDE.items() if name != "rng"
     }
 
 
+def renamed_paths(monkeypatch):
+    """Files are written as Python 3.13 writes them, or all others, whichever runs here."""
+    here = Path().__class__.__module__
+    other = {"pathlib": "pathlib._local", "pathlib._local": "pathlib"}[here]
+    monkeypatch.setattr(type(Path()), "__module__", other)
+    monkeypatch.setitem(sys.modules, other, pathlib)
+    return other
+
+
+def test_paths_by_the_names_of_another_python(folder, monkeypatch):
+    state = net().state_dict()
+    with monkeypatch.context() as patch:
+        other = renamed_paths(patch)
+        torch.save({"model": state, "args": argparse.Namespace(output=Path("runs"))}, "run.pt")
+        save_distributed({"model": state})
+        metadata = pickle.loads(Path("dcp/.metadata").read_bytes())
+        metadata.storage_meta.checkpoint_id = Path("dcp")
+        Path("dcp/.metadata").write_bytes(pickle.dumps(metadata))
+    for file in ("run.pt", "dcp"):
+        raw = Path("dcp/.metadata" if file == "dcp" else file).read_bytes()
+        assert other.encode() + (b"\n" if file == "run.pt" else b"") in raw
+        assert_same(read_state_dict(file), state)
+        assert inspect(file).foreign == ()
+
+
+def test_foreign_classes_of_a_distributed_checkpoint_are_told(folder):
+    save_distributed({"model": net().state_dict()})
+    metadata = pickle.loads(Path("dcp/.metadata").read_bytes())
+    metadata.storage_meta = Evil()
+    Path("dcp/.metadata").write_bytes(pickle.dumps(metadata))
+    found = inspect("dcp")
+    assert found.foreign == ("posix.system",)
+    assert "posix.system" in found.to_text()
+    assert "--trust" not in found.to_text()  # which doesn't read them either
+    assert not Path("ran").exists()
+
+
+def _with_cleared_flags() -> Any:
+    """An array of objects whose dtype says that it holds none: its values would be pointers."""
+
+    class Dtype:
+        def __reduce__(self):
+            return np.dtype, ("O8", False, True), (3, "|", None, None, None, -1, -1, 0)
+
+    class Array:
+        def __reduce__(self):
+            how, args, (version, shape, _, order, values) = np.array([1], object).__reduce__()
+            return how, args, (version, shape, Dtype(), order, values)
+
+    return Array()
+
+
 STRANGERS = {
-    "posix.system": lambda: np.array([Evil()], dtype=object),
+    "numpy.dtypes.ObjectDType": lambda: np.array([Evil()], dtype=object),
+    "numpy.dtypes.ObjectDType ": _with_cleared_flags,
+    "numpy.dtypes.VoidDType": lambda: np.zeros(2, dtype=[("a", "i4")]),
+    "posix.system": lambda: {"a": Evil()},
     "posix.system ": lambda: argparse.Namespace(a=Evil()),
     "functools.partial": lambda: functools.partial(print, "ran"),
     "collections.defaultdict": lambda: collections.defaultdict(list, {"loss": [1.0]}),

@@ -100,6 +100,17 @@ def assert_same(found, expected) -> None:
         assert torch.equal(found[name], value), name
 
 
+def test_files_get_the_versions_of_modules_that_came_without(folder):
+    safetensors.torch.save_file(prefixed(torch.load("net.pt"), "module."), "net.safetensors")
+    transformed("net.safetensors", "-o", "o.pt")
+    versions = torch.load("o.pt", weights_only=True)._metadata
+    assert versions["module.1"] == {"version": nn.BatchNorm2d._version}
+    assert versions["module"] == {"version": 1}
+    aim_surgery.save(load("o.pt", SPEC), "again.pt")
+    assert torch.load("again.pt", weights_only=True)._metadata["1"] == versions["module.1"]
+    assert len(Path("again.pt").read_bytes().split(b'"reads"')) == 2  # the plan is there once
+
+
 def test_shards_out(folder, monkeypatch):
     monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
     monkeypatch.setattr(shards.write_shards, "__kwdefaults__", {"shard_bytes": 2000})
@@ -775,7 +786,9 @@ def test_inspect(folder):
     assert "operated    no" in told
     transformed("train.pt", "-o", "o.pt", "--drop-optimizer")
     told = run("inspect", "o.pt", "--keys").stdout
-    assert "operated    yes, by aim-surgery" in told
+    assert f"operated    yes, by aim-surgery {aim_surgery.__version__}:" in told
+    torch.save(load("o.pt", SPEC).state_dict(), "own.pt")  # by a script
+    assert f"by aim-surgery {aim_surgery.__version__}:" in run("inspect", "own.pt").stdout
     assert "memory of 100 floats, 2 reads" in told
     assert f"model       {SPEC}" in told
     assert "module.aim.memory.weight" in told

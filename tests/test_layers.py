@@ -27,7 +27,6 @@ ORDER = (
     "notebook",
     "verification",
     "checkpoint",
-    "report",
     "cli_options",
     "cli_output",
     "cli",

@@ -21,7 +21,7 @@ from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.save import layout_of, refuse_unknown, write_content
 from aim_surgery.checkpoint.writing.atomic import check_target
 from aim_surgery.checkpoint.writing.exported_file import write_exported
-from aim_surgery.checkpoint.writing.layout import is_training, left_behind, restored_layout
+from aim_surgery.checkpoint.writing.layout import keeps_layout, left_behind, restored_layout
 from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
@@ -79,7 +79,7 @@ def restore_file(
         write_safetensors(output, entries, state.__getitem__, {})
         return base.restored, left_behind(source)
     content, notes = base.state_dict(), left_behind(source)
-    if is_training(source):
+    if keeps_layout(source):
         content, notes = restored_layout(source, gm, drop_optimizer=drop_optimizer)
     write_content(output, content, Placeholders(), {})
     return base.restored, notes

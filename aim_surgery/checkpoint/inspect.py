@@ -35,10 +35,11 @@ from aim_surgery.checkpoint.reading.outline import (
 )
 from aim_surgery.checkpoint.reading.source import Entry, listed, notes_in
 from aim_surgery.errors import AimSurgeryError, CheckpointError
-from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY, PLAN_KEY
+from aim_surgery.file_format import FORM_KEY, FORMAT_KEY, MODEL_KEY, PLAN_KEY, VERSION_KEY
 
 _SHOWN = 6
-_TOLD = ("version", "form")  # of the operation, in the file's metadata
+_DCP = "distributed checkpoint (DCP)"
+_TOLD = {"version": VERSION_KEY, "form": FORM_KEY}  # of the operation, in the file's metadata
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Inspection:
             }
         except (KeyError, TypeError, ValueError) as err:
             return {"damaged": repr(err)}
-        told = {name: self.metadata.get(f"aim_surgery.{name}", "unknown") for name in _TOLD}
+        told = {name: self.metadata.get(key, "unknown") for name, key in _TOLD.items()}
         return found | told
 
     @property
@@ -179,7 +180,8 @@ class Inspection:
             told = [f"{place}: {what}" for place, what in self.besides.items()]
             lines.append(f"besides     {listed(told, _SHOWN)}")
         if self.foreign:
-            lines.append(f"objects     {listed(self.foreign, _SHOWN)}: reading needs --trust")
+            what = "it is not read" if self.kind == _DCP else "reading needs --trust"
+            lines.append(f"objects     {listed(self.foreign, _SHOWN)}: {what}")
         lines += self._operated()
         if self.spec is not None:
             lines.append(f"model       {self.spec}")
@@ -243,7 +245,7 @@ def inspect(
         found = _nested(path, words, content, foreign, key, ema)
     elif kind == "dcp":
         content, foreign = outline_of_dcp(path / ".metadata")
-        found = _nested(path, "distributed checkpoint (DCP)", content, [], key, ema)
+        found = _nested(path, _DCP, content, foreign, key, ema)
         found = replace(found, metadata=notes_in(path))
     elif kind == "exported":
         entries, metadata = outline_of_exported(path)

@@ -5,6 +5,7 @@ load(save(gm), model) = apply(model, plan) with the weights of gm
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,21 @@ from aim_surgery.checkpoint.models.loading import load_into
 from aim_surgery.checkpoint.models.skeleton import adopt_dtypes
 from aim_surgery.checkpoint.operated import renamed
 from aim_surgery.checkpoint.reading.kinds import kind_of, open_source, tensors_of
-from aim_surgery.checkpoint.reading.names import Names, match_names, misfits
-from aim_surgery.checkpoint.reading.source import Entry, Source
+from aim_surgery.checkpoint.reading.names import (
+    AVERAGING_COUNT,
+    Names,
+    is_averaged,
+    match_names,
+    misfits,
+)
+from aim_surgery.checkpoint.reading.source import Entry, Source, listed
 from aim_surgery.config import Form
 from aim_surgery.errors import CheckpointError
-from aim_surgery.file_format import MODEL_KEY
+from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import AIM, widened_reads
+from aim_surgery.surgery.state_dict import versioned
 from aim_surgery.surgery.widen import input_size
 
 _LIBRARIES = ("torchvision", "timm")
@@ -56,9 +64,12 @@ def load(
         The operated model, in the mode of the original and on its device. Built from a spec, it
         has the dtypes of the file; otherwise values are cast to the dtypes of `model`.
 
+    Warns:
+        UserWarning: The file holds weights beside the operated model: a training module's loss.
+
     Raises:
-        CheckpointError: The file is not one that `save` wrote, the model is not what it was, or the
-            weights don't fit.
+        CheckpointError: The file is not one that `save` wrote, the model is not what it was, the
+            weights don't fit, or they are of several operated models.
         ModelSpecError: The spec can't be built.
         PlanError: The plan in the file was made for another model.
     """
@@ -70,11 +81,7 @@ def load(
     source = open_source(path, key=key, ema=ema)
     plan = plan_in(source)
     prefix = _prefix(source, plan)
-    entries = {
-        name.removeprefix(prefix): entry
-        for name, entry in source.entries.items()
-        if name.startswith(prefix)
-    }
+    entries = _under(prefix, source.entries)
     aliases = aliases_in(source)
     if not all(name in entries for name in aliases.values()):
         raise CheckpointError(f"{path}: its list of tied tensors is damaged; save it again")
@@ -87,17 +94,51 @@ def load(
         adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
     _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
     gm = apply(base, plan, form=form or form_in(source), copy=copy)
-    tensors = renamed(tensors_of(source), Names({}, prefix))
+    tensors = _weights(source, prefix)
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
     names = match_names(gm.state_dict(keep_vars=True), entries)
     load_into(gm, tensors if names.problems else renamed(tensors, names), path)
+    left = _left_out(source, prefix)
+    if left:
+        warnings.warn(
+            f"{path}: left out, beside the operated model under {prefix!r}: {listed(left)}",
+            stacklevel=2,
+        )
     return gm
 
 
 def _prefix(source: Source, plan: Plan) -> str:
-    """What stands before every name in a file: before that of the memory."""
-    own = f"{AIM}.{plan.memory.name}."
-    return next((n[: n.index(own)] for n in source.entries if own in n), "")
+    """What stands before every name of the operated model: before that of its memory."""
+    own = f".{AIM}.{plan.memory.name}."
+    found = {n[:at] for n in source.entries if (at := f".{n}".find(own)) >= 0}
+    outer = sorted(p for p in found if not any(p != o and p.startswith(o) for o in found))
+    if len(outer) > 1:
+        raise CheckpointError(
+            f"{source.path}: holds several operated models, under {listed(map(repr, outer))}; save "
+            f"the state dict of the one that is meant"
+        )
+    return outer[0] if outer else ""
+
+
+def _under(prefix: str, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes by names with a prefix, without it."""
+    return {n.removeprefix(prefix): value for n, value in named.items() if n.startswith(prefix)}
+
+
+def _weights(source: Source, prefix: str) -> dict[str, Any]:
+    """The operated model's own weights and module versions, in what else there may be."""
+    weights: Any = tensors_of(source)
+    versions = getattr(weights, "_metadata", None) or {}
+    own = _under(prefix, {(f"{path}." if path else ""): told for path, told in versions.items()})
+    own = {path.removesuffix("."): told for path, told in own.items() if path != f"{FORMAT_KEY}."}
+    return versioned(_under(prefix, weights), own or None)
+
+
+def _left_out(source: Source, prefix: str) -> list[str]:
+    """Names beside the operated model: of a loss with weights, say. A counter is none."""
+    known = {AVERAGING_COUNT} if is_averaged(prefix) else set()
+    names = (*source.entries, *source.extras)
+    return [name for name in names if not name.startswith(prefix) and name not in known]
 
 
 def _refuse_other(base: Any, plan: Plan, entries: Mapping[str, Entry], what: str) -> None:

@@ -22,6 +22,7 @@ from aim_surgery.file_format import (
     FORMAT_VERSION,
     MODEL_KEY,
     PLAN_KEY,
+    VERSION_KEY,
     VERSIONS_KEY,
 )
 from aim_surgery.planning import Plan
@@ -52,7 +53,7 @@ def metadata_of(
     """
     found = {
         FORMAT_KEY: FORMAT_VERSION,
-        "aim_surgery.version": __version__,
+        VERSION_KEY: __version__,
         VERSIONS_KEY: json.dumps(_versions()),
         PLAN_KEY: plan.to_json(),
         ALIASES_KEY: json.dumps(dict(aliases)),

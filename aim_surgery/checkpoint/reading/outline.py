@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from aim_surgery.checkpoint.reading.plain_data import is_plain
+from aim_surgery.checkpoint.reading.plain_data import is_plain, pointer_dtype
 from aim_surgery.checkpoint.reading.source import Entry, damaged, unreadable
 from aim_surgery.errors import CheckpointError
 
@@ -110,7 +110,15 @@ class Outliner(pickle.Unpickler):
         ours = module.partition(".")[0] == "torch" and not module.startswith("torch.nn")
         if not ours and not is_plain(f"{module}.{name}"):
             self.foreign[f"{module}.{name}"] = None
+        if (module, name) == ("numpy", "dtype"):
+            return self._dtype
         return _class_of(f"{module}.{name}")
+
+    def _dtype(self, *args: Any) -> Foreign:
+        found = pointer_dtype(args)
+        if found is not None:
+            self.foreign[found] = None
+        return Foreign("numpy.dtype", *args)
 
     def persistent_load(self, pid: Any) -> Any:
         """The dtype of a storage."""

@@ -1,7 +1,7 @@
 """Files out, by the suffix: each appears whole or not at all.
 
-safetensors_file, torch_file, exported_file, shards
-the writers, one a kind of container, tensor by tensor
+safetensors_file, torch_file, dcp_folder, exported_file, shards
+                  the writers, one a kind of container, tensor by tensor
 layout            what goes into a PyTorch file: the layout that came in
 atomic            temporary names, locks, renames
 """

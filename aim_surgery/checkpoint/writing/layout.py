@@ -69,7 +69,7 @@ def operated_layout(
     """
     original = operated.original
     source = None if original is None else original.source
-    if original is None or not is_training(source):
+    if original is None or not keeps_layout(source):
         names = Names({}, "") if original is None else original.names
         return _weights(operated, names, {}, None, placeholders, metadata), left_behind(source)
 
@@ -168,7 +168,7 @@ def _relaid(
     return content, notes
 
 
-def is_training(source: Source | None) -> TypeGuard[TorchFile | DcpFolder]:
+def keeps_layout(source: Source | None) -> TypeGuard[TorchFile | DcpFolder]:
     """Whether a checkpoint has a layout that is kept."""
     return isinstance(source, DcpFolder) or (
         isinstance(source, TorchFile) and source.module is None
@@ -186,7 +186,7 @@ def left_behind(source: Source | None) -> list[str]:
     """
     if source is None or not source.besides:
         return []
-    keeps = " (a .pt file keeps them)" if is_training(source) else ""
+    keeps = " (a .pt file keeps them)" if keeps_layout(source) else ""
     return [f"not taken along: {', '.join(source.besides)}{keeps}"]
 
 
@@ -227,8 +227,18 @@ def _weights(
         key = names.key_of(name)
         if key not in found:
             found[key] = tensor(name)
-    versions = dict(getattr(weights, "_metadata", None) or {})
-    return versioned(found, versions | {FORMAT_KEY: dict(metadata)})
+    versions = getattr(weights, "_metadata", None) or _own_versions(operated.model, names.prefix)
+    return versioned(found, {**versions, FORMAT_KEY: dict(metadata)})
+
+
+def _own_versions(gm: nn.Module, prefix: str) -> dict[str, Any]:
+    """Versions of a model's modules under the file's names, for weights that came without any."""
+    own = getattr(gm.state_dict(keep_vars=True), "_metadata", None) or {}
+    return {
+        (prefix + path).removesuffix("."): {"version": told["version"]}
+        for path, told in own.items()
+        if "version" in told
+    }
 
 
 def _restored(weights: _Weights, names: Names, plan: Plan) -> _Weights:
