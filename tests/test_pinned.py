@@ -139,3 +139,61 @@ def test_questions_that_leave_the_batch_free_cost_no_run(monkeypatch: pytest.Mon
         (trace,) = capture(between(Asks()), X[:batch]).traces
         assert trace.assumptions
         assert not trace.opaque
+
+
+def test_a_batch_of_one_is_freed_as_well() -> None:
+    (trace, *_) = capture(between(PerSample()), X[:1]).traces
+    assert [call.path for call in trace.opaque] == ["1"]
+
+
+def test_tensors_of_two_arguments_are_no_list_of_samples() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.inner = nn.Embedding(9, 8), PerSample()
+
+        def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+            return self.inner(self.embed(tokens) * mask[..., None])
+
+    model, tokens = Two(), torch.randint(9, (2, 5))
+    gm = transform(model, (tokens, tokens % 2), config=WIDE)
+    for batch in (1, 2, 3):
+        given = tokens[:1].expand(batch, 5)
+        assert_same(gm(given, given % 2), model(given, given % 2))
+
+
+def test_a_model_of_which_there_is_no_copy_is_traced_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuses(*_: Any) -> nn.Module:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(pinned, "_twin", refuses)
+    assert opaque_paths(between(PerSample())) == [[]]
+
+
+def test_runs_on_a_copy_leave_constants_and_modes_alone() -> None:
+    class Own(nn.Linear):
+        def train(self, mode: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            super().train(mode)
+
+    model, constant = Own(8, 8), torch.zeros(3)
+    twin: Any = pinned._twin(model, False, {"constant": constant})
+    twin.constant.add_(1)
+    assert not constant.any()
+    assert (twin.training, model.training) == (False, True)
+
+
+def test_a_train_that_returns_nothing_is_called_all_the_same() -> None:
+    class Own(PerSample):
+        def train(self, mode: bool = True) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:  # no graph holds this
+            return self.fc(x) if float(x.sum()) > 0 else self.fc(x) - 1
+
+    model = Own().double()
+    gm: Any = transform(model, X, config=WIDE)
+    assert gm.aim.plan.emit == "module"
+    assert_same(gm(X), model(X))
+    assert_same(gm(-X), model(-X))

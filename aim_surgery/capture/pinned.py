@@ -61,8 +61,13 @@ def find_pinned(
         suspects = [one for one in unrefuted if stretched.changes(one)]
         if not suspects:
             continue
-        run = _Run(_twin(model, training, constants), graph, suspects)
-        took = run.takes(take_samples([argument.value for argument in arguments], count, other))
+        try:
+            run = _Run(_twin(model, training, constants), graph, suspects)
+        except Exception:  # no copy to be had: the graph refuses other sizes openly
+            return {}
+        # a tuple, as a list of tensors would be one of samples
+        given = tuple(argument.value for argument in arguments)
+        took = run.takes(take_samples(given, count, other))
         if took:
             unrefuted = [one for one in unrefuted if one not in suspects or one in run.broken]
         if run.broken and _takes(model, inputs, count, other, training):
@@ -196,8 +201,10 @@ def _twin(
 ) -> nn.Module:
     twin = copy.deepcopy(model, derived_tensors(model))
     for name, constant in (constants or {}).items():
-        setattr(twin, name, constant)
-    return twin if twin.training == training else twin.train(training)
+        setattr(twin, name, constant.detach().clone())  # a run may write into it
+    if twin.training != training:
+        twin.train(training)  # a `train` of the model's own may return nothing
+    return twin
 
 
 def _takes(model: nn.Module, inputs: ExampleInputs, old: int, new: int, training: bool) -> bool:

@@ -98,7 +98,8 @@ def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
     faults = []
     for training in (False, True):
         try:
-            twin = copy.deepcopy(model, derived_tensors(model)).train(training)
+            twin = copy.deepcopy(model, derived_tensors(model))
+            twin.train(training)  # a `train` of the model's own may return nothing
             with torch.no_grad(), random_state_kept():
                 given = (inputs.args, dict(inputs.kwargs))
                 args, kwargs = tree_map_only(torch.Tensor, own_values, given)
