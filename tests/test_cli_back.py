@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from aim_surgery import transform
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.save import save
@@ -60,6 +61,33 @@ def test_fold_writes_a_program_that_needs_nothing_of_ours(folder: Path) -> None:
         torch.testing.assert_close(program(input=image), gm(image))
         nodes.append(len(program.graph.nodes))
     assert nodes[1] < nodes[0]
+
+
+OWN_TRAIN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+    def train(self, mode=True):
+        super().train(mode)
+    def forward(self, x):
+        return self.fc(x)
+
+def net():
+    return Net()
+"""
+
+
+def test_a_train_that_returns_nothing_folds(folder: Path) -> None:
+    Path("own.py").write_text(OWN_TRAIN)
+    model = build("own.py:net")
+    save(transform(model, torch.randn(2, 8), emit="module"), "own.safetensors")
+    run_well("fold", "own.safetensors", "--model", "own.py:net", "-o", "own.pt2")
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(torch.export.load("own.pt2").module()(x), model(x))
 
 
 def test_what_they_refuse(folder: Path) -> None:

@@ -121,7 +121,8 @@ def fold_file(
             f"{output}: no plan rebuilds a folded model, so it goes into a .pt2 file, as a program"
         )
     check_target(output)
-    gm = load(checkpoint, model, key=key, ema=ema).eval()
+    gm = load(checkpoint, model, key=key, ema=ema)
+    gm.eval()  # a `train` of the model's own may return nothing
     folded: Any = fold(gm, example_inputs, batch_norm=batch_norm)
     if example_inputs is not None:
         inputs = ExampleInputs.given(example_inputs)

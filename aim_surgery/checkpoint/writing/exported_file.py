@@ -81,10 +81,11 @@ def _exported(gm: nn.Module, inputs: ExampleInputs) -> torch.export.ExportedProg
     values = dict(zip(inspect.signature(gm.forward).parameters, inputs.args, strict=False))
     values.update(inputs.kwargs)
     shapes = {n: free if _has_axes(v) else None for n, v in values.items()}
+    gm.eval()  # a `train` of the model's own may return nothing
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.export.export(
-            gm.eval(), tuple(inputs.args), dict(inputs.kwargs), dynamic_shapes=shapes
+            gm, tuple(inputs.args), dict(inputs.kwargs), dynamic_shapes=shapes
         )
 
 
