@@ -8,7 +8,7 @@ where it comes from: parameters, constants, or the inputs (an *activation*). A p
 uses the parameters that W is made of; each of them must read the memory or be listed as left out.
 Where a read is claimed that no widened shape shows and no graph (inside a Python call, a recurrent
 layer), the operated model runs likewise, and W_m's product has to meet an activation in a kernel.
-Nothing here knows of graphs or sites: what `sites.py` overlooks, this file finds.
+Nothing here knows of graphs or sites: what `aim_surgery.sites` overlooks, this file finds.
 """
 
 from __future__ import annotations
