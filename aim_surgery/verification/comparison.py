@@ -15,7 +15,7 @@ sums over all that came in, and don't jump.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,7 +158,7 @@ class Pair:
     def compare(self, case: Case, notes: list[str]) -> list[Comparison] | str:
         """Compare on one case; a text where the original refuses it."""
         judges_buffers = case.training is not False
-        before = [buffer.clone() for buffer in self.base.buffers()] if judges_buffers else []
+        before = self._base_buffers() if judges_buffers else {}
         with torch.set_grad_enabled(case.gradients):
             try:
                 self._enter(self.base, case.training)
@@ -199,7 +199,7 @@ class Pair:
     def _compare_buffers(
         self,
         case: Case,
-        before: Sequence[torch.Tensor],
+        before: Mapping[str, torch.Tensor],
         differences: Mapping[str, float | str],
         notes: list[str],
     ) -> Comparison:
@@ -207,7 +207,7 @@ class Pair:
         found = self._compared("buffers", case, differences)
         if found.ok:
             return found
-        moved = self._moved_buffers(case, before)
+        moved = self._moved_buffers(case, before, notes)
         limit, unsure = self.limits[0], dict[str, float]()
         for name, size in differences.items():
             if isinstance(size, float) and limit < size <= moved.get(name, 0.0):
@@ -224,26 +224,26 @@ class Pair:
             "buffers", case, {n: v for n, v in differences.items() if n not in unsure}
         )
 
-    def _moved_buffers(self, case: Case, before: Sequence[torch.Tensor]) -> dict[str, float]:
+    def _moved_buffers(
+        self, case: Case, before: Mapping[str, torch.Tensor], notes: list[str]
+    ) -> dict[str, float]:
         """How far other rounding moves the original's buffers, of the same run."""
-        after = {name: buffer.clone() for name, buffer in self.base.named_buffers()}
+        after = self._base_buffers()
         moved = dict.fromkeys(after, 0.0)
-        for seed in range(_NUDGES):
-            self._put_buffers(before)
-            with torch.no_grad(), RoundedOtherwise(seed):
-                self._enter(self.base, case.training)
-                call(self.base, case.samples.nudged(seed))
-            nudged = dict(self.base.named_buffers())
+        for _, nudged in self._nudged(case, before, notes):
+            nudged = {name: value for name, value in nudged.items() if name in after}
             for name, size in differences_of(after, nudged, self._floor(after)).items():
                 moved[name] = max(moved[name], size if isinstance(size, float) else 0.0)
-        self._put_buffers(tuple(after.values()))
         return moved
 
+    def _base_buffers(self) -> dict[str, torch.Tensor]:
+        return {name: buffer.clone() for name, buffer in self.base.named_buffers()}
+
     @torch.no_grad()
-    def _put_buffers(self, values: Sequence[torch.Tensor]) -> None:
-        for buffer, value in zip(self.base.buffers(), values, strict=True):
-            if buffer.shape == value.shape:  # else a cache, which forward replaces
-                buffer.copy_(value)
+    def _put_buffers(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, buffer in self.base.named_buffers():  # forward may add some, or drop them
+            if name in values and buffer.shape == values[name].shape:  # else a cache, replaced
+                buffer.copy_(values[name])
 
     def _unsure(
         self,
@@ -255,7 +255,9 @@ class Pair:
     ) -> dict[str, Unsure]:
         """Outputs whose differences are rounding, all of them or where they jump."""
         limit = self.limits[0]
-        nudged = [self._nudged(case, seed) for seed in range(_NUDGES)]
+        nudged = [outputs for outputs, _ in self._nudged(case, self._base_buffers(), notes)]
+        if not nudged:
+            return {}
         unsure: dict[str, Unsure] = {}
         for name, found in differences.items():
             if isinstance(found, float) and found <= limit:
@@ -273,14 +275,29 @@ class Pair:
             )
         return unsure
 
-    def _nudged(self, case: Case, seed: int) -> dict[str, Any]:
-        """The original's outputs, rounded otherwise."""
-        buffers = [buffer.clone() for buffer in self.base.buffers()]
-        with torch.no_grad(), RoundedOtherwise(seed):
-            self._enter(self.base, case.training)
-            nudged = named_leaves(call(self.base, case.samples.nudged(seed)))
-        self._put_buffers(buffers)
-        return detached(nudged)
+    def _nudged(
+        self, case: Case, start: Mapping[str, torch.Tensor], notes: list[str]
+    ) -> Iterator[tuple[dict[str, Any], dict[str, torch.Tensor]]]:
+        """The original's outputs and buffers, rounded otherwise; none where it refuses that."""
+        now, refusals = self._base_buffers(), list[str]()
+        for seed in range(_NUDGES):
+            self._put_buffers(start)
+            try:
+                with torch.no_grad(), RoundedOtherwise(seed):
+                    self._enter(self.base, case.training)
+                    outputs = named_leaves(call(self.base, case.samples.nudged(seed)))
+                found = detached(outputs), self._base_buffers()
+            except Exception as err:  # of a model that looks at its inputs, say
+                refusals.append(reason_of(err))
+                continue
+            finally:
+                self._put_buffers(now)
+            yield found
+        if len(refusals) == _NUDGES:
+            notes.append(
+                f"{case}: no difference is taken for rounding, as the original refuses inputs and "
+                f"products that are rounded otherwise: {refusals[0]}"
+            )
 
     def _enter(self, module: nn.Module, training: bool | None) -> None:
         if training is None:

@@ -26,39 +26,12 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS
+from aim_surgery.verification.kernels import PACKED, PRODUCTS
 from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, set_mode
 
 _BATCH = 2
 
-# Arguments that are multiplied with each other, by kernel; biases and masks are added, so they are
-# left out. Of operands that are all made of parameters, the last is the weight.
-_PRODUCTS: dict[str, tuple[int, ...]] = {
-    "convolution": (0, 1), "_convolution": (0, 1), "convolution_overrideable": (0, 1),
-    "conv1d": (0, 1), "conv2d": (0, 1), "conv3d": (0, 1), "conv_tbc": (0, 1),
-    "cudnn_convolution_transpose": (0, 1),
-    "conv_transpose1d": (0, 1), "conv_transpose2d": (0, 1), "conv_transpose3d": (0, 1),
-    "mkldnn_convolution": (0, 1), "cudnn_convolution": (0, 1),
-    "miopen_convolution": (0, 1), "mkldnn_linear": (0, 1), "linear": (0, 1),
-    "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "mv": (0, 1),
-    "_grouped_mm": (0, 1),
-    "addmm": (1, 2), "_addmm_activation": (1, 2), "addmv": (1, 2), "addbmm": (1, 2),
-    "baddbmm": (1, 2), "addmm_": (1, 2), "baddbmm_": (1, 2), "_trilinear": (0, 2, 1),
-    "scaled_dot_product_attention": (0, 1, 2),
-    "_scaled_dot_product_flash_attention": (0, 1, 2),
-    "_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
-    "_scaled_dot_product_efficient_attention": (0, 1, 2),
-    "_scaled_dot_product_cudnn_attention": (0, 1, 2),
-    "_scaled_dot_product_fused_attention_overrideable": (0, 1, 2),
-    "_scaled_dot_product_attention_math": (0, 1, 2),
-}  # fmt: skip
-# Kernels that hold several products: every weight that they are given counts.
-_PACKED = frozenset(
-    ("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "bilinear",
-     "_cudnn_rnn", "miopen_rnn", "mkldnn_rnn_layer",
-     "lstm", "gru", "rnn_tanh", "rnn_relu",
-     "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
-)  # fmt: skip
 # Kernels that take nothing but shape and dtype from their tensors, and `torch.tensor(...)`.
 _CONSTANTS = frozenset(
     ("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full",
@@ -317,11 +290,11 @@ class _Watch(TorchDispatchMode):
         if any(origin.activation for origin in origins):
             for weight in frozenset[str]().union(*(origin.weights for origin in origins)):
                 self.met.setdefault(weight, name)
-        operands = _PRODUCTS.get(name)
+        operands = PRODUCTS.get(name)
         if operands is not None:
             values = [arguments[i] for i in operands if i < len(arguments)]
             return self._product(name, [self._origin_of(v) for v in _tensors(values)])
-        opaque = name in _PACKED or not namespace.startswith(("aten", "prim"))
+        opaque = name in PACKED or not namespace.startswith(("aten", "prim"))
         if opaque and any(origin.activation for origin in origins):
             return self._product(name, origins)
         return _merged(origins)

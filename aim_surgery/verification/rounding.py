@@ -8,7 +8,7 @@ and s = max |e|, entry by entry:
 A difference is rounding where differs <= max moved, both over the entries that don't jump, and the
 others hold values of the range of e and n_i. Sorting, thresholds and indices make entries jump
 where two numbers are as good as equal; no smooth function would. A shape or a literal that differs
-is rounding where it changes in n_i, too: a shape in the same axes.
+is rounding where it changes in n_i, too: a shape in the same axes, a dtype to the same one.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.verification.differences import largest
+from aim_surgery.verification.kernels import SUMS
 
 _ERROR = 2  # of products, in last bits of their usual size; measured: 1.2 to 2.4 for 64 to 12,544
 _JUMP = 1e-2  # of what a nudge by rounding changes: a smooth function would not do that
-_SUMS = ("conv", "mm", "mv", "linear", "attention", "dot")  # in names of kernels that sum products
 
 
 class RoundedOtherwise(TorchDispatchMode):
@@ -36,14 +36,20 @@ class RoundedOtherwise(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name = func._schema.name.rpartition("::")[2]
-        if not any(part in name for part in _SUMS) or not isinstance(result, torch.Tensor):
-            return result
-        if result.is_floating_point() and result.numel():
-            noise = torch.randn(result.shape, generator=self._generator).to(result)
-            size = result.square().mean().sqrt()
-            result.add_(noise * size * (_ERROR * torch.finfo(result.dtype).eps))
+        if func._schema.name.rpartition("::")[2] in SUMS:
+            self._nudge(result[0] if isinstance(result, tuple | list) else result)
         return result
+
+    def _nudge(self, total: Any) -> None:
+        if not isinstance(total, torch.Tensor) or not total.is_floating_point():
+            return
+        if total.numel():
+            # squares leave the range of float16 soon, and infinite entries have no last bits
+            wide = torch.promote_types(total.dtype, torch.float32)
+            values = torch.nan_to_num(total.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
+            size = values.square().mean().sqrt() * (_ERROR * torch.finfo(total.dtype).eps)
+            noise = torch.randn(total.shape, generator=self._generator).to(values)
+            total.add_((noise * size).to(total.dtype))
 
 
 MISSING = object()  # an output that isn't there
@@ -98,7 +104,9 @@ def held_against(expected: Any, got: Any, nudged: Sequence[Any], limit: float) -
     if not all(isinstance(value, torch.Tensor) for value in every):
         return _changed(any(_alike(value, got) and not _alike(value, expected) for value in nudged))
     e, g, *others = (value.detach().to_dense() for value in every)
-    within = g.dtype == e.dtype and _within(g, [e, *others])
+    if g.dtype != e.dtype:  # whatever the numbers are
+        return _changed(any(value.dtype == g.dtype for value in others))
+    within = _within(g, [e, *others])
     if any(value.shape != e.shape for value in (g, *others)):
         same = all(value.ndim == e.ndim for value in (g, *others))
         axes = [axis for axis in range(e.ndim) if same and g.shape[axis] != e.shape[axis]]
