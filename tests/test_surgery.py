@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, UnsupportedLayerError
+from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.widen import widen_weight
@@ -588,7 +589,7 @@ def test_names_that_a_graph_module_has_for_itself(name: str) -> None:
         aim_surgery.transform(model, x)
     gm = aim_surgery.transform(model, x, emit="module")
     assert_same(gm(x), model(x))
-    assert len(gm.aim.plan.reads) == 1
+    assert len(plan_of(gm).reads) == 1
 
 
 @pytest.mark.parametrize("model", [None, "resnet50", torch.zeros(2)])
