@@ -311,10 +311,8 @@ def restore_command(
     """Take the memory out again: the original's names and shapes, and optimizer's state."""
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import restore_file
-    from aim_surgery.checkpoint.transform import output_for
 
-    target = output_for(checkpoint, output)
-    _refuse_itself(checkpoint, target)
+    target = _target(checkpoint, output)
     restored, notes = restore_file(
         checkpoint,
         target,
@@ -346,10 +344,8 @@ def fold_command(
     """Fold constant memory away for inference, and write the model as an exported program."""
     arguments, example = parsed_arguments(model_args, model), example_input(input)
     from aim_surgery.checkpoint.back import fold_file
-    from aim_surgery.checkpoint.transform import output_for
 
-    target = output_for(checkpoint, output, "pt2")
-    _refuse_itself(checkpoint, target)
+    target = _target(checkpoint, output, "pt2")
     notes = fold_file(
         checkpoint,
         target,
@@ -370,6 +366,15 @@ def _built(model: str | None, arguments: dict[str, Any]) -> Any:
     from aim_surgery.checkpoint.models import build
 
     return build(model, **arguments)
+
+
+def _target(checkpoint: Path, output: str, *form: Any) -> Path:
+    """The file that -o means for one checkpoint, another one than that."""
+    from aim_surgery.checkpoint.transform import output_for
+
+    target = output_for(checkpoint, output, *form)
+    _refuse_itself(checkpoint, target)
+    return target
 
 
 def _refuse_itself(checkpoint: Path, output: Path) -> None:

@@ -24,6 +24,7 @@ from aim_surgery.lower.fold_norms import affine
 from aim_surgery.lower.fold_parts import Part
 from aim_surgery.lower.products import write_product
 from aim_surgery.nn.folded import at_least, scaled_plus, within
+from aim_surgery.nn.pointwise import sees_one_position
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of, called_name
@@ -157,7 +158,7 @@ def _layer_product(writer: FoldWriter, node: fx.Node) -> Live:
     assert layer is not None
     if isinstance(layer, nn.Linear):
         offset = _whole(writer, node, offset, layer.in_features, -1)
-    elif not _is_pointwise(layer):
+    elif not sees_one_position(layer):
         offset = writer.spread(offset, _source(node))
     else:
         dims = len(layer.kernel_size)  # type: ignore[arg-type]
@@ -417,16 +418,6 @@ def _own_offset(writer: FoldWriter, node: fx.Node) -> Part:
 def _whole(writer: FoldWriter, node: fx.Node, offset: Part, size: Any, axis: int) -> Part:
     """An offset with all entries along the axis that a product sums over."""
     return offset if offset.value.shape[axis] == size else writer.spread(offset, _source(node))
-
-
-def _is_pointwise(layer: Any) -> bool:
-    alone = all(size == 1 for size in layer.kernel_size)
-    return (
-        alone
-        and not layer.transposed
-        and not isinstance(layer.padding, str)
-        and not any(layer.padding)
-    )
 
 
 def _is_stock(layer: nn.Module, kind: type[nn.Module]) -> bool:

@@ -7,12 +7,11 @@ As in the split form, the product is added as it is computed, and never written 
 
 from __future__ import annotations
 
-import math
 import operator
 
 from torch import fx, nn
 
-from aim_surgery.nn.add_product import add_product
+from aim_surgery.nn.add_product import add_product, is_better
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -50,16 +49,10 @@ def add_products(graph: fx.Graph, root: nn.Module) -> bool:
 
 
 def _fits(layer: nn.Module) -> bool:
-    """Whether it is a plain convolution whose columns are no more numbers than its result."""
+    """Whether it is a plain convolution that `add_product` can stand for, and better."""
     if type(layer) not in _CONVS or layer._forward_hooks or layer._forward_pre_hooks:
         return False
     assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     plain = layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros"
-    taps = math.prod(layer.kernel_size)
-    small = layer.in_channels * taps <= layer.out_channels
-    return (
-        plain
-        and small
-        and not isinstance(layer.padding, str)
-        and not (len(layer.kernel_size) == 3 and taps > 1)
-    )
+    numbers = not isinstance(layer.padding, str)
+    return plain and numbers and is_better(layer.in_channels, layer.out_channels, layer.kernel_size)

@@ -14,7 +14,6 @@ Products are added in place: nothing needs what a product was before.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from aim_surgery.lower.products import write_product
-from aim_surgery.nn.add_product import add_product
+from aim_surgery.nn.add_product import add_product, is_better
 from aim_surgery.nn.pointwise import is_pointwise, pointwise
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
@@ -172,7 +171,7 @@ def _sum(
     columns (k·K numbers a position) would be more than its result.
     """
     convolves = beside.target in (F.conv1d, F.conv2d, F.conv3d)
-    if wide is None or not convolves or planes * math.prod(wide.shape[2:]) > len(wide):
+    if wide is None or not convolves or not is_better(planes, len(wide), wide.shape[2:]):
         return graph.call_method("add_", (product, beside)), beside
     names = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     options = [argument_of(beside, at, name, default=default) for at, name, default in names]
@@ -184,7 +183,7 @@ def _sum(
         and all(isinstance(number, int) for number in option)
         for option in options
     )
-    if not numbers or (dims == 3 and math.prod(wide.shape[2:]) > 1):
+    if not numbers:
         return graph.call_method("add_", (product, beside)), beside
     view, memory = argument_of(beside, 0, "input"), argument_of(beside, 1, "weight")
     assert isinstance(view, fx.Node)

@@ -18,7 +18,17 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def is_better(planes: int, outputs: int, kernel: Sequence[int]) -> bool:
+    """Whether a product is better added as it is computed than written out as a convolution.
+
+    Its columns (k·K numbers a position) are no more than its result then, and there is a way to lay
+    them out.
+    """
+    taps = math.prod(kernel)
+    return planes * taps <= outputs and (len(kernel) < 3 or taps == 1)
 
 
 def add_product(
@@ -48,7 +58,7 @@ def add_product(
     dims = weight.ndim - 2
     pointwise = set(weight.shape[2:]) == {1} and not any(padding)
     if t.ndim != dims + 2 or (dims == 3 and not pointwise) or is_watched():
-        return t.add_(_CONVS[dims](view, weight, None, stride, padding, dilation))
+        return t.add_(CONVS[dims](view, weight, None, stride, padding, dilation))
     columns = _columns(view, weight, stride, padding, dilation, pointwise=pointwise)
     found: Any = _AddProduct.apply(t, weight.flatten(1).to(t.dtype), columns.to(t.dtype))
     return found

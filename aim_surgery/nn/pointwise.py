@@ -17,12 +17,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from aim_surgery.nn.add_product import add_product, is_watched
+from aim_surgery.nn.add_product import CONVS, add_product, is_watched
 
-_CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _TYPES = (torch.float32, torch.float64)
 
 
@@ -56,12 +54,12 @@ def pointwise(
         return found
     dims = len(stride)
     # of a slice, a convolution would make a copy, and another one in backward
-    t = _CONVS[dims](x, weight.contiguous(), bias, stride)
+    t = CONVS[dims](x, weight.contiguous(), bias, stride)
     if view is None or beside is None:
         return t
     if view.ndim == t.ndim == dims + 2:
         return add_product(t, view, beside, stride, (0,) * dims, (1,) * dims)
-    return t.add_(_CONVS[dims](view, beside, None, stride))
+    return t.add_(CONVS[dims](view, beside, None, stride))
 
 
 def wide(samples: int, inputs: int, outputs: int, positions: int) -> bool:
@@ -94,12 +92,17 @@ class Pointwise3d(_Pointwise, nn.Conv3d):
 _KINDS = {nn.Conv1d: Pointwise1d, nn.Conv2d: Pointwise2d, nn.Conv3d: Pointwise3d}
 
 
-def is_pointwise(layer: nn.Module | None) -> bool:
-    """Whether a layer is a convolution that `pointwise` can stand for."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or layer.groups > 1:
+def sees_one_position(layer: nn.Module | None) -> bool:
+    """Whether a layer is a convolution, in groups or not, that neither mixes positions nor pads."""
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return False
     padded = isinstance(layer.padding, str) or any(layer.padding)
     return {*layer.kernel_size} == {1} and not padded
+
+
+def is_pointwise(layer: nn.Module | None) -> bool:
+    """Whether a layer is a convolution that `pointwise` can stand for."""
+    return sees_one_position(layer) and layer.groups == 1  # type: ignore[union-attr]
 
 
 def use_matrices(layer: nn.Module | None) -> bool:
