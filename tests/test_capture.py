@@ -642,3 +642,21 @@ def test_distributions_and_numbers_of_numpy(monkeypatch: pytest.MonkeyPatch) -> 
     assert_same(gm(x), model(x), tolerance=1e-6)
     with pytest.raises(ValueError, match="scale"):
         torch.distributions.Normal(x, -torch.ones(4))  # checked again
+
+
+def test_variables_of_old_code_are_tensors() -> None:
+    class Old(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.register_buffer("index", torch.tensor([3, 1, 0, 2]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.autograd.Variable(x)
+            index: Any = self.index
+            return self.fc(x.index_select(1, torch.autograd.Variable(index)))
+
+    (trace,) = capture(Old(), (torch.randn(2, 4),)).traces
+    assert not trace.opaque
+    assert isinstance(torch.autograd.Variable(torch.zeros(2)), torch.Tensor)  # put back
+    assert "__call__" not in vars(type(torch.autograd.Variable))

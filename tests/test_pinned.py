@@ -197,3 +197,39 @@ def test_a_train_that_returns_nothing_is_called_all_the_same() -> None:
     assert gm.aim.plan.emit == "module"
     assert_same(gm(X), model(X))
     assert_same(gm(-X), model(-X))
+
+
+class Picks(nn.Module):
+    """Gives as many tokens as the data says, and nothing beside where those are few."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        kept = x[:, : 1 + int(x[0, 0, 0] > 0)]
+        return kept, (kept if kept.shape[1] > 1 else None)
+
+
+class UsesPicks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.picks, self.fc = Picks(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, beside = self.picks(x)
+        return self.fc(kept) if beside is None else self.fc(kept) + beside
+
+
+def test_who_asks_what_data_gave_stays_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = between(UsesPicks())
+    x = torch.rand(4, 2, 8, dtype=torch.float64)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8))
+        model[0].bias.zero_()  # or the sign would not arrive
+    monkeypatch.setattr(pinned, "_normal_noise", lambda t: -torch.rand_like(t))
+    gm = transform(model, (x,), config=AimConfig(budget=None, memory=48, write="none"))
+    assert [[call.path for call in t.opaque] for t in capture(model, (x,)).traces] == [["1"]]
+    assert any("other data would be refused" in note for note in gm.plan.notes)
+    for each in (x, -x):
+        assert_same(gm(each), model(each))
+    monkeypatch.setattr(pinned, "_asked_of_calls", lambda *_: [])
+    narrow = transform(model, (x,), config=AimConfig(budget=None, memory=48, write="none"))
+    with pytest.raises(AssertionError, match="breaks what the graph was captured with"):
+        narrow(-x)

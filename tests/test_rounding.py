@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import aim_surgery
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair
-from aim_surgery.verification.rounding import RoundedOtherwise
+from aim_surgery.verification.rounding import MARGIN, RoundedOtherwise, held_against
 from aim_surgery.verification.samples import Samples
 
 
@@ -143,3 +143,32 @@ def test_buffers_that_forward_adds_are_no_error() -> None:
 
     found, _ = compared(Grows(1.0), Grows(1.001), noise(4, 64))
     assert [one.what for one in found if not one.ok] == ["buffers"]
+
+
+def test_one_more_draw_may_move_twice_as_far_and_no_farther() -> None:
+    e = noise(100).clamp(-1, 1)
+    e[0] = 1  # the scale
+    nudged = [e + 1e-4 * torch.linspace(-1, 1, 100) * sign for sign in (1, -1)]
+    for factor, passes in ((0.5, True), (0.99 * MARGIN, True), (1.01 * MARGIN, False)):
+        got = e.clone()
+        got[50] += 1e-4 * factor
+        assert held_against(e, got, nudged, 1e-6).is_rounding(1e-6) is passes
+
+
+def test_beside_jumps_those_near_to_it_are_not_judged_and_steady_ones_are() -> None:
+    e = noise(100)
+    moves = torch.full((100,), 0.1)
+    moves[98], moves[99] = 5e-3, 1e-6  # nearly jumps; steady
+    nudged = [e + moves * sign for sign in (1, -1)]
+    got = e.clone()
+    got[98] += 0.2
+    one = held_against(e, got, nudged, 1e-6)
+    assert (one.jumping, one.is_rounding(1e-6)) == (99, True)
+    got[99] += 1e-3
+    assert not held_against(e, got, nudged, 1e-6).is_rounding(1e-6)
+    steady = [e + moves.clamp(max=5e-3) * sign for sign in (1, -1)]  # nothing jumps
+    got = e.clone()
+    got[98] += 0.2
+    assert not held_against(e, got, steady, 1e-6).is_rounding(1e-6)
+    got[0] = 100.0  # nothing that the original gives
+    assert not held_against(e, got, nudged, 1e-6).is_rounding(1e-6)

@@ -217,6 +217,22 @@ class Encoder(nn.Module):
         return self.head(x[0])
 
 
+def test_an_empty_table_is_no_mask() -> None:
+    class Empty(nn.Module):
+        """Stands in for features that an encoder has not got (segmentation_models_pytorch)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            nothing = torch.empty(x.shape[0], 0, *x.shape[2:])
+            return self.head(torch.cat((nothing, self.conv(x).relu()), 1))
+
+    stages, _ = stages_of(Empty(), torch.randn(2, 3, 8, 8))
+    assert stages.chosen
+
+
 def tokens() -> torch.Tensor:
     return torch.randint(0, 11, (3, 6))
 

@@ -54,6 +54,7 @@ PRODUCTS: dict[str, Multiply] = {
         "bqc,qkc->bqk", q, t.view(1, t.shape[0], t.shape[1]).expand(q.shape[1], -1, -1)
     ),
     "squeezed elsewhere": lambda q, t: q @ t.unsqueeze(0)[:, : q.shape[1]].squeeze(0).T,
+    "as the queries": lambda q, t: q @ t[: q.shape[1]].to(q).T.type_as(q),
     "sizes as one": lambda q, t: q @ t.reshape(t.shape)[: q.shape[1]].T,
 }
 

@@ -532,6 +532,22 @@ def test_a_read_that_is_detached_is_named() -> None:
     assert "aim.writes.relu.out.weight" in unreached
 
 
+def test_a_block_is_excused_where_all_that_reads_after_it_is_idle(net) -> None:
+    class Dead(type(net)):
+        """A ReLU that no activation passes: nothing that comes before it learns."""
+
+        def forward(self, x):
+            return super().forward(x)["logits"].sub(1e9).relu()
+
+    dead = Dead()
+    gm = transform(dead, IMAGES, config=FULL)
+    assert gm.plan.writes
+    assert verify(dead, gm, IMAGES).gradients.unreached == (
+        ("aim.memory.weight", "no gradient reaches it"),
+        ("aim.memory.bias", "no gradient reaches it"),
+    )
+
+
 def test_a_gradient_that_is_not_finite_is_named(net, gm) -> None:
     twin = broken(gm, lambda p: p["aim.memory.bias"][0].fill_(float("nan")))
     result = verify(net, twin, IMAGES)

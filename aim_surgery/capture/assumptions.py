@@ -190,6 +190,8 @@ def describe(node: fx.Node, depth: int = 6) -> str:
         return f"{args[0]}.{node.args[1]}"
     if node.target is operator.getitem:
         return f"{args[0]}[{args[1]}]"
+    if node.target is operator.contains:
+        return f"{args[1]} in {args[0]}"
     name = getattr(node.target, "__name__", str(node.target))
     if name in _SYMBOLS and len(args) == 2:
         return f"{args[0]} {_SYMBOLS[name]} {args[1]}"

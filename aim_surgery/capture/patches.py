@@ -12,7 +12,7 @@ What escapes `torch.fx`, and what is done about it:
   before it asks whose call it is: recorded;
 * caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
 * `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value; `len(x)` of a tensor,
-  which has to be an int: a size in the graph;
+  which has to be an int: a size in the graph; `Variable(x)`, which wants a tensor: is x;
 * what `torch.distributions` check of their arguments' values: not checked;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 from torch._functorch import utils as functorch
+from torch.autograd.variable import VariableMeta
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
@@ -273,7 +274,10 @@ def _numpy_state() -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
-    """Let `isinstance` and `len` see a proxy's value, in the packages whose code the model runs."""
+    """Let `isinstance` and `len` see a proxy's value, in the packages whose code the model runs.
+
+    `Variable(x)`, of old code, is x.
+    """
 
     def by_value(instance: Any, classes: Any) -> bool:
         if type(instance) is ValueProxy:
@@ -292,14 +296,22 @@ def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
     instead = {"isinstance": by_value, "len": length}
     spaces = [vars(file) for file in packages_of(tracer.model)]
     patched = [(space, name) for space in spaces for name in instead if name not in space]
+
+    def variable(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if type(data) is ValueProxy:
+            return data
+        return type.__call__(cls, data, *args, **kwargs)
+
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
+    VariableMeta.__call__ = variable  # pyright: ignore[reportAttributeAccessIssue]
     for space, name in patched:
         space[name] = instead[name]
     try:
         yield
     finally:
         torch.is_tensor = original
+        del VariableMeta.__call__
         for space, name in patched:
             del space[name]
 

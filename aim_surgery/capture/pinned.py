@@ -5,6 +5,9 @@ example's; the graph holds for no other. Whoever asks has to stay a Python call.
 models that never ask shall not pay: does an answer change if all axes that may run over samples are
 stretched by new/old (arithmetic on sizes alone)? Does the graph refuse that many samples (one run)?
 Does the original take them (another)? A model that takes one batch size only is left as it is.
+
+Likewise with what Python calls gave, whose length or presence may hang on the data (tokens that a
+layer picks): a run on other data shows whether an answer about it holds.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from aim_surgery.capture.assumptions import ANSWERS, Assumption
 from aim_surgery.capture.batches import count_samples, is_list_of_samples, take_samples
 from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
 from aim_surgery.capture.inputs import Argument, ExampleInputs
+from aim_surgery.capture.leaves import is_stock
 from aim_surgery.capture.values import node_value
 from aim_surgery.capture.where import shown
 
@@ -54,6 +58,16 @@ def find_pinned(
         Their qualified names ("" for the model itself), with what they ask; whoever asks by
         the same line of code together. Empty where the graph takes what the model takes.
     """
+    given = tuple(argument.value for argument in arguments)  # a list would be one of samples
+    by_data = _asked_of_calls(model, graph, checked)
+    if by_data:
+        try:
+            twin = _twin(model, training, constants)
+        except Exception:  # no copy to be had: the graph refuses other data openly
+            return {}
+        found = _refuted_by_data(twin, graph, given, by_data)
+        if found:
+            return found
     count = count_samples((*inputs.args, *inputs.kwargs.values()))
     unrefuted = list(checked)
     for other in dict.fromkeys((count + 1, 2 * count, 3 * count)) if count else ():
@@ -65,22 +79,54 @@ def find_pinned(
             run = _Run(_twin(model, training, constants), graph, suspects)
         except Exception:  # no copy to be had: the graph refuses other sizes openly
             return {}
-        # a tuple, as a list of tensors would be one of samples
-        given = tuple(argument.value for argument in arguments)
         took = run.takes(take_samples(given, count, other))
         if took:
             unrefuted = [one for one in unrefuted if one not in suspects or one in run.broken]
         if run.broken and _takes(model, inputs, count, other, training):
-            places = {one.place for one in run.broken}
-            alike = [one for one in checked if one in run.broken or one.place in places - {None}]
-            return {one.path: _reason(one) for one in reversed(alike)}
+            return _askers(checked, run.broken, "batch sizes")
     return {}
 
 
-def _reason(one: Assumption) -> str:
+def _askers(
+    checked: Sequence[Assumption], broken: Sequence[Assumption], refused: str
+) -> dict[str, str]:
+    """Who asks what does not hold, and who asks by the same line; why it stays a Python call."""
+    places = {one.place for one in broken} - {None}
+    alike = [one for one in checked if one in broken or one.place in places]
+    return {one.path: _reason(one, refused) for one in reversed(alike)}
+
+
+def _reason(one: Assumption, refused: str) -> str:
     line = shown(one.place)
-    what = f"other batch sizes would be refused, as Python is told that {one.claim}"
+    what = f"other {refused} would be refused, as Python is told that {one.claim}"
     return f"{what} at {line}" if line else what
+
+
+def _asked_of_calls(
+    model: nn.Module, graph: fx.Graph, checked: Sequence[Assumption]
+) -> list[Assumption]:
+    """The assumptions about what comes out of Python calls."""
+    given: set[fx.Node] = set()
+    for node in graph.nodes:
+        opaque = node.op == "call_module" and not is_stock(model.get_submodule(str(node.target)))
+        if opaque or not given.isdisjoint(node.all_input_nodes):
+            given.add(node)
+    return [one for one in checked if one.node in given]
+
+
+def _refuted_by_data(
+    twin: nn.Module, graph: fx.Graph, given: tuple[Any, ...], suspects: Sequence[Assumption]
+) -> dict[str, str]:
+    """Who asks what does not hold for other floats of the same shapes, with what is asked."""
+    run = _Run(twin, graph, suspects)
+    with random_state_kept():
+        torch.manual_seed(0)
+        run.takes(tree_map_only(torch.Tensor, _normal_noise, given))
+    return _askers(suspects, run.broken, "data")
+
+
+def _normal_noise(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.randn_like(tensor) if tensor.is_floating_point() else tensor
 
 
 class _Stretched:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,8 @@ class ValueProxy(fx.Proxy):
         return self.tracer.attribute(self, name)
 
     def __bool__(self) -> bool:
+        if self.node.target is operator.eq:
+            return self.tracer.answer_equal(self, sys._getframe(1))
         return self.tracer.answer(self, "bool")
 
     def __int__(self) -> int:

@@ -16,7 +16,8 @@ import operator
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import FrameType
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
 from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
+from aim_surgery.capture.membership import entries_asked
 from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
@@ -173,6 +175,19 @@ class ValueTracer(fx.Tracer):
         self.assume(node, question, answer)
         return answer
 
+    def answer_equal(self, proxy: ValueProxy, frame: FrameType) -> bool:
+        """Answer whether two values are equal; as one question about all entries within an `in`."""
+        value, entry = cast(tuple[fx.Node, Any], proxy.node.args)
+        entries = entries_asked(frame, _RECORDABLE) if type(entry) in _RECORDABLE else None
+        if entries is None or isinstance(proxy.aim_value, torch.Tensor):
+            return self.answer(proxy, "bool")
+        if entry == entries[0]:  # the first that Python compares
+            owner = ValueProxy(value, self, value.meta["val"])
+            self.answer(
+                self.create_proxy("call_function", operator.contains, (entries, owner), {}), "bool"
+            )
+        return bool(proxy.aim_value)
+
     def assume(self, node: fx.Node, question: Question, answer: Any) -> None:
         """Note an answer; the graph will check it."""
         if (node, question) not in self.assumptions:
@@ -242,7 +257,7 @@ class ValueTracer(fx.Tracer):
             return value
         if node.target is operator.getitem and isinstance(value, torch.Tensor):
             container = node.args[0]
-            if isinstance(container, fx.Node) and container.op == "placeholder":
+            if isinstance(container, fx.Node) and self._may_lack_entries(container):
                 self.assume(node, "given", True)
         if (self._flags or self._computed) and not isinstance(value, torch.Tensor):
             inputs = node.all_input_nodes
@@ -251,6 +266,12 @@ class ValueTracer(fx.Tracer):
             if not self._computed.isdisjoint(inputs):
                 self._computed.add(node)
         return ValueProxy(node, self, value)
+
+    def _may_lack_entries(self, container: fx.Node) -> bool:
+        """Inputs, and what Python calls give, may hold None in the place of a tensor."""
+        if container.op == "call_module":
+            return not is_stock(self.model.get_submodule(str(container.target)))
+        return container.op == "placeholder"
 
     def value_placeholder(self, name: str, default: Any, value: Any) -> Any:
         """A placeholder with a value and a default (`Argument.NO_DEFAULT`: none)."""

@@ -133,7 +133,7 @@ def _is_triangle(table: torch.Tensor) -> bool:
     """Whether a table holds nothing, or -inf, above the diagonal alone."""
     if table.ndim < 2 or not table.shape[-1] == table.shape[-2] > 1:
         return False
-    if table.numel() > _MOST_ENTRIES or table.is_complex():
+    if not 0 < table.numel() <= _MOST_ENTRIES or table.is_complex():
         return False
     table = table.detach().reshape(-1, *table.shape[-2:])[0]
     above = torch.ones(table.shape, dtype=torch.bool, device=table.device).triu(1)

@@ -15,6 +15,9 @@ from aim_surgery.capture import Capture
 _SIZES = (int, float, torch.Size, torch.device, torch.dtype)
 
 
+_LIKE = ("to", "type_as")  # x.to(other)
+
+
 def weight_sources(
     capture: Capture, graph: fx.Graph, *, sized: bool = False
 ) -> dict[fx.Node, tuple[str, ...]]:
@@ -35,6 +38,8 @@ def weight_sources(
             sources[node] = (str(node.target),) if node.target in parameters else ()
         elif node.op in ("call_function", "call_method"):
             inputs = node.all_input_nodes
+            if sized and called_name(node) in _LIKE and inputs[1:]:
+                inputs = inputs[:1]  # of the other tensor only the dtype and the device count
             if all(source in sources for source in inputs):
                 names = (name for source in inputs for name in sources[source])
                 sources[node] = tuple(dict.fromkeys(names))

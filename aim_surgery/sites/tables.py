@@ -162,7 +162,7 @@ def _chain(
                 return None
             return node, tuple(reversed(steps)), tuple(table.weight.shape)
         steps.append(node)
-        carrying = [n for n in node.all_input_nodes if weights[n] and _holds_columns(n)]
+        carrying = [n for n in node.all_input_nodes if weights.get(n) and _holds_columns(n)]
         if len(carrying) != 1:
             return None
         (node,) = carrying
@@ -317,8 +317,8 @@ _RULES: dict[str, _Rule] = {
     "squeeze": _first(_squeezed),
     **dict.fromkeys(("reshape", "view", "flatten"), _first(lambda _, move: reshaped(move))),
     "unflatten": _first(_unflattened),
-    **dict.fromkeys(("contiguous", "clone", "to", "type", "float", "double", "half", "bfloat16"),
-                    _first(lambda _, move: same(move))),
+    **dict.fromkeys(("contiguous", "clone", "to", "type", "type_as", "float", "double", "half",
+                     "bfloat16"), _first(lambda _, move: same(move))),
     **dict.fromkeys(("index_select", "flip", "narrow"), _first(_apart(1))),
     "roll": _first(_apart(2)),
     "getattr": _first(_attribute),

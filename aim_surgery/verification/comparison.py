@@ -24,7 +24,13 @@ from torch import nn
 
 from aim_surgery.planning import Plan, Read
 from aim_surgery.verification.differences import detached, differences_of, is_empty, largest, number
-from aim_surgery.verification.rounding import MISSING, RoundedOtherwise, Unsure, held_against
+from aim_surgery.verification.rounding import (
+    MARGIN,
+    MISSING,
+    RoundedOtherwise,
+    Unsure,
+    held_against,
+)
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import call, modes_of, put_modes, split_entries
 
@@ -210,7 +216,7 @@ class Pair:
         moved = self._moved_buffers(case, before, notes)
         limit, unsure = self.limits[0], dict[str, float]()
         for name, size in differences.items():
-            if isinstance(size, float) and limit < size <= moved.get(name, 0.0):
+            if isinstance(size, float) and limit < size <= MARGIN * moved.get(name, 0.0):
                 unsure[name] = size
         if unsure:
             worst = max(unsure, key=lambda name: unsure[name])

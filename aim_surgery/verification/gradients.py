@@ -22,7 +22,7 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.modules import READS, memory_path
+from aim_surgery.surgery.modules import READS, WRITES, memory_path
 from aim_surgery.surgery.notes import SiteNote
 from aim_surgery.verification.samples import Samples, named_leaves
 from aim_surgery.verification.twins import call, copy_of, own_dtype, split_entries
@@ -247,6 +247,7 @@ class _Steps:
     def result(self, mode: str, refusals: list[str]) -> Gradients:
         notes = list(refusals)
         reached, unreached, idle, cancelled = [], [], [], []
+        unread = self._unread_writes()
         for name, original in self._new_tensors():
             seen = self._seen.get(name)
             if seen is None:
@@ -259,7 +260,7 @@ class _Steps:
                 reached.append(name)
                 if seen.new < _ROUNDING * layer:
                     cancelled.append(name)
-            elif layer or not original:
+            elif layer or not (original or name.startswith(unread)):
                 part = "the memory's part of it" if name == original else "it"
                 unreached.append((name, f"no gradient reaches {part}"))
             else:
@@ -274,6 +275,19 @@ class _Steps:
         notes += self.broken
         share = float(self._floats.double().mean())
         return Gradients(mode, tuple(reached), tuple(unreached), share, tuple(notes))
+
+    def _unread_writes(self) -> tuple[str, ...]:
+        """Where the blocks lie after which no read is in a layer that got a gradient itself."""
+        live = [
+            read
+            for read in self._plan.reads
+            if any(self._seen.get(name, _Seen()).old for name in read.site.weights)
+        ]
+        return tuple(
+            f"{WRITES}.{write.name}."
+            for write in self._plan.writes
+            if not any(r.memory == write.memory and r.version >= write.version for r in live)
+        )
 
     def _new_tensors(self) -> Iterator[tuple[str, str]]:
         """Every new tensor, with the original weight whose layer it serves ("" for the memory)."""

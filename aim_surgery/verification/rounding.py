@@ -5,10 +5,13 @@ and s = max |e|, entry by entry:
 
     moved = max_i |n_i - e| / s        jumps = moved > 1/100        differs = |g - e| / s
 
-A difference is rounding where differs <= max moved, both over the entries that don't jump, and the
-others hold values of the range of e and n_i. Sorting, thresholds and indices make entries jump
-where two numbers are as good as equal; no smooth function would. A shape or a literal that differs
-is rounding where it changes in n_i, too: a shape in the same axes, a dtype to the same one.
+A difference is rounding where differs <= 2 max moved, both over the entries that don't jump, and
+the others hold values of the range of e and n_i. Twice, as the operated model is one more draw of
+the same kind: one in nine passes the largest of eight. Where some entries jump, those that move
+by more than 1/1000 count as jumping, too: they were lucky in few draws. Sorting, thresholds and
+indices make entries jump where two numbers are as good as equal; no smooth function would. A shape
+or a literal that differs is rounding where it changes in n_i, too: a shape in the same axes, a
+dtype to the same one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,9 @@ from aim_surgery.verification.differences import largest
 from aim_surgery.verification.kernels import SUMS
 
 _ERROR = 2  # of products, in last bits of their usual size; measured: 1.2 to 2.4 for 64 to 12,544
+MARGIN = 2  # between the largest of some draws and one more
 _JUMP = 1e-2  # of what a nudge by rounding changes: a smooth function would not do that
+_NEAR = 1e-3  # where some jump, what else does
 
 
 class RoundedOtherwise(TorchDispatchMode):
@@ -85,7 +90,7 @@ class Unsure:
 
     def is_rounding(self, limit: float) -> bool:
         """Whether what is over the limit can't be told from rounding."""
-        return self.sound and self.differs <= max(limit, self.moved)
+        return self.sound and self.differs <= max(limit, MARGIN * self.moved)
 
 
 def held_against(expected: Any, got: Any, nudged: Sequence[Any], limit: float) -> Unsure:
@@ -117,6 +122,8 @@ def held_against(expected: Any, got: Any, nudged: Sequence[Any], limit: float) -
     scale = largest(torch.where(e.isfinite(), e, 0)) or 1.0
     moves = torch.stack([_apart(e, n, scale) for n in others]).amax(0)
     jumps, apart = moves > _JUMP, _apart(e, g, scale)
+    if jumps.any():  # of those near to it some were lucky in a few draws
+        jumps = moves > _NEAR
     differs, moved = (largest(torch.where(jumps, 0, value)) for value in (apart, moves))
     count = int(jumps.sum())
     rest = differs if differs <= limit and count < e.numel() else None

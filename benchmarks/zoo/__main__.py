@@ -77,6 +77,9 @@ def parser() -> argparse.ArgumentParser:
         "--resume", action="store_true", help="leave out what has a row of this very source"
     )
     again.add_argument(
+        "--missing", action="store_true", help="only what has no row yet, of any source"
+    )
+    again.add_argument(
         "--failed", action="store_true", help="only what has a row that failed, of any source"
     )
     found.add_argument(
@@ -120,6 +123,8 @@ def choose(names: Sequence[str], options: argparse.Namespace, source: str) -> li
     rows = read_rows(options.output, options.library)
     if options.resume:
         chosen = [name for name in chosen if name not in rows or rows[name].source != source]
+    if options.missing:
+        chosen = [name for name in chosen if name not in rows]
     if options.failed:
         chosen = [name for name in chosen if name in rows and not rows[name].ok]
     if options.smallest_first:
