@@ -21,11 +21,14 @@ unit: $(READY)
 	$(BIN)/python -m pytest --doctest-modules aim_surgery
 	$(BIN)/python -m pytest
 
-# Every model of torchvision, timm and transformers: hours. What has a row of this source is kept.
+# Every model of torchvision, timm, transformers, and some of other libraries: hours. What has a row
+# of this source is kept.
 zoo: $(READY)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[benchmarks]'
 	$(BIN)/python -m benchmarks.zoo --library torchvision --resume
 	$(BIN)/python -m benchmarks.zoo --library transformers --resume
+	$(BIN)/python -m pip install --quiet --no-deps --target .venv/others -r benchmarks/zoo/others.txt
+	PYTHONPATH=.venv/others $(BIN)/python -m benchmarks.zoo --library others --resume
 	$(BIN)/python -m benchmarks.zoo --library timm --resume
 
 # Does memory help? All studies that need no GPU: hours. Runs that have a row are kept.

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import aim_surgery
 from aim_surgery.nn.graph_module import AimGraphModule
@@ -222,6 +223,29 @@ def test_totals_hold_shares_against_the_limits() -> None:
     assert found["audited weights reached"].ok
     assert found["time of transform ÷ forward and backward, median"].ok is False
     assert list(summary.failures([good, bad])) == ["building: no"]
+
+
+def test_models_of_other_libraries_are_made_as_they_are_described() -> None:
+    from benchmarks.zoo import others
+    from benchmarks.zoo.others_models import ENTRIES
+
+    entry = others.Entry("torch.nn:Linear", others.floats((2, 4)), {"bias": False}, (4, 3))
+    model, inputs = entry.build()
+    assert model(*inputs).shape == (2, 3)
+    packages = {name.partition(":")[0] for name in ENTRIES}
+    assert len(ENTRIES) > 130
+    assert len(packages) > 15
+    for entry in ENTRIES.values():
+        inputs = entry.inputs()
+        values = inputs.values() if isinstance(inputs, dict) else inputs
+        assert any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(list(values)))
+
+
+def test_missing_leaves_out_what_has_a_row_of_any_source(tmp_path: Path) -> None:
+    names = [f"model_{i}" for i in range(3)]
+    append(rows_file(tmp_path, "timm", None), Row("timm", "model_1", source="another"))
+    options = parser().parse_args(["--library", "timm", "--output", str(tmp_path), "--missing"])
+    assert choose(names, options, "this") == ["model_0", "model_2"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")

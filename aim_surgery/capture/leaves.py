@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 
 def is_stock(module: nn.Module) -> bool:
@@ -31,6 +31,13 @@ def _is_stock_class(kind: type[nn.Module]) -> bool:
         home.startswith(("torch.nn.modules.", "torch.ao.nn.")) and home not in traced
         for home in homes
     )
+
+
+def may_lack_entries(model: nn.Module, node: fx.Node) -> bool:
+    """Whether None may stand in the place of a tensor: in inputs, and in what Python calls give."""
+    if node.op == "call_module":
+        return not is_stock(model.get_submodule(str(node.target)))
+    return node.op == "placeholder"
 
 
 def holds_weights(module: nn.Module) -> bool:

@@ -32,7 +32,7 @@ from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
-from aim_surgery.capture.leaves import holds_weights, is_stock, tensor_names
+from aim_surgery.capture.leaves import holds_weights, is_stock, may_lack_entries, tensor_names
 from aim_surgery.capture.membership import entries_asked
 from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
@@ -257,7 +257,7 @@ class ValueTracer(fx.Tracer):
             return value
         if node.target is operator.getitem and isinstance(value, torch.Tensor):
             container = node.args[0]
-            if isinstance(container, fx.Node) and self._may_lack_entries(container):
+            if isinstance(container, fx.Node) and may_lack_entries(self.model, container):
                 self.assume(node, "given", True)
         if (self._flags or self._computed) and not isinstance(value, torch.Tensor):
             inputs = node.all_input_nodes
@@ -266,12 +266,6 @@ class ValueTracer(fx.Tracer):
             if not self._computed.isdisjoint(inputs):
                 self._computed.add(node)
         return ValueProxy(node, self, value)
-
-    def _may_lack_entries(self, container: fx.Node) -> bool:
-        """Inputs, and what Python calls give, may hold None in the place of a tensor."""
-        if container.op == "call_module":
-            return not is_stock(self.model.get_submodule(str(container.target)))
-        return container.op == "placeholder"
 
     def value_placeholder(self, name: str, default: Any, value: Any) -> Any:
         """A placeholder with a value and a default (`Argument.NO_DEFAULT`: none)."""

@@ -1,7 +1,7 @@
 """Whole model libraries: each model built, transformed with defaults, verified; one row each.
 
-    python -m benchmarks.zoo --library torchvision|timm|transformers
-        [--shard i/n] [--resume | --failed] [--only GLOB] [--jobs 2]
+    python -m benchmarks.zoo --library torchvision|timm|transformers|others
+        [--shard i/n] [--resume | --missing | --failed] [--only GLOB] [--jobs 2]
         [--meta] [--limit SECONDS] [--memory GiB] [--output benchmarks/results/zoo]
 
 Each model runs in a process of its own, which may take so much time and memory and no more. Its row

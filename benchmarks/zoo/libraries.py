@@ -86,6 +86,21 @@ def _build_transformers(name: str) -> tuple[nn.Module, Inputs | None]:
     return build_model(name)
 
 
+def _others_names() -> tuple[str, ...]:
+    require("torchvision", "timm", "transformers")
+    from benchmarks.zoo.others_models import ENTRIES
+
+    return tuple(ENTRIES)
+
+
+def _build_other(name: str) -> tuple[nn.Module, Inputs | None]:
+    from benchmarks.zoo.others_models import ENTRIES
+
+    with contextlib.suppress(ModelSpecError, ImportError):
+        import_torchvision()
+    return ENTRIES[name].build()
+
+
 def _from_spec(library: str) -> Callable[[str], tuple[nn.Module, Inputs | None]]:
     return lambda name: (aim_surgery.build(f"{library}:{name}"), None)
 
@@ -94,4 +109,5 @@ LIBRARIES = {
     "torchvision": Library(_torchvision_names, _from_spec("torchvision"), 1.0, 1.0),
     "timm": Library(_timm_names, _from_spec("timm"), 0.99, 0.999),
     "transformers": Library(_transformers_names, _build_transformers, 0.95, None, timed=False),
+    "others": Library(_others_names, _build_other, 0.95, None, timed=False),
 }
