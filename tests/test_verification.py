@@ -548,6 +548,19 @@ def test_a_block_is_excused_where_all_that_reads_after_it_is_idle(net) -> None:
     )
 
 
+def test_a_block_before_frozen_layers_is_not_excused(net) -> None:
+    gm = transform(net, IMAGES, config=FULL)
+    (write, *_) = gm.plan.writes
+    for read in gm.plan.reads:
+        for name in read.site.weights:
+            weight = gm.get_parameter(name).requires_grad_(False)
+            weight.data.normal_(std=0.1)  # zeros would pass nothing on to the memory
+    assert not any(write.name in n for n, _ in verify(net, gm, IMAGES).gradients.unreached)
+    detach(gm, f"aim.writes.{write.name}")
+    unreached = {name for name, _ in verify(net, gm, IMAGES).gradients.unreached}
+    assert f"aim.writes.{write.name}.out.weight" in unreached
+
+
 def test_a_gradient_that_is_not_finite_is_named(net, gm) -> None:
     twin = broken(gm, lambda p: p["aim.memory.bias"][0].fill_(float("nan")))
     result = verify(net, twin, IMAGES)

@@ -277,11 +277,14 @@ class _Steps:
         return Gradients(mode, tuple(reached), tuple(unreached), share, tuple(notes))
 
     def _unread_writes(self) -> tuple[str, ...]:
-        """Where the blocks lie after which no read is in a layer that got a gradient itself."""
+        """Where the blocks lie after which no read is in a layer that got a gradient itself.
+
+        A frozen layer gets none, and passes on what it gets: it counts as if it did.
+        """
         live = [
             read
             for read in self._plan.reads
-            if any(self._seen.get(name, _Seen()).old for name in read.site.weights)
+            if any(name not in self._seen or self._seen[name].old for name in read.site.weights)
         ]
         return tuple(
             f"{WRITES}.{write.name}."
