@@ -660,3 +660,30 @@ def test_variables_of_old_code_are_tensors() -> None:
     assert not trace.opaque
     assert isinstance(torch.autograd.Variable(torch.zeros(2)), torch.Tensor)  # put back
     assert "__call__" not in vars(type(torch.autograd.Variable))
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_table_that_forward_registers_is_taken_off_again(asks: bool) -> None:
+    class Caches(nn.Module):
+        """As x_transformers keeps its bias of positions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", None, persistent=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            table: Any = self.table
+            if table is None:
+                table = torch.arange(x.shape[1]).to(x.dtype)
+                self.register_buffer("table", table, persistent=False)
+            return x + table if not asks or bool((x.sum() > 0) | True) else x
+
+    model: Any = nn.Sequential(nn.Linear(4, 4), Caches(), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    gm: Any = aim_surgery.transform(
+        model, (x,), config=aim_surgery.AimConfig(budget=None, memory=48)
+    )
+    assert model[1].table is None
+    assert "register_buffer" in vars(nn.Module)
+    assert nn.Module.register_buffer.__module__.startswith("torch")
+    assert_same(gm(x), model(x))

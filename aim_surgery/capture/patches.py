@@ -365,11 +365,24 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
         else:
             original(module, name, cast(Any, value))
 
+    register = nn.Module.register_buffer
+
+    @functools.wraps(register)
+    def registered_buffer(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
+        path = None if tracer.elsewhere else tracer.path_of(module)
+        if path is not None and isinstance(name, str):
+            tracer.changes.note(module, name)
+            if not tracer.evaluating:
+                tracer.changed.add(f"{path}.{name}".removeprefix("."))
+        register(module, name, *args, **kwargs)
+
     nn.Module.__setattr__ = guarded  # type: ignore[method-assign]
+    nn.Module.register_buffer = registered_buffer  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        nn.Module.register_buffer = register  # type: ignore[method-assign]
         tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
 
 
