@@ -1,4 +1,7 @@
-"""The models of other libraries, by package."""
+"""The models of other libraries, by package.
+
+No tensor is made while this is imported: it would lie on the device of the first model.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ from torch import nn
 from aim_surgery.capture import Inputs
 from benchmarks.zoo.others import Entry, at_times, floats, image, tokens
 
-_EDGES = torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
-
 
 def _graph() -> Inputs:
-    return torch.randn(4, 8), _EDGES
+    return torch.randn(4, 8), torch.tensor([[0, 1, 2, 3, 0], [1, 2, 3, 0, 2]])
 
 
 def _image_and_text() -> Inputs:
@@ -254,6 +255,12 @@ def _mamba() -> nn.Module:
     return Mamba(MambaConfig(d_model=16, n_layers=2))
 
 
+def _tabnet() -> nn.Module:
+    from pytorch_tabnet.tab_network import TabNet  # pyright: ignore[reportMissingImports]
+
+    return TabNet(8, 3, group_attention_matrix=torch.eye(8))
+
+
 def _yolo(name: str) -> nn.Module:
     from ultralytics import YOLO  # pyright: ignore[reportMissingImports]
 
@@ -308,8 +315,7 @@ REST = {
         "num_classes": 5}),
     "g_mlp:gMLPVision": Entry("g_mlp_pytorch:gMLPVision", image(32), {
         "image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 16, "depth": 2}),
-    "pytorch_tabnet:TabNet": Entry("pytorch_tabnet.tab_network:TabNet", floats((8, 8)), {
-        "input_dim": 8, "output_dim": 3, "group_attention_matrix": torch.eye(8)}),
+    "pytorch_tabnet:TabNet": _here(_tabnet, floats((8, 8))),
     "demucs:Demucs": Entry("demucs.demucs:Demucs", floats((1, 2, 8192)), {
         "sources": ["a", "b"], "channels": 8, "depth": 3, "lstm_layers": 1}),
     "timm_3d:resnet18": Entry("timm_3d:create_model", floats((2, 3, 32, 32, 32)),
