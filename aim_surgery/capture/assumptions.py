@@ -98,7 +98,7 @@ def insert_checks(graph: fx.Graph, assumptions: tuple[Assumption, ...]) -> tuple
     Returns:
         Those that it checks now.
     """
-    variable = _depends_on_call(graph)
+    variable = dependent_nodes(graph, _differs_from_call_to_call)
     checked = tuple(a for a in assumptions if a.node in variable and not _asks_for_layout(a))
     for assumption in checked:
         _hoist(graph, assumption.node)
@@ -163,14 +163,19 @@ def _hoist(graph: fx.Graph, node: fx.Node) -> None:
         place = member
 
 
-def _depends_on_call(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes whose value can differ from call to call: they depend on inputs or training flags."""
-    variable: set[fx.Node] = set()
+def dependent_nodes(graph: fx.Graph, is_source: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The sources among a graph's nodes, and all that is computed from them."""
+    found: set[fx.Node] = set()
     for node in graph.nodes:
-        flag = node.op == "get_attr" and isinstance(node.meta.get("val"), bool)
-        if node.op == "placeholder" or flag or any(n in variable for n in node.all_input_nodes):
-            variable.add(node)
-    return variable
+        if is_source(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _differs_from_call_to_call(node: fx.Node) -> bool:
+    """Inputs and training flags."""
+    flag = node.op == "get_attr" and isinstance(node.meta.get("val"), bool)
+    return node.op == "placeholder" or flag
 
 
 def describe(node: fx.Node, depth: int = 6) -> str:

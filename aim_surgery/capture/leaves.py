@@ -33,11 +33,9 @@ def _is_stock_class(kind: type[nn.Module]) -> bool:
     )
 
 
-def may_lack_entries(model: nn.Module, node: fx.Node) -> bool:
-    """Whether None may stand in the place of a tensor: in inputs, and in what Python calls give."""
-    if node.op == "call_module":
-        return not is_stock(model.get_submodule(str(node.target)))
-    return node.op == "placeholder"
+def is_python_call(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node calls a module that runs other code than PyTorch's own."""
+    return node.op == "call_module" and not is_stock(model.get_submodule(str(node.target)))
 
 
 def holds_weights(module: nn.Module) -> bool:

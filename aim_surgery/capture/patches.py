@@ -293,15 +293,14 @@ def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
             return collection.shape[0]
         return len(collection)
 
-    instead = {"isinstance": by_value, "len": length}
-    spaces = [vars(file) for file in packages_of(tracer.model)]
-    patched = [(space, name) for space in spaces for name in instead if name not in space]
-
     def variable(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
         if type(data) is ValueProxy:
             return data
         return type.__call__(cls, data, *args, **kwargs)
 
+    instead = {"isinstance": by_value, "len": length}
+    spaces = [vars(file) for file in packages_of(tracer.model)]
+    patched = [(space, name) for space in spaces for name in instead if name not in space]
     original = torch.is_tensor
     torch.is_tensor = is_tensor  # type: ignore[assignment]
     VariableMeta.__call__ = variable  # pyright: ignore[reportAttributeAccessIssue]
@@ -339,6 +338,11 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
     original = nn.Module.__setattr__
     start = tracer.changes.mark()
 
+    def note(module: nn.Module, path: str, name: str) -> None:
+        tracer.changes.note(module, name)
+        if name != "training" and not tracer.evaluating:
+            tracer.changed.add(f"{path}.{name}".removeprefix("."))
+
     def guarded(module: nn.Module, name: str, value: Any) -> None:
         path = tracer.path_of(module)
         if tracer.elsewhere or path is None:
@@ -352,14 +356,12 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
             moved = _is_moved(value, f"{path}.{name}".removeprefix("."))
             if not moved and tracer.holds_data(value, of=(module, name)):
                 raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
-        tracer.changes.note(module, name)
+        note(module, path, name)
         if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
             # its own `__setattr__` has put the value into this list already
             tracer.changes.note_item(
                 module, "_flat_weights", module._flat_weights_names.index(name)
             )
-        if name != "training" and not tracer.evaluating:
-            tracer.changed.add(f"{path}.{name}".removeprefix("."))
         if is_proxy:
             module.__dict__[name] = value
         else:
@@ -371,9 +373,7 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
     def registered_buffer(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
         path = None if tracer.elsewhere else tracer.path_of(module)
         if path is not None and isinstance(name, str):
-            tracer.changes.note(module, name)
-            if not tracer.evaluating:
-                tracer.changed.add(f"{path}.{name}".removeprefix("."))
+            note(module, path, name)
         register(module, name, *args, **kwargs)
 
     nn.Module.__setattr__ = guarded  # type: ignore[method-assign]

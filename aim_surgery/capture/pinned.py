@@ -22,11 +22,11 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_map_only
 
-from aim_surgery.capture.assumptions import ANSWERS, Assumption
+from aim_surgery.capture.assumptions import ANSWERS, Assumption, dependent_nodes
 from aim_surgery.capture.batches import count_samples, is_list_of_samples, take_samples
 from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
 from aim_surgery.capture.inputs import Argument, ExampleInputs
-from aim_surgery.capture.leaves import is_stock
+from aim_surgery.capture.leaves import is_python_call
 from aim_surgery.capture.values import node_value
 from aim_surgery.capture.where import shown
 
@@ -106,11 +106,7 @@ def _asked_of_calls(
     model: nn.Module, graph: fx.Graph, checked: Sequence[Assumption]
 ) -> list[Assumption]:
     """The assumptions about what comes out of Python calls."""
-    given: set[fx.Node] = set()
-    for node in graph.nodes:
-        opaque = node.op == "call_module" and not is_stock(model.get_submodule(str(node.target)))
-        if opaque or not given.isdisjoint(node.all_input_nodes):
-            given.add(node)
+    given = dependent_nodes(graph, lambda node: is_python_call(model, node))
     return [one for one in checked if one.node in given]
 
 

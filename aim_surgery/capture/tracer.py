@@ -32,7 +32,7 @@ from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
-from aim_surgery.capture.leaves import holds_weights, is_stock, may_lack_entries, tensor_names
+from aim_surgery.capture.leaves import holds_weights, is_python_call, is_stock, tensor_names
 from aim_surgery.capture.membership import entries_asked
 from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
@@ -257,7 +257,9 @@ class ValueTracer(fx.Tracer):
             return value
         if node.target is operator.getitem and isinstance(value, torch.Tensor):
             container = node.args[0]
-            if isinstance(container, fx.Node) and may_lack_entries(self.model, container):
+            if isinstance(container, fx.Node) and (
+                container.op == "placeholder" or is_python_call(self.model, container)
+            ):  # these may give None
                 self.assume(node, "given", True)
         if (self._flags or self._computed) and not isinstance(value, torch.Tensor):
             inputs = node.all_input_nodes

@@ -13,8 +13,6 @@ from torch import fx, nn
 from aim_surgery.capture import Capture
 
 _SIZES = (int, float, torch.Size, torch.device, torch.dtype)
-
-
 _LIKE = ("to", "type_as")  # x.to(other)
 
 

@@ -78,11 +78,16 @@ def _transformers_names() -> tuple[str, ...]:
     return tuple(MODELS)
 
 
+def import_torchvision_if_any() -> None:
+    """Import it in the way that works; transformers and others import it by themselves."""
+    with contextlib.suppress(ModelSpecError, ImportError):
+        import_torchvision()
+
+
 def _build_transformers(name: str) -> tuple[nn.Module, Inputs | None]:
     from benchmarks.zoo.transformers_models import build_model
 
-    with contextlib.suppress(ModelSpecError, ImportError):
-        import_torchvision()  # which transformers imports by itself, where it is installed
+    import_torchvision_if_any()
     return build_model(name)
 
 
@@ -96,8 +101,7 @@ def _others_names() -> tuple[str, ...]:
 def _build_other(name: str) -> tuple[nn.Module, Inputs | None]:
     from benchmarks.zoo.others_models import ENTRIES
 
-    with contextlib.suppress(ModelSpecError, ImportError):
-        import_torchvision()
+    import_torchvision_if_any()
     return ENTRIES[name].build()
 
 

@@ -26,10 +26,6 @@ def _ragged_images() -> Inputs:
     return ([[torch.randn(3, 32, 32), torch.randn(3, 32, 48)], [torch.randn(3, 16, 16)]],)
 
 
-def _sentences_of_frames() -> Inputs:
-    return torch.randn(2, 12, 16), torch.tensor([12, 9])
-
-
 # segmentation_models_pytorch ----------------------------------------------------------------
 
 
@@ -280,7 +276,6 @@ _PAIRED = {"num_tokens": 100, "depth": 1, "heads": 2, "max_seq_len": 32}
 _GRAPHS = {"in_channels": 8, "hidden_channels": 16, "num_layers": 2, "out_channels": 3}
 _PERCEIVER = {"depth": 2, "num_latents": 8, "latent_dim": 16, "latent_heads": 2,
               "cross_dim_head": 8, "latent_dim_head": 8}  # fmt: skip
-_TABLE = {"categories": (4, 5), "num_continuous": 3}
 
 REST = {
     "x_transformers:decoder": _here(_x_transformer, tokens(16), "Decoder"),

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 import aim_surgery
-from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
-from aim_surgery.errors import ModelSpecError
+from benchmarks.zoo.libraries import import_torchvision_if_any
 
 torch.set_num_threads(1)
-with contextlib.suppress(ModelSpecError, ImportError):
-    import_torchvision()
+import_torchvision_if_any()
 with contextlib.suppress(ImportError):
     import timm  # noqa: F401
 with contextlib.suppress(ImportError):
