@@ -366,19 +366,20 @@ class _Tracing:
             if isinstance(err, CaptureError):
                 raise
             raise CaptureError(_explain(self.model, self.arguments, err)) from err
-        assumptions = tuple(tracer.assumptions.values())
+        answers = tracer.answers
+        assumptions = tuple(answers.assumptions.values())
         checked = insert_checks(graph, assumptions)
         opaque = tuple(tracer.opaque)
         trace = Trace(graph, training, assumptions, opaque, self.constants)
         inside = tuple(f"{call.path}." for call in opaque)
-        notes = (
+        notes = [
             f"{name} is set inside forward: the operated model does not set it, and computes with "
             f"what it was"
             for name in sorted(tracer.changed)
             if not name.startswith(inside)
-        )
+        ]
         entered = frozenset(tracer.entered)
-        return _Traced(trace, checked, tracer.mode_dependent, entered, (*notes, *tracer.remarks))
+        return _Traced(trace, checked, answers.mode_dependent, entered, (*notes, *tracer.remarks))
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:

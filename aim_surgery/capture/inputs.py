@@ -62,11 +62,11 @@ class Argument:
         if type(self.value) not in _LITERALS:
             proxy = tracer.value_placeholder(self.name, self.default, self.value)
             if self.default is None:
-                tracer.assume(proxy.node, "given", True)
+                tracer.answers.assume(proxy.node, "given", True)
             return proxy
         default = self.value if self.default is self.NO_DEFAULT else self.default
         proxy = tracer.value_placeholder(self.name, default, self.value)
-        tracer.assume(proxy.node, "value", self.value)
+        tracer.answers.assume(proxy.node, "value", self.value)
         return self.value
 
 

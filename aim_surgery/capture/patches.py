@@ -47,6 +47,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from aim_surgery.capture.aten import recorded_operators
 from aim_surgery.capture.caches import nothing_remembered
 from aim_surgery.capture.decompose import packed_calls_open
+from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -128,7 +129,7 @@ def _symbolic_training_flag(tracer: ValueTracer) -> Iterator[None]:
     def put(module: nn.Module, value: bool) -> None:
         known = tracer.path_of(module) is not None and not tracer.elsewhere
         if known and value != tracer.mode_of(module):
-            raise tracer.stay_python("changes a training mode")
+            raise StayPython.here("changes a training mode")
         module.__dict__["training"] = value
 
     # a data descriptor on the class goes before the instance's own attribute
@@ -149,21 +150,21 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
     def enter_region(region: torch.autocast) -> Any:
         if tracer.evaluating or tracer.elsewhere:
             return enter(region)
-        raise tracer.stay_python("has an autocast region")
+        raise StayPython.here("has an autocast region")
 
     def apply_function(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if tracer.evaluating or tracer.elsewhere:
             return apply.__func__(cls, *args, **kwargs)
         if cls is CheckpointFunction:
             return args[0](*args[2:])  # (function, preserve_rng_state, *its arguments)
-        raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
+        raise StayPython.here(f"calls the autograd function {cls.__name__}")
 
     def check_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
         """`f = Swish.apply`, taken before the trace, is torch's own, which asks this."""
         recorded = any(type(leaf) is ValueProxy for leaf in args) and not tracer.evaluating
         if recorded and not tracer.elsewhere:
             cls = sys._getframe(1).f_locals["cls"]
-            raise tracer.stay_python(f"calls the autograd function {cls.__name__}")
+            raise StayPython.here(f"calls the autograd function {cls.__name__}")
         return unwrap(args)
 
     torch.autocast.__enter__ = enter_region  # type: ignore[method-assign]
@@ -185,7 +186,7 @@ def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
     def check_recorded(condition: Any, message: str) -> Any:
         if tracer.evaluating or tracer.elsewhere:
             return check(condition, message)
-        tracer.forget_shown(message)
+        tracer.answers.forget_shown(message)
         if isinstance(condition, ValueProxy):
             return tracer.create_proxy("call_function", check, (condition, message), {})
         return check(condition, message)

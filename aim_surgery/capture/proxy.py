@@ -4,7 +4,7 @@
 carries besides the value that the node has on the example input (tensors as fake tensors). What can
 be recorded is recorded, as usual: tensor arithmetic, sizes, attributes. Only what Python itself
 forces (`bool`, `int`, `len`, iteration, `in`, hashing) is answered from the value, and each such
-answer is noted by the tracer as an assumption (`ValueTracer.answer`).
+answer is noted by the tracer as an assumption (`Answers.answer`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+
+from aim_surgery.capture.opaque import StayPython
 
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
@@ -57,19 +59,19 @@ class ValueProxy(fx.Proxy):
     def __bool__(self) -> bool:
         if self.node.target is operator.eq:
             return self.tracer.answer_equal(self, sys._getframe(1))
-        return self.tracer.answer(self, "bool")
+        return self.tracer.answers.answer(self, "bool")
 
     def __int__(self) -> int:
-        return self.tracer.answer(self, "int")
+        return self.tracer.answers.answer(self, "int")
 
     def __index__(self) -> int:
-        return self.tracer.answer(self, "index")
+        return self.tracer.answers.answer(self, "index")
 
     def __float__(self) -> float:
-        return self.tracer.answer(self, "float")
+        return self.tracer.answers.answer(self, "float")
 
     def __len__(self) -> int:
-        return self.tracer.answer(self, "len")
+        return self.tracer.answers.answer(self, "len")
 
     def __contains__(self, item: object) -> bool:
         if isinstance(self.aim_value, torch.Tensor):
@@ -89,16 +91,16 @@ class ValueProxy(fx.Proxy):
     def __hash__(self) -> int:
         if isinstance(self.aim_value, torch.Tensor):
             return id(self)
-        return hash(self.tracer.answer(self, "value"))
+        return hash(self.tracer.answers.answer(self, "value"))
 
     def __format__(self, spec: str) -> str:
         if isinstance(self.aim_value, torch.Tensor):
             return repr(self)
-        return self.tracer.show(self, spec)
+        return self.tracer.answers.show(self, spec)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("aim_value", "node", "tracer"):
-            raise self.tracer.stay_python(f"assigns {self.node.name}.{name}")
+            raise StayPython.here(f"assigns {self.node.name}.{name}")
         object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -119,7 +121,7 @@ class ValueProxy(fx.Proxy):
 
     def keys(self) -> Any:
         """The keys of a mapping, as Python needs them: known, and noted as an assumption."""
-        return self.tracer.answer(self, "keys")
+        return self.tracer.answers.answer(self, "keys")
 
 
 class ValueMethod:

@@ -7,7 +7,7 @@ with its value on the example input in `node.meta["val"]`.
 A stock layer of `torch.nn` stays one `call_module`; everything else is traced through. Where the
 model asks for something that no graph can hold (a branch on data), the innermost module that asks
 stays one Python call (`OpaqueCall`); where it branches on its training flag, the caller traces both
-modes (`mode_dependent`).
+modes (`Answers.mode_dependent`).
 """
 
 from __future__ import annotations
@@ -26,22 +26,21 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.immutable_collections import immutable_dict
 from torch.utils._pytree import tree_leaves
 
-from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, describe
+from aim_surgery.capture.answers import Answers
+from aim_surgery.capture.assumptions import describe
 from aim_surgery.capture.changes import Changes, Mark
 from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
 from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
-from aim_surgery.capture.leaves import holds_weights, is_python_call, is_stock, tensor_names
+from aim_surgery.capture.leaves import is_python_call, is_stock, tensor_names
 from aim_surgery.capture.membership import entries_asked
 from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.values import FakeValues, node_value
-from aim_surgery.capture.where import calling_place
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
-_AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")  # fake values have none
 _CLOSED = object()
 _RECORDABLE = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout)
 
@@ -88,13 +87,12 @@ class ValueTracer(fx.Tracer):
         super().__init__(autowrap_functions=tuple(FACTORIES))
         self.model = model
         self.mode = training
-        self.mode_dependent = False
-        self.assumptions: dict[tuple[fx.Node, Question], Assumption] = {}
         self.opaque: list[OpaqueCall] = []
         self.entered: set[str] = set()  # submodules that were traced through
         self.complete = False  # whether the model's forward came to its end
         self.changed: set[str] = set()  # attributes that the forward set
         self.remarks: list[str] = []
+        self.answers = Answers(self._caller)
         self.changes = Changes(model)
         self.constants = constants
         modules = dict(model.named_modules())
@@ -103,9 +101,6 @@ class ValueTracer(fx.Tracer):
         self._paths = {module: path for path, module in modules.items()}
         self._names = tensor_names(model)
         self._proxies: dict[str, ValueProxy] = {}  # parameters, buffers and flags by name
-        self._shown: dict[fx.Node, str] = {}  # values that were asked for as text
-        self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
-        self._computed: set[fx.Node] = set()  # what Python calls gave that were run for real
         self._stack: list[nn.Module] = []
         self._opening: list[Any] = []  # functions that are being traced through
         self._grad_mode: fx.Node | None = None
@@ -158,61 +153,18 @@ class ValueTracer(fx.Tracer):
 
     # What Python forces ---------------------------------------------------------------------
 
-    def answer(self, proxy: ValueProxy, question: Question) -> Any:
-        """Answer what Python must know of a proxy, and note that it was asked."""
-        node = proxy.node
-        if isinstance(proxy.aim_value, torch.Tensor) and question != "len":
-            raise self.stay_python(f"{question}({describe(node)}) asks for tensor data")
-        if node.target is getattr and node.args[1] in _AUTOGRAD_STATE:
-            raise self.stay_python(f"branches on {describe(node)}")
-        if node in self._computed and isinstance(proxy.aim_value, int | float):
-            raise self.stay_python(f"{question}({describe(node)}) asks what data gave")
-        answer = ANSWERS[question](proxy.aim_value)
-        if node in self._flags:
-            if not holds_weights(self._stack[-1]):
-                raise self.stay_python("branches on its training flag")
-            self.mode_dependent = True
-        self.assume(node, question, answer)
-        return answer
-
     def answer_equal(self, proxy: ValueProxy, frame: FrameType) -> bool:
         """Answer whether two values are equal; as one question about all entries within an `in`."""
         value, entry = cast(tuple[fx.Node, Any], proxy.node.args)
         entries = entries_asked(frame, _RECORDABLE) if type(entry) in _RECORDABLE else None
         if entries is None or isinstance(proxy.aim_value, torch.Tensor):
-            return self.answer(proxy, "bool")
+            return self.answers.answer(proxy, "bool")
         if entry == entries[0]:  # the first that Python compares
             owner = ValueProxy(value, self, value.meta["val"])
-            self.answer(
+            self.answers.answer(
                 self.create_proxy("call_function", operator.contains, (entries, owner), {}), "bool"
             )
         return bool(proxy.aim_value)
-
-    def assume(self, node: fx.Node, question: Question, answer: Any) -> None:
-        """Note an answer; the graph will check it."""
-        if (node, question) not in self.assumptions:
-            path = (self.path_of(self._stack[-1]) if self._stack else None) or ""
-            place = calling_place()
-            self.assumptions[node, question] = Assumption(node, question, answer, path, place)
-
-    def show(self, proxy: ValueProxy, spec: str) -> str:
-        """A value as text; assumed, unless it goes into an assertion's message alone."""
-        known = (proxy.node, "value") in self.assumptions
-        text = format(self.answer(proxy, "value"), spec)
-        if not known:
-            self._shown[proxy.node] = text
-        return text
-
-    def forget_shown(self, message: str) -> None:
-        """Take back assumptions about what was only shown in a message."""
-        for node, text in tuple(self._shown.items()):
-            if text in message:
-                del self._shown[node]
-                self.assumptions.pop((node, "value"), None)
-
-    def stay_python(self, reason: str) -> Exception:
-        """What to raise where a graph can't hold what the innermost module does."""
-        return StayPython.here(reason)
 
     # Nodes and their values -----------------------------------------------------------------
 
@@ -241,32 +193,28 @@ class ValueTracer(fx.Tracer):
         try:
             value = self._evaluator.evaluate(node)
         except DATA_DEPENDENT as err:
-            raise self.stay_python(f"{describe(node)} depends on tensor data ({err})") from err
+            raise StayPython.here(f"{describe(node)} depends on tensor data ({err})") from err
         node.meta["val"] = value
         if self._evaluator.was_real:
-            self._computed.add(node)
+            self.answers.note_real(node)
         return self._proxy(node, value)
 
     def _proxy(self, node: fx.Node, value: Any) -> Any:
         if value is None:
             if node.op == "call_module" or node.target in (operator.getitem, getattr):
-                self.assume(node, "value", None)
+                self.answers.assume(node, "value", None)
             return None
         if isinstance(value, str):
-            self.assume(node, "value", value)
+            self.answers.assume(node, "value", value)
             return value
         if node.target is operator.getitem and isinstance(value, torch.Tensor):
             container = node.args[0]
             if isinstance(container, fx.Node) and (
                 container.op == "placeholder" or is_python_call(self.model, container)
             ):  # these may give None
-                self.assume(node, "given", True)
-        if (self._flags or self._computed) and not isinstance(value, torch.Tensor):
-            inputs = node.all_input_nodes
-            if inputs and all(source in self._flags for source in inputs):
-                self._flags.add(node)
-            if not self._computed.isdisjoint(inputs):
-                self._computed.add(node)
+                self.answers.assume(node, "given", True)
+        if not isinstance(value, torch.Tensor):
+            self.answers.inherit(node)
         return ValueProxy(node, self, value)
 
     def value_placeholder(self, name: str, default: Any, value: Any) -> Any:
@@ -355,7 +303,7 @@ class ValueTracer(fx.Tracer):
         if self.evaluating or not self._stack:
             return value
         proxy = self._named_proxy(f"{path}.training" if path else "training", value)
-        self._flags.add(proxy.node)
+        self.answers.note_flag(proxy.node)
         return proxy
 
     def mode_of(self, module: nn.Module) -> bool:
@@ -372,7 +320,7 @@ class ValueTracer(fx.Tracer):
 
     def _tensor_node(self, tensor: torch.Tensor) -> fx.Node:
         if isinstance(tensor, FakeTensor):
-            raise self.stay_python("uses a tensor that a Python call left in an attribute")
+            raise StayPython.here("uses a tensor that a Python call left in an attribute")
         name = self._names.get(id(tensor))
         if name is None:
             known = (name for name, constant in self.constants.items() if constant is tensor)
@@ -386,6 +334,9 @@ class ValueTracer(fx.Tracer):
         return self._named_proxy(name, self._evaluator.fake(tensor)).node
 
     # Modules --------------------------------------------------------------------------------
+
+    def _caller(self) -> tuple[nn.Module, str] | None:
+        return (self._stack[-1], self.path_of(self._stack[-1]) or "") if self._stack else None
 
     def path_of(self, module: nn.Module) -> str | None:
         """The module's qualified name in the model ("" for the model), None if it has none."""
@@ -480,7 +431,7 @@ class ValueTracer(fx.Tracer):
         last = next(iter(reversed(self.graph.nodes)), None)
         grad_mode = self._grad_mode, self._grad_enabled
         changes = self.changes.mark()
-        return _State(last, grad_mode, self.mode_dependent, len(self.opaque), changes)
+        return _State(last, grad_mode, self.answers.mode_dependent, len(self.opaque), changes)
 
     def _roll_back(self, state: _State, m: nn.Module | None) -> None:
         """Erase the nodes that came after a state, what was remembered, and what `m` changed."""
@@ -492,9 +443,7 @@ class ValueTracer(fx.Tracer):
             erased.add(node)
             self.graph.erase_node(node)
         self._proxies = {k: v for k, v in self._proxies.items() if v.node not in erased}
-        self.assumptions = {k: v for k, v in self.assumptions.items() if k[0] not in erased}
-        self._flags -= erased
-        self._computed -= erased
+        self.answers.forget(erased)
         self._grad_mode, self._grad_enabled = state.grad_mode
-        self.mode_dependent = state.mode_dependent
+        self.answers.mode_dependent = state.mode_dependent
         del self.opaque[state.opaque :]
