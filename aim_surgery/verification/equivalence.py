@@ -9,6 +9,7 @@ After training, or with init="fresh", the two are different functions, and the c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +201,9 @@ class _LowestDtype(TorchDispatchMode):
         return result
 
 
-def convert(pair: Pair, samples: Samples, dtype: torch.dtype) -> tuple[Samples, torch.dtype, str]:
+def convert(
+    pair: Pair, samples: Samples, dtype: torch.dtype, modes: Sequence[bool] = (False, True)
+) -> tuple[Samples, torch.dtype, str]:
     """Inputs in another precision, such that the most modes run.
 
     Some models insist on the types of targets, so that only the first argument may be converted.
@@ -209,6 +212,7 @@ def convert(pair: Pair, samples: Samples, dtype: torch.dtype) -> tuple[Samples, 
         pair: Both models, in that precision already.
         samples: The inputs as they are.
         dtype: That precision.
+        modes: Training modes to try.
 
     Returns:
         The inputs; the coarsest precision that comes up in the first mode that runs; and why the
@@ -217,7 +221,7 @@ def convert(pair: Pair, samples: Samples, dtype: torch.dtype) -> tuple[Samples, 
     best, most = (samples, dtype, _FAILS), 0
     for first_only in (False, True):
         converted = samples.to(dtype, first_only=first_only)
-        found = [_lowest_dtype(pair, converted, training) for training in (False, True)]
+        found = [_lowest_dtype(pair, converted, training) for training in modes]
         ran = [each for each in found if each is not None]
         if len(ran) > most:
             best, most = (converted, *ran[0]), len(ran)

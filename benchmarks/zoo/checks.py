@@ -106,8 +106,8 @@ def check_light(
     A detector is compared in training in both, as in evaluation it may find nothing.
 
     Args:
-        model: The original; loses its weights, so that there is room for the backward.
-        gm: The operated one; left in float64, where it was compared in it.
+        model: The original; like the operated one left in float64, where both were compared in it.
+        gm: The operated one.
         samples: What to run both on.
         audited: The original, on the meta device if it can be built there.
         row: Filled in.
@@ -121,6 +121,10 @@ def check_light(
     found = _compare_light(pair, Case(detects, samples, _batch(samples), dtype), row, notes)
     if found:
         row.difference = _finite(found[0].difference)
+    faults = _gradient_faults(gm.train(detects), samples)
+    row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
+    row.backward = "" if faults else ("training" if detects else "evaluation")
+    pair.align_buffers()  # in training, they have moved
     refusal = ""
     if not brief:
         samples, dtype, refusal = _in_float64(pair, samples)
@@ -131,17 +135,17 @@ def check_light(
     row.notes += [_first_line(note) for note in notes[:_NOTES]]
     if not found:
         row.errors.append("light: the original runs in neither mode")
-    gm.train(detects)
-    model.to("meta")
+    row.verified = not row.errors
+
+
+def _gradient_faults(gm: nn.Module, samples: Samples) -> list[str]:
+    """New parameters without a finite gradient, of one backward."""
     with gradients_let_go(gm) as finite:
         loss = loss_of(call(gm, samples))
         if loss is not None:
             loss.backward()
     new = [name for name, _ in gm.named_parameters() if name.startswith("aim.")]
-    faults = [name for name in new if not finite.get(name)]
-    row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
-    row.backward = "" if faults else ("training" if detects else "evaluation")
-    row.verified = not row.errors
+    return [name for name in new if not finite.get(name)]
 
 
 def _compare_light(pair: Pair, case: Case, row: Row, notes: list[str]) -> list[Comparison]:
@@ -160,7 +164,7 @@ def _in_float64(pair: Pair, samples: Samples) -> tuple[Samples, torch.dtype, str
     own = own_dtype(pair.base)
     pair.base.double()
     pair.operated.double()
-    converted, coarsest, refusal = convert(pair, samples, torch.float64)
+    converted, coarsest, refusal = convert(pair, samples, torch.float64, (True,))
     if not refusal:
         pair.limits = TOLERANCES[coarsest]
         return converted, torch.float64, ""
