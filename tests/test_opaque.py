@@ -19,7 +19,8 @@ from aim_surgery.capture import capture
 from aim_surgery.cli import app
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
-from aim_surgery.verification.comparison import Case, Pair
+from aim_surgery.verification.comparison import Case
+from aim_surgery.verification.pair import Pair
 from aim_surgery.verification.rounding import RoundedOtherwise
 from aim_surgery.verification.samples import Samples
 from tests.cases import assert_same

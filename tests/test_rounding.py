@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import aim_surgery
-from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair
+from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
+from aim_surgery.verification.pair import Pair
 from aim_surgery.verification.rounding import MARGIN, RoundedOtherwise, held_against
 from aim_surgery.verification.samples import Samples
 

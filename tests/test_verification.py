@@ -14,8 +14,9 @@ from aim_surgery import AimConfig, AimSurgeryError, plan, transform
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
-from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, Pair
+from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
 from aim_surgery.verification.coverage import check_coverage
+from aim_surgery.verification.pair import Pair
 from aim_surgery.verification.samples import Samples, named_leaves, samples_for
 
 FULL = AimConfig(budget=None, memory=64)

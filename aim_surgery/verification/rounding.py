@@ -57,6 +57,11 @@ class RoundedOtherwise(TorchDispatchMode):
             total.add_((noise * size).to(total.dtype))
 
 
+def is_as_far(difference: float, moved: float) -> bool:
+    """Whether a difference can't be told from what rounding moved, at most, in some draws."""
+    return difference <= MARGIN * moved
+
+
 MISSING = object()  # an output that isn't there
 
 
@@ -90,7 +95,7 @@ class Unsure:
 
     def is_rounding(self, limit: float) -> bool:
         """Whether what is over the limit can't be told from rounding."""
-        return self.sound and self.differs <= max(limit, MARGIN * self.moved)
+        return self.sound and (self.differs <= limit or is_as_far(self.differs, self.moved))
 
 
 def held_against(expected: Any, got: Any, nudged: Sequence[Any], limit: float) -> Unsure:
