@@ -65,8 +65,8 @@ class ToNumpy(Inner):
 
 class WantsTensor(Inner):
     def forward(self, x: Tensor) -> Tensor:
-        if type(x) is not Tensor:
-            raise TypeError(f"a tensor, and no {type(x).__name__}")
+        if x.__class__ is not Tensor:
+            raise TypeError(f"a tensor, and no {x.__class__.__name__}")
         return self.fc(x)
 
 

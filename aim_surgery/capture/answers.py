@@ -9,7 +9,9 @@ caller traces both modes (`mode_dependent`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+import contextlib
+from collections.abc import Callable, Iterator, Set
+from types import FrameType
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from aim_surgery.capture.assumptions import ANSWERS, Assumption, Question, descr
 from aim_surgery.capture.leaves import holds_weights
 from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.proxy import ValueProxy
-from aim_surgery.capture.where import calling_place
+from aim_surgery.capture.where import Span, calling_place, running_code
 
 _AUTOGRAD_STATE = ("requires_grad", "grad_fn", "is_leaf", "grad")
 
@@ -36,7 +38,7 @@ class Answers:
         self.assumptions: dict[tuple[fx.Node, Question], Assumption] = {}
         self.mode_dependent = False
         self._caller = caller
-        self._shown: dict[fx.Node, str] = {}  # values that were asked for as text
+        self._shown: list[tuple[fx.Node, FrameType, Span]] = []  # values asked for as text, where
         self._flags: set[fx.Node] = set()  # nodes computed from training flags alone
         self._real: set[fx.Node] = set()  # what Python calls gave that were run for real
 
@@ -70,20 +72,40 @@ class Answers:
             assumed = Assumption(node, question, answer, path, calling_place())
             self.assumptions[node, question] = assumed
 
-    def show(self, proxy: ValueProxy, spec: str) -> str:
-        """A value as text; assumed, unless it goes into an assertion's message alone."""
-        known = (proxy.node, "value") in self.assumptions
-        text = format(self.answer(proxy, "value"), spec)
+    def write(self, proxy: ValueProxy, write: Callable[[Any], str], frame: FrameType) -> str:
+        """A value as text; assumed, unless the text goes into a message alone.
+
+        Args:
+            proxy: The value, no tensor.
+            write: `str`, `repr` or a format.
+            frame: Whose running instruction asks.
+        """
+        node = proxy.node
+        shown = any(node is entry[0] for entry in self._shown)
+        known = (node, "value") in self.assumptions and not shown
+        text = write(self.answer(proxy, "value"))
         if not known:
-            self._shown[proxy.node] = text
+            self._shown.append((node, frame, running_code(frame)))
         return text
 
-    def forget_shown(self, message: str) -> None:
-        """Take back assumptions about what was only shown in a message."""
-        for node, text in tuple(self._shown.items()):
-            if text in message:
-                del self._shown[node]
-                self.assumptions.pop((node, "value"), None)
+    @contextlib.contextmanager
+    def only_shown(self, frame: FrameType) -> Iterator[None]:
+        """Take back what is assumed of values whose text goes only into the call that is running.
+
+        Args:
+            frame: Whose running instruction is that call: `torch._assert(ok, f"{n} is odd")`. What
+                becomes text within the context goes into it, too.
+        """
+        call, before = running_code(frame), len(self._shown)
+        yield
+        inside = [
+            at >= before or (asking is frame and _lies_in(part, call))
+            for at, (_, asking, part) in enumerate(self._shown)
+        ]
+        used = {entry[0] for entry, within in zip(self._shown, inside, strict=True) if not within}
+        for node in {entry[0] for entry in self._shown} - used:
+            self.assumptions.pop((node, "value"), None)
+        self._shown = [entry for entry in self._shown if entry[0] in used]
 
     def note_flag(self, node: fx.Node) -> None:
         """Note that a node gives a training flag."""
@@ -107,3 +129,13 @@ class Answers:
         self.assumptions = kept
         self._flags -= erased
         self._real -= erased
+        self._shown = [entry for entry in self._shown if entry[0] not in erased]
+
+
+def _lies_in(part: Span, whole: Span) -> bool:
+    """Whether a stretch of source lies within another."""
+    if None in part or None in whole:
+        return False
+    line, end_line, column, end_column = part
+    first, last, left, right = whole
+    return (first, left) <= (line, column) and (end_line, end_column) <= (last, right)  # type: ignore[operator]

@@ -8,17 +8,16 @@ example has; it would hand a node of one graph to another graph; and the model, 
 trace, would be given a proxy for a tensor. So functions under `functools.lru_cache` or
 `functools.cache` run anew where they get tensors, modules or proxies, whatever else gives something
 of the trace is forgotten at once, and so is what a `functools.cached_property`, or a dict, list or
-set of the classes and files of the model, holds of it.
+set of the classes and files of the model, holds of it, or their names.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from aim_surgery.capture.belongings import belongings_of
 from aim_surgery.capture.holders import holds_proxies
 from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 _LRU = functools._lru_cache_wrapper
 _METHODS = (staticmethod, classmethod)
+_MISSING = object()
 
 # Where a cached function is held: how to put another there, what is there, and the function.
 _Place = tuple[Callable[[Any], None], Any, Any]
@@ -48,7 +49,9 @@ def nothing_remembered(tracer: ValueTracer) -> Iterator[None]:
         tracer: The tracer; other threads go on using their caches.
     """
     places = list(_places(tracer.model))
-    collections = list(_collections(tracer.model))
+    seen = {id(module) for module in tracer.model.modules()}
+    spaces = [(name, home, _own_names(home)) for name, home in _own_homes(tracer.model)]
+    belongings = [b for name, _, space in spaces for b in belongings_of(name, space, seen)]
     get: Any = functools.cached_property.__get__
 
     def get_forgotten(cached: Any, instance: Any, owner: Any = None) -> Any:
@@ -66,11 +69,12 @@ def nothing_remembered(tracer: ValueTracer) -> Iterator[None]:
         functools.cached_property.__get__ = get  # type: ignore[method-assign]
         for put, held, _ in places:
             put(held)
-        for name, collection, before in collections:
-            if len(collection) != len(before) and _is_of_a_trace(collection):
-                tracer.changed.add(name)
-                collection.clear()
-                (collection.extend if isinstance(collection, list) else collection.update)(before)
+        for name, home, before in spaces:
+            tracer.changed |= {f"{name}.{key}" for key in _taken_back(home, before)}
+        for belonging in belongings:
+            if belonging.has_changed and any(map(_is_of_a_trace, belonging.items)):
+                belonging.put_back()
+                tracer.changed.add(belonging.name)
 
 
 def _uncached(tracer: ValueTracer, cached: Any) -> Callable[..., Any]:
@@ -159,14 +163,31 @@ def _in_place_of(held: Any, function: Callable[..., Any]) -> Any:
     return kind(function) if kind in _METHODS else function
 
 
-def _collections(model: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Dicts, lists and sets of the model's classes and of their files: name, itself, a copy."""
+def _own_homes(model: nn.Module) -> list[tuple[str, Any]]:
+    """The model's classes and their files, with their names."""
     kinds = {kind for module in model.modules() for kind in type(module).__mro__}
     own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
     files = {kind.__module__: sys.modules.get(kind.__module__) for kind in own}
-    spaces = [(kind.__qualname__, vars(kind)) for kind in own]
-    spaces += [(name, vars(file)) for name, file in files.items() if file is not None]
-    for home, space in spaces:
-        for name, value in tuple(space.items()):
-            if type(value) in (dict, list, set) and not name.startswith("__"):
-                yield f"{home}.{name}", value, copy.copy(value)
+    found = [(kind.__qualname__, kind) for kind in own]
+    return [*found, *((name, file) for name, file in files.items() if file is not None)]
+
+
+def _own_names(home: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(home).items() if not name.startswith("__")}
+
+
+def _taken_back(home: Any, before: Mapping[str, Any]) -> Iterator[str]:
+    """Names that a trace changed in a class or in a file, which get back what they were.
+
+    Other threads load files meanwhile; what stands in a class belongs to the model.
+    """
+    after = _own_names(home)
+    for name in before.keys() | after.keys():
+        old, new = before.get(name, _MISSING), after.get(name, _MISSING)
+        if new is old or not (isinstance(home, type) or _is_of_a_trace(new)):
+            continue
+        yield name
+        if old is _MISSING:
+            delattr(home, name)
+        else:
+            setattr(home, name, old)

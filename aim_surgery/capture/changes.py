@@ -1,21 +1,22 @@
 """What a forward changes of its model while it is traced, kept to be undone.
 
-Attributes in the order in which they were set, collections that modules hold, and hooks, which are
-numbered as they are registered. A part of a trace that is given up is undone to where it began;
-at the end all of it is.
+Attributes in the order in which they were set, what hangs on modules besides (`belongings`), and
+hooks, which are numbered as they are registered. A part of a trace that is given up is undone to
+where it began; at the end all of it is.
 """
 
 from __future__ import annotations
 
-import copy
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from aim_surgery.capture.belongings import Belonging, belongings_of
 from aim_surgery.capture.proxy import ValueProxy
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")  # set as attributes are
 
 
 class Mark(NamedTuple):
@@ -45,16 +46,14 @@ class Changes:
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes: list[_Attribute] = []
-        self._collections: dict[nn.Module, list[tuple[str, Any, Any]]] = {}
+        self._belongings: dict[nn.Module, list[Belonging]] = {}
         self._hooks: list[dict[Any, Any]] = []
+        seen = {id(module) for module in model.modules()}
         for path, module in model.named_modules():
-            for name, value in vars(module).items():
-                if "_hooks" in name and isinstance(value, dict):
-                    self._hooks.append(value)
-                elif not name.startswith("_") and isinstance(value, list | dict | set):
-                    qualname = f"{path}.{name}".removeprefix(".")
-                    entry = (qualname, value, copy.copy(value))
-                    self._collections.setdefault(module, []).append(entry)
+            space = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+            hooks = [name for name in space if "_hooks" in name and isinstance(space[name], dict)]
+            self._hooks += [space.pop(name) for name in hooks]
+            self._belongings[module] = [*belongings_of(path, space, seen)]
 
     def note(self, module: nn.Module, name: str) -> None:
         """Note what an attribute is, before it is set."""
@@ -78,11 +77,11 @@ class Changes:
 
         Args:
             mark: The moment.
-            root: Collections that it and the modules in it hold get their first items again; None
+            root: What belongs to it and to the modules in it is as it was at first again; None
                 leaves all as they are.
 
         Returns:
-            Qualified names of the collections that had others.
+            Names of what had other items.
         """
         while len(self._attributes) > mark.attributes:
             self._attributes.pop().put_back()
@@ -91,8 +90,8 @@ class Changes:
                 for number in [number for number in table if number >= mark.next_hook]:
                     del table[number]
         modules = () if root is None else root.modules()
-        kept = (entry for module in modules for entry in self._collections.get(module, ()))
-        return tuple(name for name, value, before in kept if _put_back(value, before))
+        kept = (entry for module in modules for entry in self._belongings.get(module, ()))
+        return tuple(entry.name for entry in kept if entry.put_back())
 
     def handed_in(self, mark: Mark, root: nn.Module) -> Iterator[str]:
         """Attributes of a module, or of those in it, that hold traced values since before.
@@ -110,20 +109,3 @@ class Changes:
             value = vars(entry.module).get(entry.name)
             if id(entry.module) in inside and type(value) is ValueProxy:
                 yield entry.name
-
-
-def _put_back(collection: Any, before: Any) -> bool:
-    """Give a list, dict or set its former items again; whether it had others."""
-    if _same_items(collection, before):
-        return False
-    collection.clear()
-    collection.extend(before) if isinstance(collection, list) else collection.update(before)
-    return True
-
-
-def _same_items(value: Any, before: Any) -> bool:
-    if isinstance(value, dict):
-        items, others = [*value, *value.values()], [*before, *before.values()]
-    else:
-        items, others = list(value), list(before)
-    return len(items) == len(others) and all(map(operator.is_, items, others))

@@ -31,7 +31,7 @@ from aim_surgery.capture.copies import (
     random_state_kept,
 )
 from aim_surgery.capture.leaves import is_stock
-from aim_surgery.capture.opaque import mark_final
+from aim_surgery.capture.opaque import STOPS, mark_final
 from aim_surgery.capture.values import FakeValues, node_value
 
 DATA_DEPENDENT = (
@@ -114,7 +114,7 @@ class Evaluator:
         with random_state_kept():
             try:
                 return self.values.call(forward, args, kwargs)
-            except Exception:
+            except STOPS:
                 self._changes.undo(start, module)
                 return self._run_copy(module, args, kwargs)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import ast
 import dis
-import itertools
 import linecache
 from functools import lru_cache
 from types import FrameType
 from typing import Any
+
+from aim_surgery.capture.where import Span, running_code
 
 _CONTAINS = dis.opmap["CONTAINS_OP"]
 _UNKNOWN = object()
@@ -33,8 +34,7 @@ def entries_asked(frame: FrameType, literals: tuple[type, ...]) -> tuple[Any, ..
     """
     if frame.f_code.co_code[frame.f_lasti] != _CONTAINS:
         return None
-    position = next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
-    expression = _expression_at(frame.f_code.co_filename, position)
+    expression = _expression_at(frame.f_code.co_filename, running_code(frame))
     found = _UNKNOWN if expression is None else _look_up(expression, frame)
     if not isinstance(found, tuple | list):  # sets are asked for a hash
         return None
@@ -42,13 +42,13 @@ def entries_asked(frame: FrameType, literals: tuple[type, ...]) -> tuple[Any, ..
     return entries if all(type(entry) in literals for entry in entries) else None
 
 
-def _expression_at(filename: str, position: tuple[int | None, ...]) -> ast.expr | None:
+def _expression_at(filename: str, position: Span) -> ast.expr | None:
     """The right side of the `in` that stands there."""
     return _memberships(filename, "".join(linecache.getlines(filename))).get(position)
 
 
 @lru_cache(maxsize=64)
-def _memberships(filename: str, source: str) -> dict[tuple[int | None, ...], ast.expr]:
+def _memberships(filename: str, source: str) -> dict[Span, ast.expr]:
     try:
         tree = ast.parse(source, filename)
     except (SyntaxError, ValueError):

@@ -24,8 +24,11 @@ class OpaqueCall:
     reason: str
 
 
-class StayPython(Exception):  # noqa: N818 - control flow, not an error
-    """Raised inside a traced module that must stay one Python call."""
+class StayPython(BaseException):
+    """Raised inside a traced module that must stay one Python call.
+
+    The model's own `except Exception` must not take it for an error of the model's.
+    """
 
     @classmethod
     def here(cls, reason: str) -> StayPython:
@@ -34,7 +37,11 @@ class StayPython(Exception):  # noqa: N818 - control flow, not an error
         return cls(f"{reason} at {line}" if line else reason)
 
 
-def reason_of(err: Exception) -> str:
+# What may stop a trace inside a module.
+STOPS = (Exception, StayPython)
+
+
+def reason_of(err: BaseException) -> str:
     """Why a module can't be traced through, in one line.
 
     Args:
@@ -57,7 +64,7 @@ def mark_final(err: Exception) -> None:
     err.aim_final = True  # type: ignore[attr-defined]
 
 
-def is_final(err: Exception) -> bool:
+def is_final(err: BaseException) -> bool:
     """Whether an error is one of the model or its inputs, and none of tracing."""
     return getattr(err, "aim_final", False)
 
@@ -69,7 +76,7 @@ def failed(err: Exception) -> str:
     return f"{words} at {line}" if line else words
 
 
-def first_line(err: Exception) -> str:
+def first_line(err: BaseException) -> str:
     """The first line of an error's message."""
     return str(err).strip().split("\n", 1)[0]
 

@@ -11,8 +11,7 @@ What escapes `torch.fx`, and what is done about it:
 * sizes handed to torch's own functions: `torch.reshape(x, [n, -1])` would ask a proxy for its int
   before it asks whose call it is: recorded;
 * caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
-* `isinstance(x, torch.Tensor)`, false for a proxy: sees the proxy's value; `len(x)` of a tensor,
-  which has to be an int: a size in the graph; `Variable(x)`, which wants a tensor: is x;
+* builtins that ask what a proxy is: see the proxy's value, see `builtins_by_value`;
 * what `torch.distributions` check of their arguments' values: not checked;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
@@ -39,16 +38,15 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 from torch._functorch import utils as functorch
-from torch.autograd.variable import VariableMeta
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from aim_surgery.capture.aten import recorded_operators
+from aim_surgery.capture.builtins_by_value import builtins_by_value
 from aim_surgery.capture.caches import nothing_remembered
 from aim_surgery.capture.decompose import packed_calls_open
 from aim_surgery.capture.opaque import StayPython
-from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
 from aim_surgery.errors import CaptureError
@@ -108,7 +106,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 _undone_changes(tracer),
                 nothing_remembered(tracer),
                 _parameters_by_proxy(tracer),
-                _builtins_by_value(tracer),
+                builtins_by_value(tracer),
                 _silent_checks(),
                 _unmoved_random_state(tracer),
                 warnings.catch_warnings(),
@@ -186,7 +184,8 @@ def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
     def check_recorded(condition: Any, message: str) -> Any:
         if tracer.evaluating or tracer.elsewhere:
             return check(condition, message)
-        tracer.answers.forget_shown(message)
+        with tracer.answers.only_shown(sys._getframe(1)):
+            pass
         if isinstance(condition, ValueProxy):
             return tracer.create_proxy("call_function", check, (condition, message), {})
         return check(condition, message)
@@ -274,49 +273,6 @@ def _numpy_state() -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def _builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
-    """Let `isinstance` and `len` see a proxy's value, in the packages whose code the model runs.
-
-    `Variable(x)`, of old code, is x.
-    """
-
-    def by_value(instance: Any, classes: Any) -> bool:
-        if type(instance) is ValueProxy:
-            return isinstance(instance.aim_value, classes) or isinstance(instance, classes)
-        return isinstance(instance, classes)
-
-    def is_tensor(instance: Any) -> bool:
-        return by_value(instance, torch.Tensor)
-
-    def length(collection: Any) -> Any:
-        known = type(collection) is ValueProxy and not tracer.evaluating and not tracer.elsewhere
-        if known and isinstance(collection.aim_value, torch.Tensor) and collection.aim_value.ndim:
-            return collection.shape[0]
-        return len(collection)
-
-    def variable(cls: type, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if type(data) is ValueProxy:
-            return data
-        return type.__call__(cls, data, *args, **kwargs)
-
-    instead = {"isinstance": by_value, "len": length}
-    spaces = [vars(file) for file in packages_of(tracer.model)]
-    patched = [(space, name) for space in spaces for name in instead if name not in space]
-    original = torch.is_tensor
-    torch.is_tensor = is_tensor  # type: ignore[assignment]
-    VariableMeta.__call__ = variable  # pyright: ignore[reportAttributeAccessIssue]
-    for space, name in patched:
-        space[name] = instead[name]
-    try:
-        yield
-    finally:
-        torch.is_tensor = original
-        del VariableMeta.__call__
-        for space, name in patched:
-            del space[name]
-
-
-@contextlib.contextmanager
 def _silent_checks() -> Iterator[None]:
     """Take no checks of distributions for branches, and log no rule for shapes that refuses.
 
@@ -368,7 +324,13 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
         else:
             original(module, name, cast(Any, value))
 
-    register = nn.Module.register_buffer
+    delete, register = nn.Module.__delattr__, nn.Module.register_buffer
+
+    def deleted(module: nn.Module, name: str) -> None:
+        path = None if tracer.elsewhere else tracer.path_of(module)
+        if path is not None:
+            note(module, path, name)
+        delete(module, name)
 
     @functools.wraps(register)
     def registered_buffer(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
@@ -378,11 +340,13 @@ def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
         register(module, name, *args, **kwargs)
 
     nn.Module.__setattr__ = guarded  # type: ignore[method-assign]
+    nn.Module.__delattr__ = deleted  # type: ignore[method-assign]
     nn.Module.register_buffer = registered_buffer  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        nn.Module.__delattr__ = delete  # type: ignore[method-assign]
         nn.Module.register_buffer = register  # type: ignore[method-assign]
         tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
 

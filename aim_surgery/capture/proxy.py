@@ -3,16 +3,18 @@
 `torch.fx` proxies know nothing but their node, so Python can't branch on them. A `ValueProxy`
 carries besides the value that the node has on the example input (tensors as fake tensors). What can
 be recorded is recorded, as usual: tensor arithmetic, sizes, attributes. Only what Python itself
-forces (`bool`, `int`, `len`, iteration, `in`, hashing) is answered from the value, and each such
-answer is noted by the tracer as an assumption (`Answers.answer`).
+forces (`bool`, `int`, `len`, iteration, `in`, hashing, text) is answered from the value, and each
+such answer is noted by the tracer as an assumption (`Answers.answer`).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +46,31 @@ class ValueProxy(fx.Proxy):
         return ValueProxy if isinstance(self.aim_value, torch.Tensor) else type(self.aim_value)
 
     def __repr__(self) -> str:
-        return f"ValueProxy({self.node.name})"
+        return self._written(repr, sys._getframe(1))
+
+    def __str__(self) -> str:
+        return self._written(str, sys._getframe(1))
+
+    def __format__(self, spec: str) -> str:
+        return self._written(lambda value: format(value, spec), sys._getframe(1))
+
+    def _written(self, write: Callable[[Any], str], frame: FrameType) -> str:
+        if isinstance(self.aim_value, torch.Tensor):
+            return f"ValueProxy({self.node.name})"
+        return self.tracer.answers.write(self, write, frame)
+
+    def __copy__(self) -> Any:
+        return self._copied(copy.copy)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        if isinstance(self.aim_value, torch.Tensor) and not self.tracer.evaluating:
+            return self.tracer.create_proxy("call_method", "clone", (self,), {})
+        return self._copied(copy.deepcopy)
+
+    def _copied(self, function: Callable[[Any], Any]) -> Any:
+        if self.tracer.evaluating:
+            return function(self.aim_value)
+        return self.tracer.create_proxy("call_function", function, (self,), {})
 
     def __getattr__(self, name: str) -> Any:
         if name in _HIDDEN:
@@ -92,11 +118,6 @@ class ValueProxy(fx.Proxy):
         if isinstance(self.aim_value, torch.Tensor):
             return id(self)
         return hash(self.tracer.answers.answer(self, "value"))
-
-    def __format__(self, spec: str) -> str:
-        if isinstance(self.aim_value, torch.Tensor):
-            return repr(self)
-        return self.tracer.answers.show(self, spec)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("aim_value", "node", "tracer"):

@@ -35,7 +35,15 @@ from aim_surgery.capture.holders import holds_proxies, recipe
 from aim_surgery.capture.inputs import Argument
 from aim_surgery.capture.leaves import is_python_call, is_stock, tensor_names
 from aim_surgery.capture.membership import entries_asked
-from aim_surgery.capture.opaque import OpaqueCall, StayPython, holds_data, is_final, reason_of
+from aim_surgery.capture.opaque import (
+    STOPS,
+    OpaqueCall,
+    StayPython,
+    first_line,
+    holds_data,
+    is_final,
+    reason_of,
+)
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.values import FakeValues, node_value
@@ -53,6 +61,7 @@ class _State:
     grad_mode: tuple[fx.Node | None, bool]
     mode_dependent: bool
     opaque: int
+    failed: int
     changes: Mark
 
 
@@ -105,6 +114,7 @@ class ValueTracer(fx.Tracer):
         self._opening: list[Any] = []  # functions that are being traced through
         self._grad_mode: fx.Node | None = None
         self._grad_enabled = True
+        self._failed: list[str] = []  # what could not be computed, and was not rolled back
         self._thread = threading.get_ident()
 
     @property
@@ -194,6 +204,10 @@ class ValueTracer(fx.Tracer):
             value = self._evaluator.evaluate(node)
         except DATA_DEPENDENT as err:
             raise StayPython.here(f"{describe(node)} depends on tensor data ({err})") from err
+        except Exception as err:
+            self._failed.append(f"an error of {describe(node)} ({first_line(err)})")
+            self.graph.erase_node(node)  # the model may catch it
+            raise
         node.meta["val"] = value
         if self._evaluator.was_real:
             self.answers.note_real(node)
@@ -373,7 +387,7 @@ class ValueTracer(fx.Tracer):
             else:
                 result = self._trace_through(m, forward, args, kwargs, state)
             return self._returned(m, result)
-        except Exception as err:
+        except STOPS as err:
             if getattr(err, "aim_path", None) is None:
                 err.aim_path = path or ""  # type: ignore[attr-defined]
             raise
@@ -387,13 +401,15 @@ class ValueTracer(fx.Tracer):
         path = self._paths.get(m)
         try:
             result = forward(*args, **kwargs)
-        except Exception as err:
+            if len(self._failed) > state.failed:  # whether it fails may depend on sizes
+                raise StayPython(f"catches {self._failed[-1]}")
+        except STOPS as err:
             self._roll_back(state, m)
             if not path or is_final(err) or any(self.changes.handed_in(state.changes, m)):
                 raise
             try:
                 return self._call_opaque(m, args, kwargs, reason_of(err))
-            except Exception:
+            except STOPS:
                 self._roll_back(state, m)
             raise  # what stopped it first: the module around it is tried
         note = padding_note(m, args, kwargs)
@@ -421,7 +437,7 @@ class ValueTracer(fx.Tracer):
         self._opening.append(function)
         try:
             return call()
-        except Exception:  # whatever stops it here, it was one call before
+        except STOPS:  # whatever stops it here, it was one call before
             self._roll_back(state, None)
             return _CLOSED
         finally:
@@ -430,8 +446,8 @@ class ValueTracer(fx.Tracer):
     def _state(self) -> _State:
         last = next(iter(reversed(self.graph.nodes)), None)
         grad_mode = self._grad_mode, self._grad_enabled
-        changes = self.changes.mark()
-        return _State(last, grad_mode, self.answers.mode_dependent, len(self.opaque), changes)
+        counts = len(self.opaque), len(self._failed)
+        return _State(last, grad_mode, self.answers.mode_dependent, *counts, self.changes.mark())
 
     def _roll_back(self, state: _State, m: nn.Module | None) -> None:
         """Erase the nodes that came after a state, what was remembered, and what `m` changed."""
@@ -447,3 +463,4 @@ class ValueTracer(fx.Tracer):
         self._grad_mode, self._grad_enabled = state.grad_mode
         self.answers.mode_dependent = state.mode_dependent
         del self.opaque[state.opaque :]
+        del self._failed[state.failed :]

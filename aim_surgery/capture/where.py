@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import sys
 import sysconfig
@@ -22,6 +23,9 @@ _LIBRARIES = tuple(
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
     )
 )
+# First line, last line, first column, column behind the last; None where there is no telling.
+Span = tuple[int | None, int | None, int | None, int | None]
+
 _PACKAGES = tuple(f"{sysconfig.get_path(name)}/" for name in ("purelib", "platlib"))
 
 
@@ -41,6 +45,11 @@ def calling_place() -> tuple[str, int] | None:
 def shown(place: tuple[str, int] | None) -> str:
     """The line at a place, with its file and number; "" of none."""
     return "" if place is None else _show(*place)
+
+
+def running_code(frame: FrameType) -> Span:
+    """Where in its source the running instruction of a frame stands."""
+    return next(itertools.islice(frame.f_code.co_positions(), frame.f_lasti // 2, None))
 
 
 def failing_line(err: BaseException) -> str:

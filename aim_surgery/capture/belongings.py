@@ -1,0 +1,139 @@
+"""What hangs on a model besides the attributes of its modules, as it is before a trace.
+
+    self.cache["t"] = x        self.state.last = x        self.seen.append(x)        self.n += 1
+
+Collections, arrays and plain objects, as deep as they lie; of a module's, a class's or a file's.
+A forward may change any of them in place, and what a trace puts there is of no use to anybody.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+import types
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# Objects of these packages lead to much that no forward changes; of these of Python's, nowhere.
+_FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names})
+_PLAIN = frozenset({"types", "argparse", "collections", "dataclasses"})
+_MOST = (
+    100_000  # things looked at for one root, the nearest first: a tokenizer's words, not a corpus
+)
+_COLLECTIONS = (list, OrderedDict, dict, set, deque)
+_LEAVES = (
+    *(type(None), bool, int, float, complex, str, bytes, tuple, frozenset, type),
+    *(torch.Tensor, torch.dtype, torch.device, types.ModuleType),
+)
+
+
+@dataclass(frozen=True)
+class Belonging:
+    """One collection, array or object.
+
+    Attributes:
+        name: Where it was found, in words.
+        owner: Itself.
+        before: What was in it.
+    """
+
+    name: str
+    owner: Any
+    before: Any
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether there is anything else in it now."""
+        if isinstance(self.owner, np.ndarray):
+            return not np.array_equal(
+                self.owner, self.before, equal_nan=self.owner.dtype.kind in "fc"
+            )
+        now, before = self.items, _items(self.before)
+        return len(now) != len(before) or not all(map(operator.is_, now, before))
+
+    @property
+    def items(self) -> list[Any]:
+        """What is in it now."""
+        return _items(_state(self.owner))
+
+    def put_back(self) -> bool:
+        """Give it its former items again; whether it had others."""
+        if not self.has_changed:
+            return False
+        if isinstance(self.owner, np.ndarray):
+            self.owner[...] = self.before
+            return True
+        is_collection = isinstance(self.owner, _COLLECTIONS)
+        items = self.owner if is_collection else vars(self.owner)
+        kind: Any = next(kind for kind in _COLLECTIONS if isinstance(items, kind))
+        kind.clear(items)
+        put: Any = kind.extend if kind in (list, deque) else kind.update
+        put(items, self.before)
+        return True
+
+
+def belongings_of(name: str, space: Mapping[str, Any], seen: set[int]) -> Iterator[Belonging]:
+    """What attributes lead to.
+
+    Args:
+        name: Of whose attributes they are.
+        space: The attributes by name; they themselves are not looked after.
+        seen: What has been found, by identity, and the model's own modules; filled in.
+
+    Yields:
+        Each collection, array and object, the nearest first.
+    """
+    pending = deque((f"{name}.{key}".removeprefix("."), value) for key, value in space.items())
+    looked_at = 0
+    while pending and looked_at < _MOST:
+        looked_at += 1
+        where, value = pending.popleft()
+        if isinstance(value, tuple):
+            pending.extend((where, item) for item in value)
+        if not _is_looked_after(value) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        state = _state(value)
+        yield Belonging(where, value, state)
+        if not isinstance(value, np.ndarray):
+            items = state.values() if isinstance(state, dict) else state
+            pending.extend((where, item) for item in items)
+
+
+def _is_looked_after(value: Any) -> bool:
+    if isinstance(value, _LEAVES):
+        return False
+    if isinstance(value, (*_COLLECTIONS, nn.Module)):
+        return True
+    if isinstance(value, np.ndarray):
+        return value.dtype != object and value.flags.writeable
+    home = type(value).__module__.partition(".")[0]
+    if home in _FOREIGN and home not in _PLAIN:
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _state(owner: Any) -> Any:
+    """A copy of what is in it, whatever methods its class has."""
+    if isinstance(owner, np.ndarray):
+        return owner.copy()
+    if isinstance(owner, dict):
+        return dict(dict.items(owner))
+    if isinstance(owner, set):
+        return set(set.__iter__(owner))
+    if isinstance(owner, list | deque):
+        kind: Any = list if isinstance(owner, list) else deque
+        return list(kind.__iter__(owner))
+    return dict(vars(owner))
+
+
+def _items(state: Any) -> list[Any]:
+    if isinstance(state, set):
+        return sorted(state, key=id)  # a copy may have another order
+    return [*state, *state.values()] if isinstance(state, dict) else list(state)
