@@ -50,8 +50,8 @@ def plan(
     Args:
         model: Any module or exported program; left unchanged. It may live on the meta device.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
-            shapes and dtypes count, values don't. Without any, they are taken from what the model
-            declares, or found by trial.
+            shapes and dtypes count, and values where the model's Python looks at them. Without any,
+            they are taken from what the model declares, or found by trial.
         config: What to operate and how much it may cost.
         emit: What `apply` will return: see `transform`.
 
@@ -207,8 +207,8 @@ def transform(
     Args:
         model: Any module or exported program; left unchanged.
         example_inputs: A tensor, a tuple of positional arguments or a dict of keyword arguments;
-            shapes and dtypes count, values don't. Without any, they are taken from what the model
-            declares, or found by trial.
+            shapes and dtypes count, and values where the model's Python looks at them. Without any,
+            they are taken from what the model declares, or found by trial.
         config: What to operate and how much it may cost.
         emit: "graph" gives a `GraphModule`: reads, writes, compilation, export. "module" gives a
             model of the same class with all its methods (`generate`, `forward_features`): nothing

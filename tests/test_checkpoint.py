@@ -357,6 +357,16 @@ def test_save_then_load_gives_the_same_model(tmp_path, name):
     assert [entry.name for entry in tmp_path.iterdir()] == ["aim.safetensors"]
 
 
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_the_given_model_may_be_frozen(tmp_path, emit):
+    gm = transform(small(), IMAGE, config=CONFIG, emit=emit)
+    save(gm, tmp_path / "aim.safetensors")
+    loaded = load(tmp_path / "aim.safetensors", small().requires_grad_(False))
+    assert_same_state(state_of(loaded), state_of(gm))
+    assert torch.equal(loaded.eval()(IMAGE), gm.eval()(IMAGE))
+    assert not loaded.get_parameter("0.weight").requires_grad
+
+
 def test_the_loaded_model_shares_nothing_with_the_given_one(tmp_path):
     save(operated(), tmp_path / "aim.safetensors")
     base = small()

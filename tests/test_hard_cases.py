@@ -7,6 +7,7 @@ import threading
 from collections import OrderedDict, defaultdict
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -54,6 +55,65 @@ def test_the_grad_mode_is_put_back(fails: bool) -> None:
     else:
         assert not gm(X).requires_grad
     assert torch.is_grad_enabled()
+
+
+class Adapter(nn.Linear):
+    """Merges its low rank when evaluation begins, as loralib does."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__(8, 8)
+        self.down, self.up = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(8, 2))
+        self.merged, self.fails = False, fails
+
+    def train(self, mode: bool = True) -> Any:
+        if self.fails:
+            raise RuntimeError("this one is for inference alone")
+        super().train(mode)
+        if self.merged is mode:
+            self.weight.data += (-1 if mode else 1) * self.up @ self.down
+            self.merged = not mode
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = torch.nn.functional.linear(x, self.weight, self.bias)
+        return plain if self.merged else plain + x @ self.down.T @ self.up.T
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_train_that_does_more_is_not_called_on_the_users_model(fails: bool) -> None:
+    model = nn.Sequential(Adapter(fails), nn.ReLU(), nn.Linear(8, 8)).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    gm = aim_surgery.transform(model, X, emit="graph")
+    assert not model[0].merged
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same(gm(X), model(X))
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_the_callers_random_numbers_are_what_they_would_have_been(emit: Any) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:
+                return x
+            return self.fc(x) * (1 + 0 * random.random() + 0 * np.random.rand() + 0 * torch.rand(1))
+
+    model = nn.Sequential(Draws(), nn.Dropout(), nn.Linear(8, 8)).double()
+
+    def states() -> Any:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
+    gm = aim_surgery.transform(model, X, emit=emit)  # draws what is new, of torch's
+    before = states()
+    aim_surgery.plan(model, X, emit=emit)
+    assert states() == before
+    aim_surgery.verify(model, gm, X)
+    assert states() == before
+    model(X)
+    assert states() != before
 
 
 def test_frozen_batch_norm_stays_frozen() -> None:

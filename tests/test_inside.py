@@ -455,13 +455,43 @@ def test_tied_and_hooked_layers_read_beside() -> None:
     gm = transform(model, TOKENS, config=WIDE, emit="module")
     reads = {read.site.name: read.site.why_beside for read in plan_of(gm).reads}
     assert reads == {
-        "layers.0": "its weight is shared",
+        "layers.0": "its weight is shared by layers.0.weight, layers.1.weight",
         "layers.2": "forward hooks see its input and output",
     }
     seen.clear()
     assert_same(gm(TOKENS), model(TOKENS))
     assert set(seen) == {8}
     assert aim_surgery.verify(model, gm, TOKENS).ok
+
+
+class Half(nn.Parameter):
+    """A parameter with a class of its own."""
+
+
+def test_layers_in_a_python_call_widen_by_the_rules_of_a_graph() -> None:
+    """One that no graph could widen is not widened here either."""
+    torch.manual_seed(0)
+    kinds, watched, stopped = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+    kinds.weight = Half(kinds.weight.detach())
+    seen: list[int] = []
+    watched.register_full_backward_hook(lambda _, grads, __: seen.append(grads[0].shape[-1]))
+    stopped.weight.requires_grad_(False)
+    layers = (kinds, watched, stopped, nn.Linear(8, 8))
+    inside, graph = OnValues(*layers).double(), nn.Sequential(*layers).double()
+    whys = []
+    for model, emit in ((inside, "module"), (graph, "graph")):
+        gm = transform(model, TOKENS, config=WIDE, emit=emit)  # type: ignore[arg-type]
+        whys.append([read.site.why_beside for read in plan_of(gm).reads])
+        seen.clear()
+        gm(TOKENS.clone().requires_grad_()).sum().backward()
+        assert set(seen) == {8}
+    assert whys[0] == whys[1]
+    assert whys[0] == [
+        "its weight is a Half",
+        "backward hooks see its gradients",
+        "its weight is frozen",
+        "",
+    ]
 
 
 def test_what_has_no_place_for_a_hook_is_listed() -> None:

@@ -92,7 +92,9 @@ def test_comparisons_elsewhere_are_no_membership() -> None:
 
     assert Probe() not in (4, 5)
     assert Probe.asked == (4, 5)
-    assert Probe() != 4 or True
+    Probe.asked = ()
+    assert Probe() != 5
+    assert Probe.asked is None
     assert not Probe() == 4  # noqa: SIM201 - the comparison itself
     assert Probe.asked is None
     assert Probe() not in [4, "5"]

@@ -651,6 +651,27 @@ class Codebook(nn.Module):
         return x + self.table(chosen)
 
 
+class Chooses(nn.Module):
+    """(N, 8) -> N indices; or what they are of."""
+
+    def __init__(self, chooses: bool) -> None:
+        super().__init__()
+        self.fc, self.chooses = nn.Linear(8, 8), chooses
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        return x.argmax(-1) if self.chooses else x
+
+
+def test_a_model_that_gives_no_gradient_need_not_give_any_after_it() -> None:
+    x = torch.randn(3, 8)
+    model = Chooses(True)
+    result = verify(model, transform(model, x), x)
+    assert result.ok, str(result)
+    assert "no output of the original has a gradient" in str(result)
+    assert not verify(Chooses(False), transform(model, x), x).ok
+
+
 def test_a_product_that_only_chooses_gets_no_gradient() -> None:
     model, x = Codebook(), torch.randn(3, 4)
     gm = transform(model, (x,))

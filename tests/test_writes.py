@@ -235,8 +235,18 @@ def test_a_batch_of_one_trains() -> None:
             if isinstance(module, nn.BatchNorm2d):
                 module.eval()
         gm(images(1)).sum().backward()
+        assert_gradients(gm)
     dense = aim_surgery.transform(mlp(), torch.zeros(2, 16), config=FULL)
     dense(torch.randn(1, 16)).sum().backward()
+    assert_gradients(dense)
+
+
+def assert_gradients(gm: nn.Module) -> None:
+    """Finite everywhere; at zero weights the reads alone get one that is not zero."""
+    gradients = {n: p.grad for n, p in gm.named_parameters() if p.grad is not None}
+    assert gradients.keys() == dict(gm.named_parameters()).keys()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert any(gradient.any() for name, gradient in gradients.items() if "aim" not in name)
 
 
 @pytest.mark.parametrize("write", ["sample", "batch"])

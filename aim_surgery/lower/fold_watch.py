@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -81,8 +82,7 @@ def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
     watched = Watched()
     before = [(buffer, buffer.clone()) for buffer in root.buffers()]
     try:
-        alone = torch.random.fork_rng(devices=[])
-        with torch.inference_mode(False), torch.no_grad(), alone:
+        with torch.inference_mode(False), torch.no_grad(), random_state_kept():
             _Watching(root, graph, watched).run(*inputs)
             for buffer, value in before:
                 if not torch.equal(buffer, value):

@@ -20,14 +20,18 @@ from torch.fx.node import map_arg
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
+from aim_surgery.sites.layers import (
+    LAYER_TYPES,
+    geometry_of,
+    weights_of,
+    why_beside,
+    why_inside_too,
+    why_not_plain,
+)
 from aim_surgery.sites.products import Product, find_product
 from aim_surgery.sites.samples import Samples, find_samples
 from aim_surgery.sites.site import Kind, Site
 from aim_surgery.sites.tables import Table, find_table
-
-CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CONV_TRANSPOSE_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYER_TYPES = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES, nn.Linear)
 
 _CONV_KINDS: tuple[Kind, ...] = ("conv", "conv_transpose")
 CONV_FUNCTIONS: dict[Any, Kind] = {
@@ -143,35 +147,17 @@ def _layer_call(capture: Capture, looked_at: frozenset[str], node: fx.Node) -> C
     source = argument_of(node, 0, "input")
     if not isinstance(layer, LAYER_TYPES) or not is_float(source):
         return None
-    names = _weight_names(capture, layer, str(node.target))
-    if not names or not _is_product(layer, source, node):
+    names = weights_of(capture, str(node.target))
+    geometry = geometry_of(layer)
+    if not names or geometry is None or not _is_product(layer, source, node):
         return None
-    why = _why_beside(capture, layer)
+    why = why_beside(capture, layer) or why_inside_too(capture, layer.weight)
     if not why and not looked_at.isdisjoint(names):
         why = "its weight has other uses"
-    kind: Kind = "linear"
-    groups, kernel = 1, ()
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        kind = "conv_transpose" if layer.transposed else "conv"
-        groups, kernel = layer.groups, tuple(layer.kernel_size)
-    features = (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (
-        layer.in_channels, layer.out_channels)  # fmt: skip
+    kind, inputs, outputs, groups, kernel = geometry
+    features = (inputs, outputs)
     site = _site(str(node.target), kind, features, groups, kernel, source, node, names, why)
     return Call(site, node, 0, "input")
-
-
-def _why_beside(capture: Capture, layer: nn.Module) -> str:
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed"
-    why = _why_not_plain(capture, weight)
-    if why:
-        return why
-    if layer._forward_pre_hooks or layer._forward_hooks:
-        return "forward hooks see its input and output"
-    if layer._backward_hooks or layer._backward_pre_hooks:
-        return "backward hooks see its gradients"
-    return ""
 
 
 def _is_product(layer: nn.Module, source: fx.Node, node: fx.Node) -> bool:
@@ -200,31 +186,6 @@ def _output_size(layer: nn.modules.conv._ConvNd, axis: int, size: int) -> int:
     if layer.transposed:
         return int((size - 1) * stride - 2 * padding + reach + layer.output_padding[axis] + 1)
     return int((size + 2 * padding - reach - 1) // stride + 1)
-
-
-def _why_not_plain(capture: Capture, weight: torch.Tensor) -> str:
-    """Why a parameter can't be replaced by a wider one, "" if it can."""
-    names = capture.owners[id(weight)]
-    if len(names) > 1:
-        return f"its weight is shared by {', '.join(names)}"
-    if type(weight) is not nn.Parameter:
-        return f"its weight is a {type(weight).__name__}"
-    if not weight.requires_grad:
-        return "its weight is frozen"  # so that what is new can learn
-    paths = (call.path for trace in capture.traces for call in trace.opaque)
-    inside = next((path for path in paths if names[0].startswith(f"{path}.")), None)
-    return f"its weight is also used inside {inside}, which stays a Python call" if inside else ""
-
-
-def _weight_names(capture: Capture, layer: nn.Module, path: str) -> tuple[str, ...]:
-    weight = layer._parameters.get("weight")
-    if weight is not None:
-        return tuple(capture.owners[id(weight)]) if weight.is_floating_point() else ()
-    return tuple(
-        f"{path}.{name}"
-        for name, parameter in layer.named_parameters()
-        if "weight" in name and parameter.is_floating_point()
-    )
 
 
 # Function calls -----------------------------------------------------------------------------
@@ -329,7 +290,8 @@ def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx
         return "its weight is computed"
     if kind == "linear" and node.target is not F.linear:
         return "it is a matrix product"
-    why = _why_not_plain(capture, attribute(capture, str(weight.target)))
+    parameter = attribute(capture, str(weight.target))
+    why = why_not_plain(capture, parameter) or why_inside_too(capture, parameter)
     if why:
         return why
     path = str(weight.target).rpartition(".")[0]

@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 
 from aim_surgery.capture import Capture
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.sites.features import Features
 from aim_surgery.sites.graph import changes_in_place
 from aim_surgery.sites.samples import holds_tensor
@@ -41,7 +42,7 @@ def compute_constants(
     if not needed or len(needed) > _MOST_CALLS:
         return {}
     values: dict[fx.Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), random_state_kept():
         for node in needed:
             try:
                 values[node] = _compute(capture, node, values)

@@ -23,13 +23,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors, is_shape_only
+from aim_surgery.capture.copies import derived_tensors, is_shape_only, random_state_kept
 from aim_surgery.nn.recurrent import is_recurrent
-from aim_surgery.sites.calls import LAYER_TYPES
 from aim_surgery.sites.closed import are_closed
+from aim_surgery.sites.layers import (
+    FROZEN,
+    LAYER_TYPES,
+    geometry_of,
+    matrix_of,
+    weights_of,
+    why_beside,
+)
 from aim_surgery.sites.recurrent import fault_recurrent, recurrent_sites, recurrent_skips
 from aim_surgery.sites.rows import RowsWatched
-from aim_surgery.sites.site import Kind, Site, Skip
+from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import NOT_PRODUCTS
 
 _EXAMPLE = "given"
@@ -117,7 +124,7 @@ def find_inside(
             skips.append(Skip(name or type(layer).__name__, weights, reason))
             continue
         read.update(weights)
-        why = _why_beside(capture, layer)
+        why = why_beside(capture, layer)
         if not why and name in runs.elsewhere:
             why = f"{runs.elsewhere[name]} uses its weight, too"
         sites.append(_site(name, layer, weights, seen, why))
@@ -148,17 +155,17 @@ def fault_inside(capture: Capture, site: Site, paths: Mapping[str, str]) -> str:
     weights = weights_of(capture, site.layer)
     if weights != site.weights:
         return f"its weights are {weights!r}, the plan was made for {site.weights!r}"
-    geometry = _geometry(layer)
+    geometry = geometry_of(layer)
     if geometry is None:
-        shape, planned = _matrix(layer), {site.in_channels, site.out_channels}
+        shape, planned = matrix_of(layer), {site.in_channels, site.out_channels}
         if shape is not None and set(shape) != planned:
             return f"its weight is of {tuple(shape)}, the plan was made for {planned}"
     else:
         planned = (site.kind, site.in_channels, site.out_channels, site.groups, site.kernel_size)
         if geometry != planned:
             return f"it is {geometry!r}, the plan was made for {planned!r}"
-    why = _why_beside(capture, layer) if site.widens else ""
-    return f"the plan was made where it could be widened: {why}" if why else ""
+    why = why_beside(capture, layer) if site.widens else ""
+    return "" if why in ("", FROZEN) else f"the plan was made where it could be widened: {why}"
 
 
 def path_of(name: str, paths: Mapping[str, str]) -> str | None:
@@ -173,34 +180,7 @@ def _may_read(layer: nn.Module) -> bool:
     if isinstance(layer, LAYER_TYPES) or is_recurrent(layer):
         return True
     alone = not any(True for _ in layer.children())
-    return alone and _matrix(layer) is not None and not isinstance(layer, NOT_PRODUCTS)
-
-
-def _matrix(layer: nn.Module) -> torch.Size | None:
-    weight = layer._parameters.get("weight")
-    return None if weight is None or weight.ndim != 2 else weight.shape
-
-
-def weights_of(capture: Capture, name: str) -> tuple[str, ...]:
-    """Parameters that a layer's weight is, or is made of (weight norm, pruning), by all names.
-
-    Args:
-        capture: The captured model.
-        name: Qualified name of the layer.
-
-    Returns:
-        Qualified names; none where the weight holds integers.
-    """
-    layer = capture.modules[name]
-    weight = layer._parameters.get("weight")
-    if weight is not None:
-        return tuple(capture.owners[id(weight)]) if weight.is_floating_point() else ()
-    prefixes = (f"{name}.parametrizations.weight.", f"{name}.weight_")
-    return tuple(
-        parameter
-        for parameter, _ in layer.named_parameters(prefix=name)
-        if parameter.startswith(prefixes) and parameter in capture.floating_parameters
-    )
+    return alone and matrix_of(layer) is not None and not isinstance(layer, NOT_PRODUCTS)
 
 
 def _why_not(name: str, layer: nn.Module, seen: _Seen | None, runs: _Runs) -> str:
@@ -231,27 +211,16 @@ def _recurrent(capture: Capture, name: str, runs: _Runs) -> tuple[list[Site], li
 def _why_not_linear(layer: nn.Module, seen: _Seen | None) -> str:
     if seen is None or isinstance(layer, LAYER_TYPES):
         return ""
-    shape = _matrix(layer)
+    shape = matrix_of(layer)
     ends = (seen.inputs[-1], seen.outputs[-1])
     if shape is not None and (*shape,) in (ends, ends[::-1]):
         return ""
     return f"{type(layer).__name__} has a forward of its own, which is no linear map by its weight"
 
 
-def _geometry(layer: nn.Module) -> tuple[Kind, int, int, int, tuple[int, ...]] | None:
-    """Kind, channels, groups and kernel of a layer of torch's; None for others."""
-    if isinstance(layer, nn.modules.conv._ConvNd):
-        kind: Kind = "conv_transpose" if layer.transposed else "conv"
-        channels = (layer.in_channels, layer.out_channels)
-        return (kind, *channels, layer.groups, tuple(layer.kernel_size))
-    if isinstance(layer, nn.Linear):
-        return ("linear", layer.in_features, layer.out_features, 1, ())
-    return None
-
-
 def _site(name: str, layer: nn.Module, weights: tuple[str, ...], seen: _Seen, why: str) -> Site:
     ends = (seen.inputs[-1], seen.outputs[-1])
-    kind, inputs, outputs, groups, kernel = _geometry(layer) or ("linear", *ends, 1, ())
+    kind, inputs, outputs, groups, kernel = geometry_of(layer) or ("linear", *ends, 1, ())
     dims = len(kernel)
     size = seen.outputs[-dims:] if dims else ()
     return Site(
@@ -271,28 +240,6 @@ def _site(name: str, layer: nn.Module, weights: tuple[str, ...], seen: _Seen, wh
         output_size=size,
         inside=seen.path or ".",
     )
-
-
-def _why_beside(capture: Capture, layer: nn.Module) -> str:
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed"
-    if not isinstance(layer, LAYER_TYPES) or type(layer).forward is not _stock_forward(layer):
-        return "its forward is its own"
-    if "forward" in vars(layer):
-        return "its forward is its own"
-    if len(capture.owners[id(weight)]) > 1:
-        return "its weight is shared"
-    if not weight.requires_grad:
-        return "its weight is frozen"
-    if layer._forward_pre_hooks or layer._forward_hooks:
-        return "forward hooks see its input and output"
-    return ""
-
-
-def _stock_forward(layer: nn.Module) -> Any:
-    stock = next(kind for kind in type(layer).__mro__ if kind.__module__.startswith("torch.nn."))
-    return stock.forward
 
 
 # Running ------------------------------------------------------------------------------------
@@ -320,7 +267,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     for training in (capture.model.training, not capture.model.training):
         try:
             twin.train(training)
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), watch:
+            with torch.no_grad(), random_state_kept(), watch:
                 args, kwargs = _examples(capture)
                 rows.begin((args, kwargs))
                 twin(*args, **kwargs)

@@ -27,6 +27,7 @@ from aim_surgery.sites import (
     find_stages,
     python_calls,
 )
+from aim_surgery.sites.layers import FROZEN
 from aim_surgery.surgery.emit import GraphWriter
 from aim_surgery.surgery.inside import attach_reads, operate_whole
 from aim_surgery.surgery.modules import AIM, Calls, home_weight, operated_tree
@@ -109,7 +110,7 @@ def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
             raise PlanError(f"the plan reads at {read.site.name!r}, which this model has not")
         mine, planned = vars(site), vars(read.site)
         differ = {key for key in mine if mine[key] != planned[key]} - _FREE
-        if read.site.widens and not site.widens:
+        if read.site.widens and not site.widens and site.why_beside != FROZEN:
             raise PlanError(
                 f"{site.name}: the plan was made where its layer could be widened: "
                 f"{site.why_beside}"

@@ -115,28 +115,25 @@ def _add_plain_tensors(
 def contrary_modules(model: nn.Module) -> dict[bool, tuple[str, ...]]:
     """Modules that end up in the other mode when the model's own `train(mode)` is called.
 
-    Frozen batch norm is written so: a `train` that calls `self.bn.eval()`. Found by calling it;
-    modes and `requires_grad` are put back.
+    Frozen batch norm is written so: a `train` that calls `self.bn.eval()`. Found by calling it on a
+    copy, as such methods may do more (merge the weights of an adapter).
 
     Args:
-        model: The model.
+        model: The model; left unchanged.
 
     Returns:
-        Qualified names for training (True) and evaluation (False).
+        Qualified names for training (True) and evaluation (False); none where it has no copy, or
+        its `train` fails.
     """
     found: dict[bool, tuple[str, ...]] = {True: (), False: ()}
-    modules = dict(model.named_modules())
-    if all(type(module).train is nn.Module.train for module in modules.values()):
+    if all(type(module).train is nn.Module.train for module in model.modules()):
         return found
-    modes = {module: module.training for module in modules.values()}
-    frozen = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
+        twin = copy.deepcopy(model, derived_tensors(model))
         for mode in (True, False):
-            model.train(mode)
-            found[mode] = tuple(n for n, m in modules.items() if n and m.training is not mode)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for parameter, requires_grad in frozen.items():
-            parameter.requires_grad_(requires_grad)
+            twin.train(mode)
+            modules = twin.named_modules()
+            found[mode] = tuple(n for n, m in modules if n and m.training is not mode)
+    except Exception:
+        return {True: (), False: ()}
     return found

@@ -56,7 +56,7 @@ class Gradients:
     @property
     def ok(self) -> bool:
         """Whether gradients are finite and reach every new tensor."""
-        return bool(self.mode) and not self.unreached
+        return not self.unreached
 
     def __str__(self) -> str:
         if not self.mode:
@@ -68,16 +68,18 @@ class Gradients:
         )
 
 
-def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
+def check_gradients(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
     """Take two training steps on a copy and see where gradients arrive.
 
     Args:
+        model: The original; left unchanged.
         gm: The operated model; left unchanged.
         plan: What was done; tells original from new entries.
         samples: The inputs.
 
     Returns:
-        What was reached, in training mode or, if the model doesn't run there, in evaluation mode.
+        What was reached, in training mode or, if the model doesn't run there, in evaluation mode;
+        nothing where the original's own outputs have no gradient.
     """
     refusals: list[str] = []
     own = own_dtype(gm)
@@ -108,7 +110,22 @@ def check_gradients(gm: nn.Module, plan: Plan, samples: Samples) -> Gradients:
                 result = steps.result(mode, _why(refusals, mode, dtype))
                 return _without_dead_ends(result, twin, plan, batch)
             del twin
+        if _passes_none(model, samples):
+            note = "no output of the original has a gradient, so none of the operated model's has"
+            return Gradients("", (), (), 0.0, (note,))
     return Gradients("", (), (("the operated model", f"does not train: {refusals[0]}"),), 0.0)
+
+
+def _passes_none(model: nn.Module, samples: Samples) -> bool:
+    """Whether no output of a model has a gradient, even if all of it is trained (an argmax)."""
+    twin = copy_of(model)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    try:
+        leaves = named_leaves(call(twin, samples)).values()
+    except Exception:
+        return False
+    return not any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _without_dead_ends(

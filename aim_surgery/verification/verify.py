@@ -136,5 +136,5 @@ def verify(
         return Verification(
             equivalence=check_equivalence(model, gm, plan, samples),
             coverage=check_coverage(model, gm, plan, samples),
-            gradients=check_gradients(gm, plan, samples),
+            gradients=check_gradients(model, gm, plan, samples),
         )
