@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -49,12 +48,10 @@ from aim_surgery.cli_options import (
     refuse_beside_plan,
 )
 from aim_surgery.cli_output import line_of, progress_bar, tell_error, tell_written, told_of
-from aim_surgery.errors import AimSurgeryError, CheckpointError
+from aim_surgery.errors import AimSurgeryError
 
 if TYPE_CHECKING:
     from aim_surgery.checkpoint.transform import Outcome, Reading
-
-DEMO_SPEC = "torchvision:resnet50"
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -407,55 +404,9 @@ def demo_command(
     folder: Annotated[Path, typer.Option(help="Where the demo's files go.")] = Path("demo"),
 ) -> None:
     """Operate a ResNet50 with 120 classes from a checkpoint on disk: plan, transform, verify."""
-    checkpoint, output = folder / "resnet50.pt", folder / "resnet50-aim.safetensors"
-    arguments = {"num_classes": 120}
-    if not checkpoint.exists():
-        _save_random_weights(checkpoint, DEMO_SPEC, arguments)
-    options = ["--model", DEMO_SPEC, "--model-args", json.dumps(arguments)]
-    plan = _run_aloud("plan", checkpoint, *options)
-    _run_aloud("transform", checkpoint, *options, "-o", output)
-    verification = _run_aloud("verify", checkpoint, output, *options)
+    from aim_surgery.cli_demo import run_demo
 
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for heading in ("", "before", "after"):
-        table.add_column(heading, justify="right" if heading else "left")
-    before, after = (f"{file.stat().st_size / 1e6:,.1f} MB" for file in (checkpoint, output))
-    table.add_row("parameters", f"{plan.base_parameters:,}", f"{plan.total_parameters:,}")
-    table.add_row("memory, floats", "", f"{plan.memory.floats:,}")
-    table.add_row("largest difference of outputs", "", f"{verification.largest_difference:.3g}")
-    table.add_row("file size", before, after)
-    Console().print(table)
-
-
-def _run_aloud(*arguments: str | Path) -> Any:
-    """Run a command as if it had been typed; its return value, or its failure as ours."""
-    words = [str(argument) for argument in arguments]
-    typer.echo(f"$ {shlex.join(['aim-surgery', *words])}")
-    result = app(words, prog_name="aim-surgery", standalone_mode=False)
-    if isinstance(result, int):
-        raise typer.Exit(result)
-    typer.echo()
-    return result
-
-
-def _save_random_weights(path: Path, spec: str, arguments: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise CheckpointError(f"{path.parent}: no folder can be made here: {err.strerror}") from err
-    import torch
-
-    from aim_surgery.checkpoint.models import build
-    from aim_surgery.checkpoint.writing.atomic import replacing
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build(spec, **arguments)
-    with replacing(path) as temporary:
-        torch.save(model.state_dict(), temporary)
+    run_demo(app, folder)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 import aim_surgery
-from aim_surgery import Plan, cli
+from aim_surgery import Plan, cli, cli_demo
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.reading.safetensors_file import CRC_KEY
@@ -303,7 +303,7 @@ def test_wrong_usage_of_files(folder):
 @pytest.fixture
 def small_demo(folder, monkeypatch):
     """The demo on a smaller network, so that tests stay quick."""
-    monkeypatch.setattr(cli, "DEMO_SPEC", "nets.py:small")
+    monkeypatch.setattr(cli_demo, "SPEC", "nets.py:small")
 
 
 def test_demo_runs_the_commands_that_it_shows(small_demo):

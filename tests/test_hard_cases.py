@@ -74,9 +74,9 @@ class Adapter(nn.Linear):
             self.merged = not mode
         return self
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plain = torch.nn.functional.linear(x, self.weight, self.bias)
-        return plain if self.merged else plain + x @ self.down.T @ self.up.T
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        plain = torch.nn.functional.linear(input, self.weight, self.bias)
+        return plain if self.merged else plain + input @ self.down.T @ self.up.T
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -104,7 +104,8 @@ def test_the_callers_random_numbers_are_what_they_would_have_been(emit: Any) -> 
     model = nn.Sequential(Draws(), nn.Dropout(), nn.Linear(8, 8)).double()
 
     def states() -> Any:
-        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+        numpy: Any = np.random.get_state(legacy=False)
+        return torch.get_rng_state().tolist(), random.getstate(), numpy["state"]["key"].tolist()
 
     gm = aim_surgery.transform(model, X, emit=emit)  # draws what is new, of torch's
     before = states()

@@ -29,6 +29,7 @@ ORDER = (
     "checkpoint",
     "cli_options",
     "cli_output",
+    "cli_demo",
     "cli",
     "__init__",
 )

@@ -51,7 +51,7 @@ class Busy(nn.Module):
         self._private: list[Any] = []
         self.nested: dict[str, Any] = {"list": [], "dict": {"deep": set()}}
         self.recent: collections.deque[Any] = collections.deque(maxlen=2)
-        self.ordered = collections.OrderedDict(a=1)
+        self.ordered: dict[str, Any] = collections.OrderedDict(a=1)
         self.words = Words(a=1)
         self.notes, self.space = Notes(), types.SimpleNamespace(x=None, more=[])
         self.others = [nn.Linear(8, 8)]  # no child
@@ -137,7 +137,7 @@ ACTS: dict[str, Callable[[Busy, Tensor], Any]] = {
 def test_the_model_is_as_it_was(act: str) -> None:
     model = Busy(ACTS[act]).double().eval()
     before = look(model)
-    gm = aim_surgery.transform(model, X, emit="graph")
+    gm: Any = aim_surgery.transform(model, X, emit="graph")
     assert look(model) == before
     assert any("is set inside forward" in note for note in gm.aim.plan.notes)
     expected = nn.functional.linear(X, model.fc.weight, model.fc.bias)

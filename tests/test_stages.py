@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -841,7 +841,7 @@ def test_samples_behind_others_are_found_again(
     shape, target, samples = tuple(before), (*after, rest), before[axis]
     found = regrouped(shape, axis, 1, target, samples=samples)
     assume(found is not None)
-    place, outer = found
+    place, outer = cast(tuple[int, int], found)
     entries = target[place] // samples // outer
     reshaped = runs_over(shape, axis).reshape(target)
     assert torch.equal(reshaped, runs_over(target, place) // entries % samples)

@@ -73,8 +73,7 @@ class Capture:
         missing: Why the other mode has no trace, where the model branches on its mode.
         pinned: Why the graphs hold for one batch size only, where the model takes others.
         why_whole: Why the model was taken as a whole, where nobody asked for that.
-        findings: What was found out about it later, such as the sites of a graph, so that it need
-            not be found again.
+        findings: What was found out about it later, such as the sites of a graph (`found_once`).
     """
 
     model: nn.Module

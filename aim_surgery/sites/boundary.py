@@ -14,6 +14,7 @@ from torch import fx
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.capture import Trace
+from aim_surgery.sites.once import found_once
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ def analysed_trace(capture: Capture) -> Trace:
     return next((trace for trace in capture.traces if not trace.training), capture.traces[0])
 
 
+@found_once
 def node_names(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     """The names that each node goes by, modules that return it (innermost first) before its own.
 
@@ -61,13 +63,6 @@ def node_names(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ..
     Returns:
         Names by node; no name belongs to two nodes.
     """
-    key = (node_names, graph)
-    if key not in capture.findings:
-        capture.findings[key] = _node_names(capture, graph)
-    return capture.findings[key]
-
-
-def _node_names(capture: Capture, graph: fx.Graph) -> dict[fx.Node, tuple[str, ...]]:
     inside = tuple(f"{call.path}." for trace in capture.traces for call in trace.opaque)
     calls: Counter[str] = Counter()
     names: defaultdict[fx.Node, list[str]] = defaultdict(list)

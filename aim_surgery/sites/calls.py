@@ -28,6 +28,7 @@ from aim_surgery.sites.layers import (
     why_inside_too,
     why_not_plain,
 )
+from aim_surgery.sites.once import found_once
 from aim_surgery.sites.products import Product, find_product
 from aim_surgery.sites.samples import Samples, find_samples
 from aim_surgery.sites.site import Kind, Site
@@ -67,6 +68,7 @@ class Call:
         return max(node.meta["val"].ndim - 1 - behind, 0)
 
 
+@found_once
 def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     """The sites of one graph with their nodes, in execution order.
 
@@ -77,13 +79,6 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     Returns:
         One `Call` for each site.
     """
-    key = (find_calls, graph)
-    if key not in capture.findings:
-        capture.findings[key] = _find_calls(capture, graph)
-    return capture.findings[key]
-
-
-def _find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     weights = weight_sources(capture, graph)
     looked_at = _weights_looked_at(capture)
     seen: Counter[str] = Counter()

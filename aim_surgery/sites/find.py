@@ -9,6 +9,7 @@ from torch import fx
 from aim_surgery.capture import Capture
 from aim_surgery.sites.calls import find_calls
 from aim_surgery.sites.inside import find_inside, path_of
+from aim_surgery.sites.once import found_once
 from aim_surgery.sites.recurrent import find_recurrent
 from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import find_unread
@@ -32,7 +33,7 @@ def find_sites(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...]]:
     sites: dict[str, Site] = {}
     unread: dict[str, Skip] = {}
     paths = python_calls(capture)
-    inside, rest, both = _inside(capture, paths)
+    inside, rest, both = _inside(capture)
     hooked = {site.layer for site in inside}
     for trace in capture.traces:
         calls = find_calls(capture, trace.graph)
@@ -69,20 +70,18 @@ def python_calls(capture: Capture) -> dict[str, str]:
     return {call.path: call.reason for trace in capture.traces for call in trace.opaque}
 
 
-def _inside(
-    capture: Capture, paths: dict[str, str]
-) -> tuple[tuple[Site, ...], tuple[Skip, ...], frozenset[str]]:
-    if "inside" not in capture.findings:
-        calls = [call for trace in capture.traces for call in find_calls(capture, trace.graph)]
-        functions = {call.site.layer for call in calls if call.node.op != "call_module"}
-        taken = frozenset(
-            weight
-            for call in calls
-            if call.site.layer in functions or path_of(call.site.layer, paths) is None
-            for weight in call.site.weights
-        )
-        capture.findings["inside"] = find_inside(capture, paths, taken)
-    return capture.findings["inside"]
+@found_once
+def _inside(capture: Capture) -> tuple[tuple[Site, ...], tuple[Skip, ...], frozenset[str]]:
+    paths = python_calls(capture)
+    calls = [call for trace in capture.traces for call in find_calls(capture, trace.graph)]
+    functions = {call.site.layer for call in calls if call.node.op != "call_module"}
+    taken = frozenset(
+        weight
+        for call in calls
+        if call.site.layer in functions or path_of(call.site.layer, paths) is None
+        for weight in call.site.weights
+    )
+    return find_inside(capture, paths, taken)
 
 
 def _left_alone(site: Site, both: frozenset[str]) -> Site:

@@ -25,6 +25,7 @@ from aim_surgery.sites.causal import find_causal
 from aim_surgery.sites.features import Features, Point
 from aim_surgery.sites.flow import Flow
 from aim_surgery.sites.masks import find_input_mask
+from aim_surgery.sites.once import found_once
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Stages:
     refused: tuple[tuple[str, str], ...] = ()
 
 
+@found_once
 def find_stages(capture: Capture) -> Stages:
     """Find the boundaries of a captured model, its stages, and one place to write in each.
 
@@ -52,12 +54,6 @@ def find_stages(capture: Capture) -> Stages:
     Returns:
         The stages; all empty where no site depends on the input.
     """
-    if find_stages not in capture.findings:
-        capture.findings[find_stages] = _find_stages(capture)
-    return capture.findings[find_stages]
-
-
-def _find_stages(capture: Capture) -> Stages:
     features = Features(capture, analysed_trace(capture).graph)
     flow = features.flow
     points = [point for node in flow.dominators if (point := features.at(node)) is not None]
