@@ -20,6 +20,11 @@ def is_stock(module: nn.Module) -> bool:
     return not own and _is_stock_class(type(module))
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether calling the module runs PyTorch's own code, and no forward hooks around it."""
+    return is_stock(module) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 @functools.cache
 def _is_stock_class(kind: type[nn.Module]) -> bool:
     functions = [getattr(kind, name, None) for name in ("forward", "_conv_forward")]

@@ -52,6 +52,7 @@ from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
 from aim_surgery.nn.pointwise import use_matrices
 from aim_surgery.nn.recurrent import GateMemory
+from aim_surgery.nn.spatial import CHANNELS_LAST
 from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
@@ -213,7 +214,7 @@ def _maps(
         value = made.part.value
         layout = torch.contiguous_format
         if made.channels_last:
-            layout = torch.channels_last if value.ndim == 4 else torch.channels_last_3d
+            layout = CHANNELS_LAST[value.ndim - 2]
         tensors[f"at_{made.name}"] = value.detach().clone(memory_format=layout)
     used = {str(n.target) for n in recipe.nodes if n.op == "get_attr"} if recipe else set()
     given = {

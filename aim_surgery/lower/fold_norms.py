@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from aim_surgery.capture.leaves import is_plain
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.surgery.notes import SiteNote
 
@@ -54,7 +55,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
     def alone(node: fx.Node) -> nn.modules.conv._ConvNd | None:
         """The convolution that a node calls, where nothing else has to do with its tensors."""
         layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, _CONVS) or not _is_stock(layer) or calls[str(node.target)] > 1:
+        if not isinstance(layer, _CONVS) or not is_plain(layer) or calls[str(node.target)] > 1:
             return None
         for name in ("weight", "bias"):
             tensor = layer._parameters.get(name)
@@ -67,7 +68,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
     merged = 0
     for node in list(graph.nodes):
         norm: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, _NORMS) or not _is_stock(norm) or norm.training:
+        if not isinstance(norm, _NORMS) or not is_plain(norm) or norm.training:
             continue
         if norm.running_mean is None or not isinstance(node.args[0], fx.Node):
             continue
@@ -115,9 +116,3 @@ def _scale(layer: Any, scale: torch.Tensor, shift: Any) -> None:
         bias = layer._parameters.get("bias")
         shift = shift if bias is None else bias.detach() * scale + shift
         layer._parameters["bias"] = nn.Parameter(shift.to(weight), requires_grad=False)
-
-
-def _is_stock(layer: nn.Module) -> bool:
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    kind = next(kind for kind in (*_CONVS, *_NORMS) if isinstance(layer, kind))
-    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not hooks

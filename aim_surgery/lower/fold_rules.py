@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
+from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lower.fold_graph import FoldWriter, Live, Rule
 from aim_surgery.lower.fold_norms import affine
 from aim_surgery.lower.fold_parts import Part
@@ -74,7 +75,7 @@ def _rule_of_layer(writer: FoldWriter, node: fx.Node, layer: nn.Module) -> Rule 
         return _look  # in evaluation, it doesn't even look
     kind = next((kind for kind in _STOCK if isinstance(layer, kind)), None)
     alone = bool(node.args) and all(writer.known(n) for n in node.all_input_nodes[1:])
-    if kind is None or not alone or not _is_stock(layer, kind):
+    if kind is None or not alone or not is_plain(layer):
         return None
     if kind in _PRODUCTS:
         return _layer_product
@@ -418,11 +419,6 @@ def _own_offset(writer: FoldWriter, node: fx.Node) -> Part:
 def _whole(writer: FoldWriter, node: fx.Node, offset: Part, size: Any, axis: int) -> Part:
     """An offset with all entries along the axis that a product sums over."""
     return offset if offset.value.shape[axis] == size else writer.spread(offset, _source(node))
-
-
-def _is_stock(layer: nn.Module, kind: type[nn.Module]) -> bool:
-    hooks = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer).forward is kind.forward and "forward" not in vars(layer) and not hooks
 
 
 def _are_constant(writer: FoldWriter, nodes: list[fx.Node]) -> bool:

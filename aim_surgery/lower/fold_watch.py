@@ -18,12 +18,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.leaves import is_plain
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS, channels_last_format
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of, called_name
 
-_POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 _POOL_TYPES = (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)
 # an output of the input's sizes, or of some that follow from those without the batch
 _KEEPING = frozenset(
@@ -125,7 +126,7 @@ class _Watching(fx.Interpreter):
         watched.seen[n] = Seen(
             tuple(result.shape) if tensor else None,
             result.dtype if tensor else None,
-            tensor and _channels_last(result),
+            tensor and channels_last_format(result) is not None,
             float(result.abs().max()) if floating and result.numel() else 0.0,
             plain,
             result if plain or n in watched.constant else None,
@@ -160,7 +161,7 @@ class _Watching(fx.Interpreter):
             # a convolution fixes the channels; without one, this may be the length of a sequence
             return any(self._convolves(user) for user in node.users)
         if layer is not None:
-            return _is_stock(layer) and bool(sources) and fixed.issuperset(sources)
+            return _keeps_size(layer) and bool(sources) and fixed.issuperset(sources)
         if not sources or not fixed.issuperset(sources):
             return False
         if node.target is getattr and node.args[1] == "shape":
@@ -178,7 +179,7 @@ def _pools_to_numbers(node: fx.Node, layer: nn.Module | None, result: Any) -> bo
     """Whether all positions are averaged to a number of them that is given."""
     if isinstance(layer, _POOL_TYPES):
         return _all_numbers(layer.output_size)
-    if node.target in _POOLS:
+    if node.target in ADAPTIVE_POOLS.values():
         return _all_numbers(argument_of(node, 1, "output_size"))
     if called_name(node) != "mean" or not isinstance(result, Tensor):
         return False
@@ -222,21 +223,14 @@ def _storages(value: Any) -> Iterator[int]:
             yield leaf.untyped_storage().data_ptr()
 
 
-def _channels_last(tensor: Tensor) -> bool:
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if layout is None or tensor.is_contiguous():
-        return False
-    return tensor.is_contiguous(memory_format=layout)
-
-
 def _all_numbers(sizes: Any) -> bool:
     sizes = (sizes,) if not isinstance(sizes, tuple | list) else sizes
     return all(isinstance(size, int) for size in sizes)
 
 
-def _is_stock(layer: nn.Module) -> bool:
+def _keeps_size(layer: nn.Module) -> bool:
     module = type(layer).__module__.removeprefix("torch.nn.modules.")
-    return module in _KEEPING_MODULES and not layer._forward_hooks
+    return module in _KEEPING_MODULES and is_plain(layer)
 
 
 def _without_first(index: Any, ndim: int) -> bool:

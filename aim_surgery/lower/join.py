@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lower.split import POOLS
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input
@@ -76,4 +76,4 @@ def _always_resize(view: fx.Node, dims: int) -> None:
     while node.target in ("to", "reshape", torch.repeat_interleave):
         node = node.all_input_nodes[0]
     if node.target is resized:
-        node.target = POOLS[dims - 1]
+        node.target = ADAPTIVE_POOLS[dims]

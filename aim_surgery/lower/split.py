@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from aim_surgery.lower.products import write_product
 from aim_surgery.nn.add_product import add_product, is_better
 from aim_surgery.nn.pointwise import is_pointwise, pointwise
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -33,8 +34,6 @@ from aim_surgery.surgery.beside import convolve_alone, set_input
 from aim_surgery.surgery.notes import SiteNote, note_site
 from aim_surgery.surgery.pieces import pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
-
-POOLS = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
 
 
 def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str, Read]) -> bool:
@@ -201,5 +200,5 @@ def resize_where_needed(view: fx.Node) -> None:
     node = view
     while node.target in ("to", "reshape", torch.repeat_interleave):
         node = node.all_input_nodes[0]
-    if node.target in POOLS and isinstance(node.args[1], fx.Node):
+    if node.target in ADAPTIVE_POOLS.values() and isinstance(node.args[1], fx.Node):
         node.target = resized

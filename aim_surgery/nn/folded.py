@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.graph_state import graph_from_state, graph_state
+from aim_surgery.nn.spatial import channels_last_format
 
 _REMEMBERED = 8  # sizes besides the planned ones
 _LITERALS = (bool, int, float, str, type(None))
@@ -228,11 +229,7 @@ def spread(o: Tensor, shape: Sequence[int]) -> Tensor:
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:
     """Bring a tensor, without copying where it is so already, to another's memory format."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    layout = formats.get(like.ndim, torch.contiguous_format)
-    if like.is_contiguous() or not like.is_contiguous(memory_format=layout):
-        layout = torch.contiguous_format
-    return value.contiguous(memory_format=layout)
+    return value.contiguous(memory_format=channels_last_format(like) or torch.contiguous_format)
 
 
 def _cast(value: Tensor, t: Tensor) -> Tensor:

@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.stand_in import StandIn
 from aim_surgery.nn.views import averaged
-
-_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 
 class SharedViews:
@@ -130,7 +129,7 @@ class View:
         if self.planes < available:
             planes = averaged(planes, self.planes)
         planes = planes.reshape(self.planes, *self.spatial)
-        return _POOLS[dims](planes, x.shape[-dims:])
+        return ADAPTIVE_POOLS[dims](planes, x.shape[-dims:])
 
 
 class _Hook:
@@ -223,7 +222,7 @@ class AddMemory(_Hook):
             part = self.beside(view, output_size=size)
         else:
             part = self.beside(view)
-        part = part if list(part.shape[-dims:]) == size else _POOLS[dims](part, size)
+        part = part if list(part.shape[-dims:]) == size else ADAPTIVE_POOLS[dims](part, size)
         return output + part.to(output.dtype)
 
 

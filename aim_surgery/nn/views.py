@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 
 
 def averaged(memory: Tensor, groups: int) -> Tensor:
@@ -66,4 +66,4 @@ def resized(view: Tensor, size: Sequence[int]) -> Tensor:
     """
     if not torch.compiler.is_exporting() and view.shape[-len(size) :] == tuple(size):
         return view
-    return _POOLS[len(size)](view, size)
+    return ADAPTIVE_POOLS[len(size)](view, size)

@@ -15,11 +15,10 @@ evaluation, as in batch norm, so that a result never depends on what else is in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from aim_surgery.errors import AimSurgeryError
@@ -31,16 +30,10 @@ from aim_surgery.nn.block_layers import (
     block_parameters,
 )
 from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CHANNELS_LAST
 from aim_surgery.nn.views import resized
 
 __all__ = ["WriteBlock", "block_parameters"]
-
-_POOLS: dict[int, Callable[..., Tensor]] = {
-    1: F.adaptive_avg_pool1d,
-    2: F.adaptive_avg_pool2d,
-    3: F.adaptive_avg_pool3d,
-}
-_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class WriteBlock(nn.Module):
@@ -200,7 +193,7 @@ class WriteBlock(nn.Module):
         self._refuse_single_value(x)
         if self.dims:
             size = self.home if len(self.home) == self.dims else (1,) * self.dims
-            pooled = _POOLS[self.dims](self.block(x), size).flatten(2).mT
+            pooled = ADAPTIVE_POOLS[self.dims](self.block(x), size).flatten(2).mT
         else:
             samples, tokens, _ = x.shape
             x = self.block(x.flatten(0, 1)).unflatten(0, (samples, tokens))
@@ -221,7 +214,7 @@ class WriteBlock(nn.Module):
             return torch.cat([features, view], 2)
         view = view.unsqueeze(0) if view.ndim == self.dims + 1 else view
         view = resized(view, size).expand(samples, -1, *size)
-        layout = _CHANNELS_LAST.get(self.dims, torch.contiguous_format)
+        layout = CHANNELS_LAST.get(self.dims, torch.contiguous_format)
         if features.is_contiguous(memory_format=layout) and not features.is_contiguous():
             view = view.contiguous(memory_format=layout)  # else `cat` would change the features'
         return torch.cat([features, view], 1)

@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from aim_surgery.errors import PlanError, UnsupportedLayerError
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS, channels_last_format
 from aim_surgery.nn.views import averaged
 from aim_surgery.planning import Plan, Read, Write
 from aim_surgery.planning.parts import seen_as
@@ -31,9 +32,6 @@ from aim_surgery.surgery.joined import write_joined
 from aim_surgery.surgery.modules import memory_path, write_path
 from aim_surgery.surgery.notes import SiteNote, note_site
 from aim_surgery.surgery.tables import write_table
-from aim_surgery.surgery.widen import channels_last_format
-
-_POOLS = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_pool3d}
 
 Version = tuple[str, int]  # name of the memory, number
 Size = tuple[int, ...]
@@ -173,7 +171,7 @@ class GraphWriter:
         if site.spatial:
             dims = len(site.spatial)
             size = self._call(operator.getitem, shape, slice(-dims, None))
-            view = self._call(_POOLS[dims], view, size)
+            view = self._call(ADAPTIVE_POOLS[dims], view, size)
         if (value.dtype, value.device) == self._home:
             return view
         return self._method("to", view, source)

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from aim_surgery.config import Init
+from aim_surgery.nn.spatial import channels_last_format
 from aim_surgery.planning import Read
 from aim_surgery.sites import Kind
 
@@ -182,14 +183,6 @@ def widen_layer(layer: nn.Module, planes: int) -> None:
         layer.in_features += planes
     elif isinstance(layer, nn.modules.conv._ConvNd):
         layer.in_channels += planes * layer.groups
-
-
-def channels_last_format(tensor: torch.Tensor) -> torch.memory_format | None:
-    """The channels-last format that a tensor is in, None where it is in another."""
-    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-    if layout is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=layout):
-        return None
-    return layout
 
 
 def _empty_like(weight: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
