@@ -1,7 +1,8 @@
 """Capture: a model and example inputs go in, one fx graph with example values comes out."""
 
 from aim_surgery.capture.assumptions import Assumption
-from aim_surgery.capture.capture import Capture, Trace, capture
+from aim_surgery.capture.capture import capture
+from aim_surgery.capture.captured import Capture, Trace
 from aim_surgery.capture.exported import as_module, inputs_of_program
 from aim_surgery.capture.inputs import Argument, ExampleInputs, Inputs
 from aim_surgery.capture.opaque import OpaqueCall

@@ -16,9 +16,11 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map_only
 
-from aim_surgery.capture.capture import Capture, capture_graphs, taken, with_inputs
+from aim_surgery.capture.capture import taken, with_inputs
+from aim_surgery.capture.captured import Capture
 from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
+from aim_surgery.capture.modes import capture_graphs
 from aim_surgery.capture.opaque import failed, first_line
 from aim_surgery.errors import CaptureError
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from aim_surgery.capture import Capture
-from aim_surgery.capture.capture import Trace
+from aim_surgery.capture import Capture, Trace
 from aim_surgery.sites.once import found_once
 
 

@@ -1,0 +1,240 @@
+"""Traces of one model, until both modes agree on what stays a Python call.
+
+One trace where the model behaves alike in training and evaluation (dropout and batch norm keep
+their switch inside the graph). Where Python branches on the training flag (GoogLeNet's auxiliary
+heads), both modes are traced, and the emitted module changes graphs with `train()` and `eval()`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from aim_surgery._garbage import collection_paused
+from aim_surgery.capture.assumptions import Assumption, insert_checks
+from aim_surgery.capture.captured import Capture, Trace
+from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
+from aim_surgery.capture.opaque import StayPython, first_line
+from aim_surgery.capture.pinned import find_pinned
+from aim_surgery.capture.tracer import ValueTracer
+from aim_surgery.capture.values import FakeValues
+from aim_surgery.capture.where import failing_line
+from aim_surgery.errors import CaptureError
+
+_NAMED = 4  # submodules that a note names
+
+
+@collection_paused()
+def capture_graphs(
+    model: nn.Module,
+    inputs: ExampleInputs,
+    notes: tuple[str, ...] = (),
+    *,
+    one_mode_will_do: bool = True,
+) -> Capture:
+    """Trace until both modes, and all calls of a module, agree on what stays a Python call.
+
+    Args:
+        model: The model, out of its wrappers.
+        inputs: Example inputs.
+        notes: What a reader should know already.
+        one_mode_will_do: Whether graphs are of use where one mode has none; if not, nothing more is
+            found out about them.
+
+    Returns:
+        The graphs; `missing` says why the other mode has none, where it needs one, and `pinned`
+        why they hold for one batch size only.
+
+    Raises:
+        CaptureError: The model's own mode can't be captured.
+    """
+    arguments = bind_arguments(model, inputs)
+    tracing = _Tracing(model, arguments, FakeValues(), {})
+    with random_state_kept():
+        while True:
+            try:
+                found = tracing.in_all_modes()
+            except _StaysPython as err:
+                tracing.python |= err.paths
+                continue
+            opaque = {call.path: call.reason for one in found.traced for call in one.trace.opaque}
+            entered = {path for one in found.traced for path in one.entered}
+            python = {path: why for path, why in opaque.items() if path in entered}
+            in_vain = found.missing and not one_mode_will_do
+            pinned = {} if python or in_vain else tracing.pinned(found, inputs)
+            if not python and ("" in pinned or not pinned):
+                break
+            tracing.python |= python | pinned
+    words = [*notes, *(note for one in found.traced for note in one.notes)]
+    words += [found.missing] if found.missing else []
+    why = pinned.get("", "")
+    words += [f"the graph is one of {type(model).__name__}'s own forward, and {why}"] if why else []
+    words += _opaque_notes(opaque)
+    traces = tuple(one.trace for one in found.traced)
+    words += _hook_notes(model, traces)
+    notes = tuple(dict.fromkeys(words))
+    return Capture(model, inputs, arguments, traces, notes, found.missing, why)
+
+
+def _opaque_notes(opaque: Mapping[str, str]) -> Iterator[str]:
+    """One note a reason; a network of 50 activations with one reason is one note."""
+    paths: defaultdict[str, list[str]] = defaultdict(list)
+    for path, why in opaque.items():
+        paths[why].append(path)
+    for why, same in paths.items():
+        if len(same) == 1:
+            yield f"{same[0]} stays a Python call: {why}"
+        else:
+            named = ", ".join(same[:_NAMED])
+            rest = f" and {len(same) - _NAMED} more" if len(same) > _NAMED else ""
+            yield f"{named}{rest} stay Python calls: {why}"
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """A trace, and what only matters while traces are made.
+
+    Attributes:
+        trace: The trace.
+        checked: Its assumptions that the graph checks.
+        dependent: Whether the model branched on its training flag.
+        entered: Submodules that were traced through.
+        notes: What a reader should know.
+    """
+
+    trace: Trace
+    checked: tuple[Assumption, ...]
+    dependent: bool
+    entered: frozenset[str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The traces of one or both modes, and why the other mode has none where it needs one."""
+
+    traced: tuple[_Traced, ...]
+    missing: str = ""
+
+
+class _StaysPython(Exception):  # noqa: N818 - control flow, not an error
+    """A trace failed after it had found modules that stay Python: they may have been the cause."""
+
+    def __init__(self, paths: dict[str, str]) -> None:
+        super().__init__(*paths)
+        self.paths = paths
+
+
+@dataclass
+class _Tracing:
+    """Makes the traces of one model.
+
+    Attributes:
+        python: Submodules that are not to be traced through, with the reason.
+    """
+
+    model: nn.Module
+    arguments: tuple[Argument, ...]
+    values: FakeValues
+    constants: dict[str, torch.Tensor]
+    python: dict[str, str] = field(default_factory=dict)
+
+    def in_all_modes(self) -> _Found:
+        """Trace in the model's own mode and, where it differs, in the other (if it can be)."""
+        first = self.in_mode(self.model.training)
+        if not first.dependent:
+            return _Found((first,))
+        try:
+            return _Found((first, self.in_mode(not self.model.training)))
+        except CaptureError as err:
+            mode = "evaluation" if self.model.training else "training"
+            return _Found((first,), f"{mode} mode could not be captured: {err}")
+
+    def pinned(self, found: _Found, inputs: ExampleInputs) -> dict[str, str]:
+        """Submodules that narrow the batch, with the reason; "" where the model itself does."""
+        pinned: dict[str, str] = {}
+        for one in found.traced:
+            pinned |= find_pinned(
+                self.model,
+                inputs,
+                self.arguments,
+                one.trace.graph,
+                one.checked,
+                training=one.trace.training,
+                constants=self.constants,
+            )
+        return pinned
+
+    def in_mode(self, training: bool) -> _Traced:
+        tracer = ValueTracer(
+            self.model,
+            training=training,
+            values=self.values,
+            constants=self.constants,
+            python=self.python,
+        )
+        try:
+            graph = tracer.trace_model(self.arguments)
+        except StayPython as stop:
+            raise CaptureError(
+                f"the model itself can't be captured as a graph: {stop}. Move that code into a "
+                f"submodule of its own, which then stays one Python call."
+            ) from stop
+        except Exception as err:
+            found = {call.path: call.reason for call in tracer.opaque}
+            if tracer.complete and not found.keys() <= self.python.keys():
+                raise _StaysPython(found) from err
+            if isinstance(err, CaptureError):
+                raise
+            raise CaptureError(_explain(self.model, self.arguments, err)) from err
+        answers = tracer.answers
+        assumptions = tuple(answers.assumptions.values())
+        checked = insert_checks(graph, assumptions)
+        opaque = tuple(tracer.opaque)
+        trace = Trace(graph, training, assumptions, opaque, self.constants)
+        inside = tuple(f"{call.path}." for call in opaque)
+        notes = [
+            f"{name} is set inside forward: the operated model does not set it, and computes with "
+            f"what it was"
+            for name in sorted(tracer.changed)
+            if not name.startswith(inside)
+        ]
+        entered = frozenset(tracer.entered)
+        return _Traced(trace, checked, answers.mode_dependent, entered, (*notes, *tracer.remarks))
+
+
+def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
+    """Hooks of modules that are traced through: fx runs them once, and keeps the arithmetic."""
+    nodes = (node for trace in traces for node in trace.graph.nodes)
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    for path, module in model.named_modules():
+        hooks = (
+            *module._forward_hooks, *module._forward_pre_hooks,
+            *module._backward_hooks, *module._backward_pre_hooks,
+        )  # fmt: skip
+        if hooks and path not in called:
+            yield (
+                f"hooks of {path or 'the model'}: only the tensor arithmetic of forward hooks is "
+                f"kept, not what else they do, and no backward hooks"
+            )
+
+
+def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) -> str:
+    path = getattr(err, "aim_path", "")
+    where = f"in {path!r} " if path else ""
+    inputs = ", ".join(
+        f"{argument.name}: {ExampleInputs((argument.value,), {}, '').describe()}"
+        for argument in arguments
+        if not isinstance(argument.value, bool | int | float | str | None)
+    )
+    line = failing_line(err)
+    at = f" at {line}" if line else ""
+    return (
+        f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
+        f"{type(err).__name__}: {first_line(err)}"
+    )
