@@ -30,7 +30,7 @@ from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Ro
 
 # Measured: bytes a parameter that each kind of check needs, all copies and gradients together, and
 # what `verify` holds of activations, in those of one float32 image.
-FULL_BYTES, LIGHT_BYTES, BRIEF_BYTES = 36, 18, 12
+FULL_BYTES, LIGHT_BYTES, BRIEF_BYTES = 36, 18, 9
 FULL_ACTIVATIONS = 6
 BASE_GIB = 1.0  # libraries and activations
 FULL_STEPS = 45  # what `verify` takes, in forward-and-backward passes of one float32 image
