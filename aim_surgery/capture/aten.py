@@ -75,7 +75,7 @@ def recorded_operators(tracer: ValueTracer) -> Iterator[None]:
     call: Any = OpOverload.__call__
 
     def recorded(op: OpOverload, /, *args: Any, **kwargs: Any) -> Any:
-        makes = op.namespace == "aten" and not tracer.evaluating and not tracer.elsewhere
+        makes = op.namespace == "aten" and tracer.recording
         if makes and not _tensors(op) and tracer.can_record((args, kwargs)):
             return tracer.create_proxy("call_function", op, args, kwargs)
         return call(op, *args, **kwargs)

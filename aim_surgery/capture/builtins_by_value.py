@@ -37,7 +37,7 @@ def builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
     """
 
     def length(collection: Any) -> Any:
-        known = type(collection) is ValueProxy and not tracer.evaluating and not tracer.elsewhere
+        known = type(collection) is ValueProxy and tracer.recording
         if known and isinstance(collection.aim_value, torch.Tensor) and collection.aim_value.ndim:
             return collection.shape[0]
         return len(collection)

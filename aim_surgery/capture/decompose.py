@@ -162,7 +162,7 @@ def packed_calls_open(tracer: ValueTracer) -> Iterator[None]:
     """Let attention run as Python, and functions marked by `torch.fx.wrap` be opened."""
 
     def aside() -> bool:
-        return tracer.evaluating or tracer.elsewhere
+        return not tracer.recording
 
     enabled = torch.backends.mha.get_fastpath_enabled
     dtype_of = F._none_or_dtype

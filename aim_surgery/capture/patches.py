@@ -146,12 +146,12 @@ def _regions_stay_python(tracer: ValueTracer) -> Iterator[None]:
     unwrap = functorch.unwrap_dead_wrappers
 
     def enter_region(region: torch.autocast) -> Any:
-        if tracer.evaluating or tracer.elsewhere:
+        if not tracer.recording:
             return enter(region)
         raise StayPython.here("has an autocast region")
 
     def apply_function(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if tracer.evaluating or tracer.elsewhere:
+        if not tracer.recording:
             return apply.__func__(cls, *args, **kwargs)
         if cls is CheckpointFunction:
             return args[0](*args[2:])  # (function, preserve_rng_state, *its arguments)
@@ -182,7 +182,7 @@ def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
     check, check_with = torch._assert, torch._check_with
 
     def check_recorded(condition: Any, message: str) -> Any:
-        if tracer.evaluating or tracer.elsewhere:
+        if not tracer.recording:
             return check(condition, message)
         with tracer.answers.only_shown(sys._getframe(1)):
             pass
@@ -231,7 +231,7 @@ def _unmoved_random_state(tracer: ValueTracer) -> Iterator[None]:
 def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
 
     def record(factory: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if tracer.evaluating or tracer.elsewhere or not tracer.can_record((args, kwargs)):
+        if not tracer.recording or not tracer.can_record((args, kwargs)):
             return factory(*args, **kwargs)
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
@@ -373,7 +373,7 @@ def _parameters_by_proxy(tracer: ValueTracer) -> Iterator[None]:
 
     def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
         for name, parameter in original(module, *args, **kwargs):
-            recorded = not tracer.evaluating and not tracer.elsewhere
+            recorded = tracer.recording
             yield name, tracer.getattr(name, parameter, None) if recorded else parameter
 
     nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]

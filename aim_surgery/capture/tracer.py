@@ -127,6 +127,11 @@ class ValueTracer(fx.Tracer):
         """Whether another thread is running, which knows nothing of this trace."""
         return threading.get_ident() != self._thread
 
+    @property
+    def recording(self) -> bool:
+        """Whether what runs now is the model's forward, in this thread."""
+        return not self.evaluating and not self.elsewhere
+
     def trace_model(self, arguments: tuple[Argument, ...]) -> fx.Graph:
         """Trace the model called with these arguments.
 
@@ -375,7 +380,7 @@ class ValueTracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a leaf, or trace through; a module that no graph can hold stays a call."""
-        if self.evaluating or self.elsewhere:
+        if not self.recording:
             return forward(*args, **kwargs)
         state, path = self._state(), self._paths.get(m)
         self._stack.append(m)
