@@ -2,12 +2,9 @@
 
 What escapes `torch.fx`, and what is done about it:
 
-* the training flag, a plain attribute that a trace would freeze: becomes a node;
+* what modules do with attributes: see `module_patches`;
 * tensor factories: `torch.arange(n)` has no tensor argument that could record it, and a traced
   `torch.rand` would become a constant: recorded;
-* attributes and collections that a forward changes: put back, and noted (a table that is rebuilt
-  for the input's size does no harm); hooks that it registers: taken off;
-* `next(self.parameters()).dtype`, a constant to fx: asked of a proxy, so that it stays free;
 * sizes handed to torch's own functions: `torch.reshape(x, [n, -1])` would ask a proxy for its int
   before it asks whose call it is: recorded;
 * caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
@@ -31,12 +28,11 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import fx, nn
 from torch._functorch import utils as functorch
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves
@@ -46,6 +42,11 @@ from aim_surgery.capture.aten import recorded_operators
 from aim_surgery.capture.builtins_by_value import builtins_by_value
 from aim_surgery.capture.caches import nothing_remembered
 from aim_surgery.capture.decompose import packed_calls_open
+from aim_surgery.capture.module_patches import (
+    parameters_by_proxy,
+    symbolic_training_flag,
+    undone_changes,
+)
 from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.capture.wrappers import compiled_code_as_python
@@ -68,8 +69,6 @@ _SIZED_F = (
 )
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
-
-_MISSING = object()
 
 
 _LOCK = threading.Lock()
@@ -96,16 +95,16 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
             with (
                 torch.autocast("cpu", enabled=False),
                 torch.autocast("cuda", enabled=False),
-                _symbolic_training_flag(tracer),
+                symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
                 recorded_operators(tracer),
                 packed_calls_open(tracer),
                 compiled_code_as_python(),
                 _regions_stay_python(tracer),
                 _messages_assume_nothing(tracer),
-                _undone_changes(tracer),
+                undone_changes(tracer),
                 nothing_remembered(tracer),
-                _parameters_by_proxy(tracer),
+                parameters_by_proxy(tracer),
                 builtins_by_value(tracer),
                 _silent_checks(),
                 _unmoved_random_state(tracer),
@@ -117,25 +116,6 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 yield
         finally:
             _CAPTURING.now = False
-
-
-@contextlib.contextmanager
-def _symbolic_training_flag(tracer: ValueTracer) -> Iterator[None]:
-    def get(module: nn.Module) -> Any:
-        return tracer.training_flag(module)
-
-    def put(module: nn.Module, value: bool) -> None:
-        known = tracer.path_of(module) is not None and not tracer.elsewhere
-        if known and value != tracer.mode_of(module):
-            raise StayPython.here("changes a training mode")
-        module.__dict__["training"] = value
-
-    # a data descriptor on the class goes before the instance's own attribute
-    nn.Module.training = property(get, put)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
 
 
 @contextlib.contextmanager
@@ -287,97 +267,3 @@ def _silent_checks() -> Iterator[None]:
     finally:
         torch.distributions.Distribution.set_default_validate_args(validates)
         log.disabled = disabled
-
-
-@contextlib.contextmanager
-def _undone_changes(tracer: ValueTracer) -> Iterator[None]:
-    """Attributes, collections and hooks are put back, and noted where a graph will not set them."""
-    original = nn.Module.__setattr__
-    start = tracer.changes.mark()
-
-    def note(module: nn.Module, path: str, name: str) -> None:
-        tracer.changes.note(module, name)
-        if name != "training" and not tracer.evaluating:
-            tracer.changed.add(f"{path}.{name}".removeprefix("."))
-
-    def guarded(module: nn.Module, name: str, value: Any) -> None:
-        path = tracer.path_of(module)
-        if tracer.elsewhere or path is None:
-            original(module, name, value)
-            return
-        is_proxy = type(value) is ValueProxy
-        registered = (module._parameters, module._buffers, module._modules)
-        if is_proxy and any(name in home for home in registered):
-            if tracer.is_in_place(value, of=(module, name)):
-                return  # `self.steps += 1`: the buffer itself has been changed
-            moved = _is_moved(value, f"{path}.{name}".removeprefix("."))
-            if not moved and tracer.holds_data(value, of=(module, name)):
-                raise CaptureError(_rebound(f"{path}.{name}".removeprefix(".")))
-        note(module, path, name)
-        if isinstance(module, nn.RNNBase) and name in module._flat_weights_names:
-            # its own `__setattr__` has put the value into this list already
-            tracer.changes.note_item(
-                module, "_flat_weights", module._flat_weights_names.index(name)
-            )
-        if is_proxy:
-            module.__dict__[name] = value
-        else:
-            original(module, name, cast(Any, value))
-
-    delete, register = nn.Module.__delattr__, nn.Module.register_buffer
-
-    def deleted(module: nn.Module, name: str) -> None:
-        path = None if tracer.elsewhere else tracer.path_of(module)
-        if path is not None:
-            note(module, path, name)
-        delete(module, name)
-
-    @functools.wraps(register)
-    def registered_buffer(module: nn.Module, name: str, *args: Any, **kwargs: Any) -> None:
-        path = None if tracer.elsewhere else tracer.path_of(module)
-        if path is not None and isinstance(name, str):
-            note(module, path, name)
-        register(module, name, *args, **kwargs)
-
-    nn.Module.__setattr__ = guarded  # type: ignore[method-assign]
-    nn.Module.__delattr__ = deleted  # type: ignore[method-assign]
-    nn.Module.register_buffer = registered_buffer  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
-        nn.Module.__delattr__ = delete  # type: ignore[method-assign]
-        nn.Module.register_buffer = register  # type: ignore[method-assign]
-        tracer.changed |= {*tracer.changes.undo(start, tracer.model)}
-
-
-def _is_moved(proxy: ValueProxy, name: str) -> bool:
-    """Whether a value is that very attribute on another device: `self.table.to(x.device)`."""
-    node = proxy.node
-    source = node.args[0] if node.op == "call_method" and node.target == "to" else None
-    return isinstance(source, fx.Node) and source.op == "get_attr" and source.target == name
-
-
-def _rebound(name: str) -> str:
-    return (
-        f"{name} is replaced inside forward(), by something that depends on the input or on what "
-        f"it was. A graph can't rebind a registered buffer or parameter: write "
-        f"`self.{name.rpartition('.')[2]}.copy_(...)` instead, which can be captured."
-    )
-
-
-@contextlib.contextmanager
-def _parameters_by_proxy(tracer: ValueTracer) -> Iterator[None]:
-    """What a forward asks of its parameters by going through them is asked of proxies."""
-    original = nn.Module.named_parameters
-
-    def named_parameters(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        for name, parameter in original(module, *args, **kwargs):
-            recorded = tracer.recording
-            yield name, tracer.getattr(name, parameter, None) if recorded else parameter
-
-    nn.Module.named_parameters = named_parameters  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.named_parameters = original  # type: ignore[method-assign]
