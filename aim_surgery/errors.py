@@ -27,3 +27,9 @@ class CheckpointError(AimSurgeryError):
 
 class ModelSpecError(AimSurgeryError):
     """A model spec such as ``torchvision:resnet50`` names nothing that can be built."""
+
+
+def in_one_line(err: BaseException) -> str:
+    """The kind of any error, and the first line of its message."""
+    line = str(err).strip().split("\n", 1)[0].strip()
+    return f"{type(err).__name__}: {line}" if line else type(err).__name__

@@ -19,12 +19,12 @@ from aim_surgery.capture.assumptions import Assumption, insert_checks
 from aim_surgery.capture.captured import Capture, Trace
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
-from aim_surgery.capture.opaque import StayPython, first_line
+from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.pinned import find_pinned
 from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
-from aim_surgery.errors import CaptureError
+from aim_surgery.errors import CaptureError, in_one_line
 
 _NAMED = 4  # submodules that a note names
 
@@ -236,5 +236,5 @@ def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) 
     at = f" at {line}" if line else ""
     return (
         f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
-        f"{type(err).__name__}: {first_line(err)}"
+        + in_one_line(err)
     )

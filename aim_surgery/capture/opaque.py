@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from aim_surgery.capture.where import calling_line, failing_line
-from aim_surgery.errors import CaptureError
+from aim_surgery.errors import CaptureError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def reason_of(err: BaseException) -> str:
         return str(err)
     words = first_line(err)
     if not isinstance(err, CaptureError):
-        words = f"tracing stops with {type(err).__name__}: {words}"
+        words = f"tracing stops with {in_one_line(err)}"
     line = failing_line(err)
     return f"{words} at {line}" if line else words
 
@@ -72,8 +72,7 @@ def is_final(err: BaseException) -> bool:
 def failed(err: Exception) -> str:
     """An error of a model that was run for real, in one line."""
     line = failing_line(err)
-    words = f"{type(err).__name__}: {first_line(err)}"
-    return f"{words} at {line}" if line else words
+    return f"{in_one_line(err)} at {line}" if line else in_one_line(err)
 
 
 def first_line(err: BaseException) -> str:

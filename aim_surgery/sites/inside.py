@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.copies import derived_tensors, is_shape_only, random_state_kept
+from aim_surgery.errors import in_one_line
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
 from aim_surgery.sites.layers import (
@@ -252,7 +253,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
         twin = copy.deepcopy(capture.model, derived_tensors(capture.model))
         modules = dict(twin.named_modules(remove_duplicate=False))
     except Exception as err:
-        runs.failures.append(f"{type(capture.model).__name__} can't be copied: {_line(err)}")
+        runs.failures.append(f"{type(capture.model).__name__} can't be copied: {in_one_line(err)}")
         return runs
     if not {*modules.values()}.isdisjoint(capture.modules.values()):
         runs.failures.append(f"{type(capture.model).__name__} gives itself for a copy")
@@ -273,7 +274,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
                 twin(*args, **kwargs)
         except Exception as err:
             mode = "training" if training else "evaluation"
-            runs.failures.append(f"in {mode} it fails with {_line(err)}")
+            runs.failures.append(f"in {mode} it fails with {in_one_line(err)}")
         watch.forget()
     runs.rows = rows.multiplied
     return runs
@@ -359,12 +360,6 @@ def _is_harmless(func: Any) -> bool:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _HARMLESS
     return name in ("is_floating_point", "is_complex", "dim", "__hash__", "__repr__")
-
-
-def _line(err: Exception) -> str:
-    """An error in one line."""
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0].strip()}" if lines else type(err).__name__
 
 
 def _examples(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -119,9 +119,3 @@ class Comparison:
 def dtype_name(dtype: torch.dtype) -> str:
     """`float64` and the like."""
     return str(dtype).removeprefix("torch.")
-
-
-def reason_of(err: Exception) -> str:
-    """An error in one line."""
-    lines = str(err).strip().splitlines()
-    return f"{type(err).__name__}: {lines[0]}" if lines else type(err).__name__

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from aim_surgery.errors import in_one_line
 from aim_surgery.planning import Plan, Read
-from aim_surgery.verification.comparison import TINY, Case, Comparison, reason_of
+from aim_surgery.verification.comparison import TINY, Case, Comparison
 from aim_surgery.verification.differences import largest, number
 from aim_surgery.verification.twins import split_entries
 
@@ -37,7 +38,7 @@ def gradients_of(
         loss.backward()
     except Exception as err:
         original.zero_grad(set_to_none=True)  # what came before it failed
-        note = f"gradients not compared, the original fails in backward: {reason_of(err)}"
+        note = f"gradients not compared, the original fails in backward: {in_one_line(err)}"
         if note not in notes:
             notes.append(note)
         return None
@@ -91,7 +92,7 @@ def compare_gradients(
             return Comparison.failed("gradients", case, limit, reason)
         loss.backward()
     except Exception as err:
-        reason = f"the operated model fails: {reason_of(err)}"
+        reason = f"the operated model fails: {in_one_line(err)}"
         return Comparison.failed("gradients", case, limit, reason)
     finally:
         for handle in handles:

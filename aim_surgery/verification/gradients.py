@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from aim_surgery.capture.copies import random_state_kept
-from aim_surgery.errors import AimSurgeryError
+from aim_surgery.errors import AimSurgeryError, in_one_line
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, WRITES, memory_path
@@ -100,8 +100,7 @@ def check_gradients(model: nn.Module, gm: nn.Module, plan: Plan, samples: Sample
                     steps.run(batch)
                 except Exception as err:
                     twin.zero_grad(set_to_none=True)
-                    reason = f"{type(err).__name__}: {err}".splitlines()[0]
-                    refusals.append(reason)
+                    refusals.append(in_one_line(err))
                     continue
                 if dtype != own and steps.broken:
                     refusals.append(steps.broken[0])

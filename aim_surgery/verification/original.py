@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aim_surgery.verification.comparison import Case, reason_of
+from aim_surgery.errors import in_one_line
+from aim_surgery.verification.comparison import Case
 from aim_surgery.verification.differences import detached
 from aim_surgery.verification.rounding import RoundedOtherwise
 from aim_surgery.verification.samples import named_leaves
@@ -74,7 +75,7 @@ class Original:
                     outputs = named_leaves(call(self.model, case.samples.nudged(seed)))
                 found = detached(outputs), self.buffers()
             except Exception as err:  # of a model that looks at its inputs, say
-                refusals.append(reason_of(err))
+                refusals.append(in_one_line(err))
                 continue
             finally:
                 self.put_buffers(now)

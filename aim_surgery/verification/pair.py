@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from aim_surgery.errors import in_one_line
 from aim_surgery.planning import Plan
 from aim_surgery.verification.buffer_differences import align_buffers, compare_buffers
-from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, reason_of
+from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
 from aim_surgery.verification.differences import detached, differences_of, is_empty
 from aim_surgery.verification.gradient_differences import compare_gradients, gradients_of
 from aim_surgery.verification.original import Original
@@ -58,7 +59,7 @@ class Pair:
         try:
             self.operated.train(training)
         except Exception as err:
-            reason = f"the operated model fails: {reason_of(err)}"
+            reason = f"the operated model fails: {in_one_line(err)}"
             return Comparison("modes", case, dtype, float("inf"), limit, (reason,))
         expected, mine = modes_of(self.base), modes_of(self.operated)
         words = {True: "training", False: "evaluation"}
@@ -90,13 +91,13 @@ class Pair:
                 expected = self._run(self.base, case)
             except Exception as err:
                 self.align_buffers()
-                return reason_of(err)
+                return in_one_line(err)
             gradients = gradients_of(self.base, expected, notes) if case.gradients else None
             expected = detached(expected)
             try:
                 got = self._run(self.operated, case)
             except Exception as err:
-                reason = f"the operated model fails: {reason_of(err)}"
+                reason = f"the operated model fails: {in_one_line(err)}"
                 return [Comparison.failed("outputs", case, limit, reason)]
             outputs, unsure = self._compare_outputs(case, expected, detached(got), notes)
             found = [outputs]
