@@ -255,23 +255,64 @@ def test_random_states_are_left_alone() -> None:
     assert random.getstate() == before[1]
 
 
-@pytest.mark.parametrize("library", ["random", "torch"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_numbers_drawn_where_no_graph_sees_it_are_refused(
-    library: str, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Draws(Net):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            noise = random.random() if library == "random" else torch.Tensor(8).uniform_()
-            return self.fc(x) + noise
+class Rolls(Net):
+    """Adds a number that it draws where no graph sees it."""
 
-    monkeypatch.setattr(threading, "active_count", lambda: threads)
-    if threads == 1:
-        with pytest.raises(CaptureError, match=f"random state of {library}"):
-            capture(Draws().double(), X)
-    else:  # another thread may have drawn them: said, not refused
-        notes = aim_surgery.plan(Draws().double(), X, config=LITERAL).notes
-        assert any(f"random state of {library} was used" in note for note in notes)
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.own = {
+            "python's": random.Random(0),
+            "numpy's": np.random.default_rng(0),
+            "old numpy's": np.random.RandomState(0),
+            "torch's": torch.Generator().manual_seed(0),
+        }
+        own: Any = self.own
+        self.draw = {
+            "random": random.random,
+            "numpy": np.random.rand,
+            "torch": lambda: torch.Tensor(1).uniform_(),
+            "python's": own["python's"].random,
+            "numpy's": own["numpy's"].random,
+            "old numpy's": own["old numpy's"].rand,
+            "torch's": lambda: torch.Tensor(1).uniform_(generator=own["torch's"]),
+        }[source]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(x) + self.draw()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize(
+    "source", ["random", "numpy", "torch", "python's", "numpy's", "old numpy's", "torch's"]
+)
+def test_numbers_drawn_where_no_graph_sees_it_are_refused(source: str, alone: bool) -> None:
+    model, twin = Rolls(source).double(), Rolls(source).double()
+    ended = threading.Event()
+    other = threading.Thread(target=ended.wait, daemon=True)  # Jupyter and tqdm have some
+    if not alone:
+        other.start()
+    try:
+        with pytest.raises(CaptureError, match="the forward draws from the random state of"):
+            capture(model, X)
+        gm = aim_surgery.transform(model, X, config=LITERAL)
+    finally:
+        ended.set()
+    own = source not in ("random", "numpy", "torch")
+    assert not own or model.draw() == twin.draw(), "its own source has moved"
+    assert not torch.equal(gm(X), gm(X))
+
+
+def test_what_other_threads_draw_is_not_the_forwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drawn(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            thread = threading.Thread(target=torch.rand, args=(1,))  # of another's, meanwhile
+            thread.start()
+            thread.join()
+            return self.fc(x)
+
+    monkeypatch.setattr(threading, "active_count", lambda: 2)
+    model = Drawn().double()
+    assert_same(aim_surgery.transform(model, X, emit="graph")(X), model(X))
 
 
 def test_torch_normal_is_drawn_at_each_call() -> None:

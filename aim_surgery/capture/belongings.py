@@ -2,13 +2,16 @@
 
     self.cache["t"] = x        self.state.last = x        self.seen.append(x)        self.n += 1
 
-Collections, arrays and plain objects, as deep as they lie; of a module's, a class's or a file's.
+Collections, arrays, plain objects and sources of random numbers, as deep as they lie, of modules,
+classes and files.
 A forward may change any of them in place, and what a trace puts there is of no use to anybody.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
+import random
 import sys
 import types
 from collections import OrderedDict, deque
@@ -20,12 +23,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from aim_surgery.capture.random_sources import SOURCES, put_state, state_of
+
 # Objects of these packages lead to much that no forward changes; of these of Python's, nowhere.
 _FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names})
 _PLAIN = frozenset({"types", "argparse", "collections", "dataclasses"})
-_MOST = (
-    100_000  # things looked at for one root, the nearest first: a tokenizer's words, not a corpus
-)
+_MOST = 100_000  # things looked at for one root, the nearest first
+_PYTHONS_OWN: Any = random.random.__self__  # pyright: ignore[reportFunctionMemberAccess]
+_OPAQUE = (np.ndarray, *SOURCES)
 _COLLECTIONS = (list, OrderedDict, dict, set, deque)
 _LEAVES = (
     *(type(None), bool, int, float, complex, str, bytes, tuple, frozenset, type),
@@ -35,7 +40,7 @@ _LEAVES = (
 
 @dataclass(frozen=True)
 class Belonging:
-    """One collection, array or object.
+    """One collection, array, object or source of random numbers.
 
     Attributes:
         name: Where it was found, in words.
@@ -50,22 +55,31 @@ class Belonging:
     @property
     def has_changed(self) -> bool:
         """Whether there is anything else in it now."""
+        if self.is_source:
+            return state_of(self.owner) != self.before
         if isinstance(self.owner, np.ndarray):
-            return not np.array_equal(
-                self.owner, self.before, equal_nan=self.owner.dtype.kind in "fc"
-            )
+            has_nan = self.owner.dtype.kind in "fc"
+            return not np.array_equal(self.owner, self.before, equal_nan=has_nan)
         now, before = self.items, _items(self.before)
         return len(now) != len(before) or not all(map(operator.is_, now, before))
 
     @property
+    def is_source(self) -> bool:
+        """Whether it gives random numbers."""
+        return isinstance(self.owner, SOURCES)
+
+    @property
     def items(self) -> list[Any]:
-        """What is in it now."""
-        return _items(_state(self.owner))
+        """What is in it now; nothing that could be looked at in arrays and sources of numbers."""
+        return [] if isinstance(self.owner, _OPAQUE) else _items(_state(self.owner))
 
     def put_back(self) -> bool:
         """Give it its former items again; whether it had others."""
         if not self.has_changed:
             return False
+        if self.is_source:
+            put_state(self.owner, self.before)
+            return True
         if isinstance(self.owner, np.ndarray):
             self.owner[...] = self.before
             return True
@@ -76,6 +90,29 @@ class Belonging:
         put: Any = kind.extend if kind in (list, deque) else kind.update
         put(items, self.before)
         return True
+
+
+def own_homes(model: nn.Module) -> list[tuple[str, Any]]:
+    """The model's classes and their files, with their names."""
+    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
+    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
+    files = {kind.__module__: sys.modules.get(kind.__module__) for kind in own}
+    found = [(kind.__qualname__, kind) for kind in own]
+    return [*found, *((name, file) for name, file in files.items() if file is not None)]
+
+
+def own_names(home: Any) -> dict[str, Any]:
+    """What a class or file holds by name, but for what Python itself put there."""
+    return {name: value for name, value in vars(home).items() if not name.startswith("__")}
+
+
+def sources_of(model: nn.Module) -> list[Belonging]:
+    """Sources of random numbers that hang on a model, on its classes, or on their files."""
+    seen = {id(module) for module in model.modules()}
+    spaces = [(path, vars(module)) for path, module in model.named_modules()]
+    spaces += [(name, own_names(home)) for name, home in own_homes(model)]
+    found = (b for name, space in spaces for b in belongings_of(name, space, seen))
+    return [belonging for belonging in found if belonging.is_source]
 
 
 def belongings_of(name: str, space: Mapping[str, Any], seen: set[int]) -> Iterator[Belonging]:
@@ -94,21 +131,34 @@ def belongings_of(name: str, space: Mapping[str, Any], seen: set[int]) -> Iterat
     while pending and looked_at < _MOST:
         looked_at += 1
         where, value = pending.popleft()
-        if isinstance(value, tuple):
-            pending.extend((where, item) for item in value)
+        pending.extend((where, item) for item in _passed_through(value))
         if not _is_looked_after(value) or id(value) in seen:
             continue
         seen.add(id(value))
         state = _state(value)
         yield Belonging(where, value, state)
-        if not isinstance(value, np.ndarray):
+        if not isinstance(value, _OPAQUE):
             items = state.values() if isinstance(state, dict) else state
             pending.extend((where, item) for item in items)
+
+
+def _passed_through(value: Any) -> Iterator[Any]:
+    """What a value leads to that can't itself be changed: tuples, methods, closures."""
+    if isinstance(value, tuple):
+        yield from value
+    elif isinstance(value, types.MethodType | types.BuiltinMethodType):
+        yield value.__self__
+    elif isinstance(value, types.FunctionType):
+        for cell in value.__closure__ or ():
+            with contextlib.suppress(ValueError):  # an empty one
+                yield cell.cell_contents
 
 
 def _is_looked_after(value: Any) -> bool:
     if isinstance(value, _LEAVES):
         return False
+    if isinstance(value, SOURCES):
+        return value is not _PYTHONS_OWN and value is not np.random.mtrand._rand
     if isinstance(value, (*_COLLECTIONS, nn.Module)):
         return True
     if isinstance(value, np.ndarray):
@@ -121,6 +171,8 @@ def _is_looked_after(value: Any) -> bool:
 
 def _state(owner: Any) -> Any:
     """A copy of what is in it, whatever methods its class has."""
+    if isinstance(owner, SOURCES):
+        return state_of(owner)
     if isinstance(owner, np.ndarray):
         return owner.copy()
     if isinstance(owner, dict):

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from aim_surgery.capture.belongings import belongings_of
+from aim_surgery.capture.belongings import belongings_of, own_homes, own_names
 from aim_surgery.capture.holders import holds_proxies
 from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
@@ -50,8 +49,9 @@ def nothing_remembered(tracer: ValueTracer) -> Iterator[None]:
     """
     places = list(_places(tracer.model))
     seen = {id(module) for module in tracer.model.modules()}
-    spaces = [(name, home, _own_names(home)) for name, home in _own_homes(tracer.model)]
+    spaces = [(name, home, own_names(home)) for name, home in own_homes(tracer.model)]
     belongings = [b for name, _, space in spaces for b in belongings_of(name, space, seen)]
+    tracer.changes.sources += [b for b in belongings if b.is_source]
     get: Any = functools.cached_property.__get__
 
     def get_forgotten(cached: Any, instance: Any, owner: Any = None) -> Any:
@@ -163,25 +163,12 @@ def _in_place_of(held: Any, function: Callable[..., Any]) -> Any:
     return kind(function) if kind in _METHODS else function
 
 
-def _own_homes(model: nn.Module) -> list[tuple[str, Any]]:
-    """The model's classes and their files, with their names."""
-    kinds = {kind for module in model.modules() for kind in type(module).__mro__}
-    own = [kind for kind in kinds if kind.__module__.partition(".")[0] not in ("torch", "builtins")]
-    files = {kind.__module__: sys.modules.get(kind.__module__) for kind in own}
-    found = [(kind.__qualname__, kind) for kind in own]
-    return [*found, *((name, file) for name, file in files.items() if file is not None)]
-
-
-def _own_names(home: Any) -> dict[str, Any]:
-    return {name: value for name, value in vars(home).items() if not name.startswith("__")}
-
-
 def _taken_back(home: Any, before: Mapping[str, Any]) -> Iterator[str]:
     """Names that a trace changed in a class or in a file, which get back what they were.
 
     Other threads load files meanwhile; what stands in a class belongs to the model.
     """
-    after = _own_names(home)
+    after = own_names(home)
     for name in before.keys() | after.keys():
         old, new = before.get(name, _MISSING), after.get(name, _MISSING)
         if new is old or not (isinstance(home, type) or _is_of_a_trace(new)):

@@ -48,12 +48,14 @@ class Changes:
         self._attributes: list[_Attribute] = []
         self._belongings: dict[nn.Module, list[Belonging]] = {}
         self._hooks: list[dict[Any, Any]] = []
+        self.sources: list[Belonging] = []  # of random numbers, to be added to
         seen = {id(module) for module in model.modules()}
         for path, module in model.named_modules():
             space = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
             hooks = [name for name in space if "_hooks" in name and isinstance(space[name], dict)]
             self._hooks += [space.pop(name) for name in hooks]
             self._belongings[module] = [*belongings_of(path, space, seen)]
+            self.sources += [b for b in self._belongings[module] if b.is_source]
 
     def note(self, module: nn.Module, name: str) -> None:
         """Note what an attribute is, before it is set."""

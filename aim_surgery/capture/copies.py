@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from aim_surgery.capture.belongings import sources_of
+
 
 def derived_tensors(model: nn.Module) -> dict[int, Any]:
     """Plain attributes that `deepcopy` refuses, since they have a history (pruned weights).
@@ -50,13 +52,20 @@ def own_values(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Give back the random state that the caller had: torch's, Python's and NumPy's."""
+def random_state_kept(model: nn.Module | None = None) -> Iterator[None]:
+    """Give back the random state that the caller had: torch's, Python's and NumPy's.
+
+    Args:
+        model: Whose own sources of random numbers get theirs back, too; copies may share them.
+    """
+    own = [] if model is None else sources_of(model)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
+        for source in own:
+            source.put_back()
         random.setstate(python)
         np.random.set_state(numpy)

@@ -117,6 +117,9 @@ class Evaluator:
             except STOPS:
                 self._changes.undo(start, module)
                 return self._run_copy(module, args, kwargs)
+            finally:
+                for source in self._changes.sources:
+                    source.put_back()
 
     def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.for_real = True  # its tensors are asked for while it is copied

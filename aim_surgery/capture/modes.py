@@ -21,6 +21,7 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
 from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.pinned import find_pinned
+from aim_surgery.capture.random_sources import MayHaveDrawn
 from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
@@ -55,7 +56,7 @@ def capture_graphs(
     """
     arguments = bind_arguments(model, inputs)
     tracing = _Tracing(model, arguments, FakeValues(), {})
-    with random_state_kept():
+    with random_state_kept(model):
         while True:
             try:
                 found = tracing.in_all_modes()
@@ -170,16 +171,20 @@ class _Tracing:
             )
         return pinned
 
-    def in_mode(self, training: bool) -> _Traced:
+    def in_mode(self, training: bool, *, watches_draws: bool = False) -> _Traced:
+        """Trace in one mode."""
         tracer = ValueTracer(
             self.model,
             training=training,
             values=self.values,
             constants=self.constants,
             python=self.python,
+            watches_draws=watches_draws,
         )
         try:
             graph = tracer.trace_model(self.arguments)
+        except MayHaveDrawn:
+            return self.in_mode(training, watches_draws=True)
         except StayPython as stop:
             raise CaptureError(
                 f"the model itself can't be captured as a graph: {stop}. Move that code into a "

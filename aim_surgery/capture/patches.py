@@ -12,7 +12,7 @@ What escapes `torch.fx`, and what is done about it:
 * what `torch.distributions` check of their arguments' values: not checked;
 * autocast regions and autograd functions: the module that holds one stays a Python call;
 * `torch._assert(x.ndim == 3, f"got {x.shape}")`: what only a message shows is not assumed;
-* numbers drawn from a random state without any tensor: refused.
+* numbers drawn from a random state without any tensor: refused, see `random_sources`.
 
 The patches are torch's own names, seen by all threads: one thread captures at a time, and each
 patch steps aside for the others.
@@ -23,14 +23,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import random
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch._functorch import utils as functorch
@@ -49,6 +47,7 @@ from aim_surgery.capture.module_patches import (
 )
 from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.proxy import ValueProxy
+from aim_surgery.capture.random_sources import no_numbers_drawn
 from aim_surgery.capture.wrappers import compiled_code_as_python
 from aim_surgery.errors import CaptureError
 
@@ -107,7 +106,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 parameters_by_proxy(tracer),
                 builtins_by_value(tracer),
                 _silent_checks(),
-                _unmoved_random_state(tracer),
+                no_numbers_drawn(tracer),
                 warnings.catch_warnings(),
                 torch.enable_grad(),
             ):
@@ -182,32 +181,6 @@ def _messages_assume_nothing(tracer: ValueTracer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unmoved_random_state(tracer: ValueTracer) -> Iterator[None]:
-    """Refuse forwards that draw numbers where no graph can see it: they would become constants."""
-
-    def states() -> dict[str, Any]:
-        return {
-            "torch": torch.get_rng_state().numpy().tobytes(),
-            "random": random.getstate(),
-            "numpy": _numpy_state(),
-        }
-
-    before = states()
-    yield
-    moved = [name for name, state in states().items() if state != before[name]]
-    if not moved:
-        return
-    states_moved = f"the random state of {', '.join(moved)}"
-    if threading.active_count() > 1:  # then it need not have been the forward
-        tracer.remarks.append(f"{states_moved} was used, by the forward or by another thread")
-        return
-    raise CaptureError(
-        f"the forward draws from {states_moved} where a graph can't record it, so its numbers "
-        f"would become constants: draw with torch.rand, torch.randn or a method of a tensor"
-    )
-
-
-@contextlib.contextmanager
 def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
 
     def record(factory: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -245,11 +218,6 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     finally:
         for home, name, value, _ in patched:
             setattr(home, name, value)
-
-
-def _numpy_state() -> tuple[Any, ...]:
-    state: Any = np.random.get_state(legacy=False)
-    return state["state"]["key"].tobytes(), state["state"]["pos"], state["gauss"]
 
 
 @contextlib.contextmanager

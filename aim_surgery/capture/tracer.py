@@ -15,6 +15,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, cast
@@ -83,6 +84,7 @@ class ValueTracer(fx.Tracer):
         values: FakeValues,
         constants: dict[str, torch.Tensor],
         python: Mapping[str, str] | None = None,
+        watches_draws: bool = False,
     ) -> None:
         """Start with an empty graph.
 
@@ -92,10 +94,12 @@ class ValueTracer(fx.Tracer):
             values: Fake values, which traces of one model share.
             constants: Names of tensors that belong to no module, likewise; filled in.
             python: Submodules that are not to be traced through, with the reason.
+            watches_draws: Whether to look at each call of torch for one that draws numbers.
         """
         super().__init__(autowrap_functions=tuple(FACTORIES))
         self.model = model
         self.mode = training
+        self.watches_draws = watches_draws
         self.opaque: list[OpaqueCall] = []
         self.entered: set[str] = set()  # submodules that were traced through
         self.complete = False  # whether the model's forward came to its end
@@ -131,6 +135,10 @@ class ValueTracer(fx.Tracer):
     def recording(self) -> bool:
         """Whether what runs now is the model's forward, in this thread."""
         return not self.evaluating and not self.elsewhere
+
+    def computing(self) -> AbstractContextManager[None]:
+        """Inside, nothing is recorded."""
+        return self._evaluator.running()
 
     def trace_model(self, arguments: tuple[Argument, ...]) -> fx.Graph:
         """Trace the model called with these arguments.

@@ -102,7 +102,7 @@ def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
         try:
             twin = copy.deepcopy(model, derived_tensors(model))
             twin.train(training)  # a `train` of the model's own may return nothing
-            with torch.no_grad(), random_state_kept():
+            with torch.no_grad(), random_state_kept(model):
                 given = (inputs.args, dict(inputs.kwargs))
                 args, kwargs = tree_map_only(torch.Tensor, own_values, given)
                 twin(*args, **kwargs)

@@ -268,7 +268,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     for training in (capture.model.training, not capture.model.training):
         try:
             twin.train(training)
-            with torch.no_grad(), random_state_kept(), watch:
+            with torch.no_grad(), random_state_kept(capture.model), watch:
                 args, kwargs = _examples(capture)
                 rows.begin((args, kwargs))
                 twin(*args, **kwargs)

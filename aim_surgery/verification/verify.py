@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from aim_surgery.capture import Inputs, inputs_of_program, unwrap
+from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.verification.coverage import Coverage, check_coverage
@@ -131,7 +132,12 @@ def verify(
         raise AimSurgeryError(
             "a model on the meta device has no values to verify: load its weights"
         )
-    with switches_kept(), _plain_attention(), torch.inference_mode(False):
+    with (
+        switches_kept(),
+        random_state_kept(model),
+        _plain_attention(),
+        torch.inference_mode(False),
+    ):
         samples = samples_for(model, plan, inputs)
         return Verification(
             equivalence=check_equivalence(model, gm, plan, samples),
