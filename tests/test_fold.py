@@ -486,3 +486,16 @@ def test_noise_is_no_constant() -> None:
         expected = gm(x)
         torch.manual_seed(seed)
         assert_same(folded(x), expected)
+
+
+def test_the_hooks_of_a_layer_see_what_it_gives_without_memory() -> None:
+    """In the concat form W_m m is added behind them; in a bias it would come before."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    model[0].register_forward_hook(lambda module, inputs, output: output.mul(2))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    gm = aim_surgery.transform(model, x, config=AimConfig(write="none")).eval()
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    assert_same(fold(gm)(x), gm(x))

@@ -599,3 +599,28 @@ def test_operating_under_inference_mode_gives_weights_that_train() -> None:
         gm = aim_surgery.transform(model, X, config=LITERAL)
     gm(X).sum().backward()
     assert all(p.grad is not None for p in gm.parameters())
+
+
+# What is compiled, or becomes so ------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute")
+@pytest.mark.parametrize("emit", ["auto", "graph", "module"])
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_a_torchscript_submodule_stays_a_call(compiled: Any, emit: Any) -> None:
+    inner = compiled(nn.Linear(8, 8).double())
+    model = nn.Sequential(nn.Linear(8, 8), inner, nn.Linear(8, 2)).double()
+    gm: Any = aim_surgery.transform(model, X, emit=emit)
+    assert_same(gm(X), model(X))
+    assert {read.site.name for read in gm.aim.plan.reads} == {"0", "2"}
+    assert [skip.weights for skip in gm.aim.plan.skips] == [("1.weight",)]
+    assert aim_surgery.verify(model, gm, X).ok
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_operated_models_can_be_quantized() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    gm: Any = aim_surgery.transform(model, X.float()).eval()
+    assert gm.plan.writes
+    small = torch.ao.quantization.quantize_dynamic(gm, {nn.Linear}, dtype=torch.qint8)
+    assert (small(X.float()) - gm(X.float())).abs().max() < 0.1

@@ -992,3 +992,49 @@ def test_windows_with_channels_in_the_middle_are_no_place_to_write() -> None:
     gm = aim_surgery.transform(model, x)
     assert gm.plan.writes
     torch.testing.assert_close(gm(x), model(x))
+
+
+class OneWay(nn.Module):
+    """(N, T) ids -> (N, T, 11): tokens see those before them, by no plain triangle; or all."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.embed, self.mix = nn.Embedding(11, 16), nn.Linear(16, 48)
+        self.inner, self.head = nn.Linear(16, 16), nn.Linear(16, 11)
+
+    def forward(self, ids: torch.Tensor, prefix: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.embed(ids)
+        whole = x if prefix is None else torch.cat([prefix, x], 1)
+        q, k, v = self.mix(whole).chunk(3, -1)
+        tokens, before = ids.shape[1], whole.shape[1] - ids.shape[1]
+        if self.way == "scan":
+            x = x + v.cumsum(1)
+        elif self.way == "all":
+            x = x + (q @ k.transpose(1, 2)).softmax(-1) @ v
+        else:
+            i = torch.arange(tokens)[:, None]
+            j = torch.arange(tokens + before)[None] - before
+            past = (i - j >= 0) & (i - j < 3) if self.way == "window" else j <= i
+            scores = (q[:, before:] @ k.transpose(1, 2)).masked_fill(~past, float("-inf"))
+            x = x + scores.softmax(-1) @ v
+        return self.head(x + torch.relu(self.inner(x)))
+
+
+@pytest.mark.parametrize("way", ["window", "prefix", "scan", "all"])
+def test_no_write_tells_earlier_tokens_of_later_ones(way: str) -> None:
+    ids = torch.randint(0, 11, (2, 8), generator=torch.Generator().manual_seed(0))
+    inputs = (ids, torch.randn(2, 4, 16)) if way == "prefix" else (ids,)
+    gm: Any = aim_surgery.transform(OneWay(way).eval(), inputs)
+    with torch.no_grad():
+        for parameter in gm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    later = ids.clone()
+    later[:, 4:] = (later[:, 4:] + 1) % 11
+    moved = (gm(*inputs) - gm(later, *inputs[1:]))[:, :4].abs().max()
+    if way == "all":  # not causal: it is written, and tokens see it
+        assert gm.plan.writes
+        assert moved > 0
+    else:
+        assert not gm.plan.writes
+        assert moved == 0

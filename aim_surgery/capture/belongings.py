@@ -32,10 +32,12 @@ _MOST = 100_000  # things looked at for one root, the nearest first
 _PYTHONS_OWN: Any = random.random.__self__  # pyright: ignore[reportFunctionMemberAccess]
 _OPAQUE = (np.ndarray, *SOURCES)
 _COLLECTIONS = (list, OrderedDict, dict, set, deque)
-_LEAVES = (
-    *(type(None), bool, int, float, complex, str, bytes, tuple, frozenset, type),
-    *(torch.Tensor, torch.dtype, torch.device, types.ModuleType),
-)
+_WAYS = (tuple, types.MethodType, types.BuiltinMethodType, types.FunctionType)
+_LEAVES = (type, torch.Tensor, frozenset, types.ModuleType)
+_PASSED_BY = frozenset(  # most of what there is
+    (type(None), bool, int, float, complex, str, bytes, type, torch.Tensor, nn.Parameter,
+     torch.dtype, torch.device, types.ModuleType, property)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,20 +128,29 @@ def belongings_of(name: str, space: Mapping[str, Any], seen: set[int]) -> Iterat
     Yields:
         Each collection, array and object, the nearest first.
     """
-    pending = deque((f"{name}.{key}".removeprefix("."), value) for key, value in space.items())
+    pending = deque(
+        (f"{name}.{key}".removeprefix("."), value)
+        for key, value in space.items()
+        if type(value) not in _PASSED_BY
+    )
     looked_at = 0
     while pending and looked_at < _MOST:
         looked_at += 1
         where, value = pending.popleft()
-        pending.extend((where, item) for item in _passed_through(value))
-        if not _is_looked_after(value) or id(value) in seen:
+        if id(value) in seen:
+            continue
+        if isinstance(value, _WAYS):
+            seen.add(id(value))
+            pending.extend((where, item) for item in _passed_through(value))
+            continue
+        if not _is_looked_after(value):
             continue
         seen.add(id(value))
         state = _state(value)
         yield Belonging(where, value, state)
         if not isinstance(value, _OPAQUE):
             items = state.values() if isinstance(state, dict) else state
-            pending.extend((where, item) for item in items)
+            pending.extend((where, item) for item in items if type(item) not in _PASSED_BY)
 
 
 def _passed_through(value: Any) -> Iterator[Any]:

@@ -335,7 +335,8 @@ class ValueTracer(fx.Tracer):
 
     def mode_of(self, module: nn.Module) -> bool:
         """The module's mode in this trace: the traced one, unless it was set apart by hand."""
-        own, root = module.__dict__["training"], self.model.__dict__["training"]
+        root = self.model.__dict__["training"]
+        own = module.__dict__.get("training", root)  # TorchScript's is not in Python
         return self.mode if own == root else own
 
     def _named_proxy(self, name: str, value: Any) -> ValueProxy:
@@ -395,6 +396,8 @@ class ValueTracer(fx.Tracer):
         try:
             if self.is_leaf_module(m, ""):
                 result = self.create_proxy("call_module", path, args, kwargs)
+            elif isinstance(m, torch.jit.ScriptModule):
+                result = self._call_opaque(m, args, kwargs, "it is compiled by TorchScript")
             elif path in self._python:
                 result = self._call_opaque(m, args, kwargs, self._python[path])
             else:

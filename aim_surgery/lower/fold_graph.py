@@ -22,6 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lower.fold_parts import Part, Parts
 from aim_surgery.lower.fold_watch import Watched
 from aim_surgery.nn.folded import at_least, chosen, plus, spread, within
@@ -276,6 +277,8 @@ class FoldWriter:
             return False
         if layer is None:
             return self._functional_bias(t, value.flatten())
+        if not is_plain(layer):  # its hooks would see what memory adds
+            return False
         path, bias = str(t.target), layer._parameters.get("bias")
         named = layer.bias is bias and f"{path}.bias" not in self._looked_at
         if not named or self._calls[path] != 1 or (bias is not None and self._owners[id(bias)] > 1):

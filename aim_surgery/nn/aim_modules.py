@@ -64,7 +64,7 @@ class AimModules(nn.Module):
 
 def plan_of(module: Any) -> Any:
     """The plan of an operated model; None for anything else."""
-    added = module._modules.get("aim") if isinstance(module, nn.Module) else None
+    added = getattr(module, "aim", None) if isinstance(module, nn.Module) else None
     return added.plan if isinstance(added, AimModules) else None
 
 

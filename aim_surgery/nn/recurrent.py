@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.rnn import RNNCellBase
 
@@ -35,6 +36,8 @@ _FORWARDS = tuple(
 
 def is_recurrent(layer: nn.Module) -> bool:
     """Whether a layer is one of torch's recurrent ones (or their cells), with torch's forward."""
+    if isinstance(layer, torch.jit.ScriptModule):  # whose class has no forward to look at
+        return False
     return type(layer).forward in _FORWARDS and "forward" not in vars(layer)
 
 

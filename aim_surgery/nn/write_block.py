@@ -204,7 +204,7 @@ class WriteBlock(nn.Module):
     def _with_view(self, features: Tensor, view: Tensor | None) -> Tensor:
         """Features and view side by side, in a tensor of their own: the features may change."""
         if not _autocasts(features.device.type):
-            features = features.to(self.out.weight.dtype)
+            features = features.to(self._dtype)
         if view is None or self.planes == 0:
             return features.clone()
         view = view.to(features)
@@ -218,6 +218,11 @@ class WriteBlock(nn.Module):
         if features.is_contiguous(memory_format=layout) and not features.is_contiguous():
             view = view.contiguous(memory_format=layout)  # else `cat` would change the features'
         return torch.cat([features, view], 1)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        weight = self.out.weight  # of a quantized layer, a method
+        return weight.dtype if isinstance(weight, Tensor) else torch.float32
 
     def _refuse_single_value(self, x: Tensor) -> None:
         """Torch's own error knows neither where nor what to do."""

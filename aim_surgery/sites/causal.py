@@ -27,6 +27,7 @@ _COMPARISONS = (
     operator.ge, operator.gt, operator.le, operator.lt, torch.ge, torch.gt, torch.le, torch.lt,
 )  # fmt: skip
 _RECURRENT = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+_SCANS = ("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp")
 _MOST_ENTRIES = 2**26  # of a mask that is looked at
 _MOST_MASKS = 16  # that are computed
 
@@ -35,7 +36,8 @@ def find_causal(capture: Capture, features: Features) -> str:
     """Find a sign that a graph is causal.
 
     Not seen: a mask that is an input of the model, causality by shifts or by padding on one side
-    (WaveNet), recurrent cells called in a loop, masks made inside an opaque module.
+    (WaveNet), recurrent cells and states that Python carries from step to step, masks made inside
+    an opaque module.
 
     Args:
         capture: The captured model that the graph belongs to.
@@ -45,7 +47,11 @@ def find_causal(capture: Capture, features: Features) -> str:
         What shows it, as a noun; "" where nothing does.
     """
     for node in features.graph.nodes:
-        if _is_causal(capture, node) or _goes_one_way(capture, node):
+        if (
+            _is_causal(capture, node)
+            or _goes_one_way(capture, node)
+            or (node in features.samples.dependent and _accumulates(node))
+        ):
             if node.op == "call_module" or node.op == "get_attr":
                 return str(node.target)
             return node.name
@@ -57,14 +63,14 @@ def find_causal(capture: Capture, features: Features) -> str:
 
 
 def _may_be_a_mask(features: Features, node: fx.Node) -> bool:
-    """Square tables that don't depend on the input, and are joined with what does."""
+    """Tables, as wide as high or wider, that are not of the input and are joined with what is."""
     dependent = features.samples.dependent
     if not node.op.startswith("call_f") and node.op != "call_method":
         return False
     return (
         node not in dependent
         and any(user in dependent for user in node.users)
-        and _is_square(node)
+        and _is_table(node.meta.get("val"))
         and node.meta["val"].numel() <= _MOST_ENTRIES
     )
 
@@ -101,6 +107,14 @@ def _is_causal(capture: Capture, node: fx.Node) -> bool:
     return False
 
 
+def _accumulates(node: fx.Node) -> bool:
+    """A scan: `v.cumsum(1)` of features gives each token the sum of those before it."""
+    if not is_call(node, tuple(getattr(torch, name) for name in _SCANS), {*_SCANS}):
+        return False
+    value = argument_of(node, 0, "input").meta["val"]
+    return value.is_floating_point() and value.ndim > 2
+
+
 def _is_integer(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not value.is_floating_point()
 
@@ -110,6 +124,12 @@ def _is_square(node: fx.Node) -> bool:
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return False
     return value.shape[-1] == value.shape[-2] > 1
+
+
+def _is_table(value: Any) -> bool:
+    if not isinstance(value, torch.Tensor) or value.ndim < 2:
+        return False
+    return value.shape[-1] >= value.shape[-2] > 1
 
 
 def _are_row_and_column(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
@@ -130,14 +150,22 @@ def _is_causal_table(capture: Capture, name: str) -> bool:
 
 
 def _is_triangle(table: torch.Tensor) -> bool:
-    """Whether a table holds nothing, or -inf, above the diagonal alone."""
-    if table.ndim < 2 or not table.shape[-1] == table.shape[-2] > 1:
+    """Whether a table says one thing above the diagonal, and another on it.
+
+    Below it may say either: a sliding window hides what is long past.
+    """
+    if not _is_table(table):
         return False
     if not 0 < table.numel() <= _MOST_ENTRIES or table.is_complex():
         return False
     table = table.detach().reshape(-1, *table.shape[-2:])[0]
-    above = torch.ones(table.shape, dtype=torch.bool, device=table.device).triu(1)
+    before = table.shape[1] - table.shape[0]  # tokens of a prefix, which all others see
+    above = torch.ones(table.shape, dtype=torch.bool, device=table.device).triu(1 + before)
     upper, lower = table[above].to(torch.float32), table[~above].to(torch.float32)
-    if bool((upper == 0).all()):
-        return bool((lower == lower[0]).all() & (lower[0] != 0))
-    return bool((lower == 0).all() & ((upper < -1e3) | (table.dtype == torch.bool)).all())
+    on = table.diagonal(before).to(torch.float32)
+    if bool((upper == 0).all()):  # 1 where a token looks
+        return bool((on == on[0]).all() & (on[0] != 0) & ((lower == 0) | (lower == on[0])).all())
+    hidden = upper[0]
+    masks = table.dtype == torch.bool or bool(hidden < -1e3)
+    seen = (lower == 0) | (lower == hidden)
+    return masks and bool((upper == hidden).all() & (on == 0).all() & seen.all())

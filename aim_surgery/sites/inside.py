@@ -178,6 +178,8 @@ def path_of(name: str, paths: Mapping[str, str]) -> str | None:
 
 def _may_read(layer: nn.Module) -> bool:
     """A layer of torch's, or one that multiplies by its own matrix (GPT-2's `Conv1D`)."""
+    if isinstance(layer, torch.jit.ScriptModule):  # compiled: no hook gets in
+        return False
     if isinstance(layer, LAYER_TYPES) or is_recurrent(layer):
         return True
     alone = not any(True for _ in layer.children())
@@ -264,7 +266,8 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and path_of(name, paths) is not None
     }
     rows = RowsWatched(tables)
-    watch = _Watch(runs, {n: modules[n] for n in layers}, {p: modules[p] for p in paths}, rows)
+    calls = {p: modules[p] for p in paths if not isinstance(modules[p], torch.jit.ScriptModule)}
+    watch = _Watch(runs, {n: modules[n] for n in layers}, calls, rows)
     for training in (capture.model.training, not capture.model.training):
         try:
             twin.train(training)

@@ -83,7 +83,7 @@ def compare_gradients(
     handles = []
     for name, parameter in operated.named_parameters(remove_duplicate=False):
         hook = _Subtract(name, shapes.get(name), reads.get(name), expected, differences)
-        if name in shapes and parameter.requires_grad:
+        if name in shapes and _gets_gradient(parameter):
             handles.append(parameter.register_post_accumulate_grad_hook(hook))
     loss = _random_loss(outputs)
     try:
@@ -104,11 +104,16 @@ def compare_gradients(
     return Comparison.of("gradients", case, limit, differences)
 
 
+def _gets_gradient(parameter: torch.Tensor) -> bool:
+    """Whether it is trained; a copy of TorchScript's is computed, and no leaf."""
+    return parameter.requires_grad and parameter.is_leaf
+
+
 def _leave_out_frozen(
     operated: nn.Module, expected: dict[str, torch.Tensor], notes: list[str]
 ) -> None:
     parameters = dict(operated.named_parameters(remove_duplicate=False))
-    frozen = [n for n in expected if n in parameters and not parameters[n].requires_grad]
+    frozen = [n for n in expected if n in parameters and not _gets_gradient(parameters[n])]
     for name in frozen:
         del expected[name]
     note = f"frozen in the operated model, so their gradients are not compared: {len(frozen)}"

@@ -233,7 +233,7 @@ class _Steps:
         handles = [
             parameter.register_post_accumulate_grad_hook(self._hook(name))
             for name, parameter in self._twin.named_parameters()
-            if parameter.requires_grad
+            if parameter.requires_grad and parameter.is_leaf
         ]
         try:
             for step in range(_STEPS):
