@@ -64,7 +64,9 @@ class AimModules(nn.Module):
 
 def plan_of(module: Any) -> Any:
     """The plan of an operated model; None for anything else."""
-    added = getattr(module, "aim", None) if isinstance(module, nn.Module) else None
+    if not isinstance(module, nn.Module) or "aim" not in module._modules:
+        return None
+    added = module._modules["aim"]
     return added.plan if isinstance(added, AimModules) else None
 
 
