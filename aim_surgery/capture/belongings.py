@@ -3,15 +3,14 @@
     self.cache["t"] = x        self.state.last = x        self.seen.append(x)        self.n += 1
 
 Collections, arrays, plain objects and sources of random numbers, as deep as they lie, of modules,
-classes and files.
-A forward may change any of them in place, and what a trace puts there is of no use to anybody.
+classes and files. A forward may change any of them in place, and what a trace puts there is of no
+use to anybody.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-import random
 import sys
 import types
 from collections import OrderedDict, deque
@@ -23,13 +22,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from aim_surgery.capture.random_sources import SOURCES, put_state, state_of
+from aim_surgery.capture.random_sources import GLOBAL, SOURCES, put_state, state_of
 
 # Objects of these packages lead to much that no forward changes; of these of Python's, nowhere.
 _FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names})
 _PLAIN = frozenset({"types", "argparse", "collections", "dataclasses"})
 _MOST = 100_000  # things looked at for one root, the nearest first
-_PYTHONS_OWN: Any = random.random.__self__  # pyright: ignore[reportFunctionMemberAccess]
 _OPAQUE = (np.ndarray, *SOURCES)
 _COLLECTIONS = (list, OrderedDict, dict, set, deque)
 _WAYS = (tuple, types.MethodType, types.BuiltinMethodType, types.FunctionType)
@@ -169,7 +167,7 @@ def _is_looked_after(value: Any) -> bool:
     if isinstance(value, _LEAVES):
         return False
     if isinstance(value, SOURCES):
-        return value is not _PYTHONS_OWN and value is not np.random.mtrand._rand
+        return all(value is not source for source in GLOBAL.values())
     if isinstance(value, (*_COLLECTIONS, nn.Module)):
         return True
     if isinstance(value, np.ndarray):

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
 SOURCES = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+# Those that the libraries' own functions draw from.
+GLOBAL: dict[str, Any] = {
+    "random": random.random.__self__,  # pyright: ignore[reportFunctionMemberAccess]
+    "numpy": np.random.mtrand._rand,
+    "torch": torch.default_generator,
+}
 
 
 def state_of(source: Any) -> bytes:
@@ -71,13 +77,11 @@ def no_numbers_drawn(tracer: ValueTracer) -> Iterator[None]:
         CaptureError: The forward has drawn some.
         MayHaveDrawn: There is no telling whether it has.
     """
-    before = random.getstate(), _numpys_state(), _torchs_state()
+    before = {name: state_of(source) for name, source in GLOBAL.items()}
     watch = _Draws(tracer)
     with watch if tracer.watches_draws else contextlib.nullcontext():
         yield
-    after = random.getstate(), _numpys_state(), _torchs_state()
-    names = ("random", "numpy", "torch")
-    moved = [n for n, old, new in zip(names, before, after, strict=True) if old != new]
+    moved = [name for name, source in GLOBAL.items() if state_of(source) != before[name]]
     moved += [source.name for source in tracer.changes.sources if source.put_back()]
     if "torch" in moved and tracer.watches_draws and not watch.seen:
         moved.remove("torch")
@@ -103,12 +107,3 @@ class _Draws(TorchDispatchMode):
             self.seen = True
         with self._tracer.computing():  # it is no call of the forward's own
             return func(*args, **(kwargs or {}))
-
-
-def _torchs_state() -> bytes:
-    return torch.get_rng_state().numpy().tobytes()
-
-
-def _numpys_state() -> tuple[Any, ...]:
-    state: Any = np.random.get_state(legacy=False)
-    return state["state"]["key"].tobytes(), state["state"]["pos"], state["gauss"]

@@ -120,13 +120,12 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_square(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.ndim < 2:
-        return False
-    return value.shape[-1] == value.shape[-2] > 1
+    value: Any = node.meta.get("val")
+    return _is_table(value) and value.shape[-1] == value.shape[-2]
 
 
 def _is_table(value: Any) -> bool:
+    """Whether it has rows and columns, and no fewer of these."""
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return False
     return value.shape[-1] >= value.shape[-2] > 1
