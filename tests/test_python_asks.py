@@ -132,6 +132,31 @@ def test_copies_of_tensors_are_recorded() -> None:
     assert_same(gm(X.clone()), model(X.clone()))
 
 
+DTYPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of a factory": lambda x: torch.tensor([0.5], dtype=float, device=x.device),  # type: ignore[arg-type]
+    "of a method": lambda x: x.new_ones(8, dtype=int),  # type: ignore[arg-type]
+    "converted": lambda x: (x > 0).to(float),  # type: ignore[call-overload]
+    "summed": lambda x: x.sum(-1, keepdim=True, dtype=complex).real,  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("case", DTYPES)
+def test_types_of_python_are_dtypes_to_torch(case: str) -> None:
+    class Typed(nn.Module):
+        """(N, 8) -> the same."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + DTYPES[case](x)
+
+    model = Typed().double().eval()
+    gm = aim_surgery.transform(model, X, config=PLAIN, emit="graph")
+    assert_same(gm(X), model(X))
+
+
 class Catches(nn.Module):
     """(N, 8) -> the same; what a graph can't know decides, in a `try`."""
 

@@ -11,13 +11,14 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, plan, transform
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
 from aim_surgery.verification.coverage import check_coverage
 from aim_surgery.verification.pair import Pair
-from aim_surgery.verification.samples import Samples, named_leaves, samples_for
+from aim_surgery.verification.samples import Samples, samples_for
 
 FULL = AimConfig(budget=None, memory=64)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(3))

@@ -41,6 +41,31 @@ def test_compiled_parts_are_traced_through() -> None:
         assert_same(gm(X), case(X))
 
 
+@pytest.mark.parametrize(
+    "mark", ["mark_static_address", "mark_static", "mark_dynamic", "maybe_mark_dynamic"]
+)
+def test_what_the_compiler_is_told_of_a_tensor_stops_no_trace(mark: str) -> None:
+    import torch._dynamo
+
+    class Marks(nn.Module):
+        """(N, 8) -> the same; caches of transformers do this."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.fc(x)
+            getattr(torch._dynamo, mark)(x, *([] if mark == "mark_static_address" else [0]))
+            return self.fc(x)
+
+    original = getattr(torch._dynamo, mark)
+    case = Marks().double()
+    gm: Any = aim_surgery.transform(case, X, config=LITERAL, emit="graph")
+    assert_same(gm(X), case(X))
+    assert getattr(torch._dynamo, mark) is original
+
+
 def test_lazy_layers_are_refused_until_they_have_weights() -> None:
     lazy = nn.Sequential(nn.LazyLinear(4)).double()
     with pytest.raises(CaptureError, match=r"0 is a LazyLinear .* call the model once"):

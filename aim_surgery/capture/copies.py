@@ -6,6 +6,7 @@ The user's own values where there are any; noise where only shapes are known.
 from __future__ import annotations
 
 import contextlib
+import copy
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from aim_surgery.capture.belongings import sources_of
+from aim_surgery.capture.inputs import ExampleInputs
 
 
 def derived_tensors(model: nn.Module) -> dict[int, Any]:
@@ -30,6 +33,22 @@ def derived_tensors(model: nn.Module) -> dict[int, Any]:
     values += [v for value in values if type(value) is list for v in value]  # of recurrent layers
     tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
     return {id(tensor): tensor.detach().clone() for tensor in tensors}
+
+
+def twin_of(model: nn.Module, training: bool) -> nn.Module:
+    """A copy of a model, to be run in a mode; what the model refuses of copies is raised.
+
+    Args:
+        model: Left unchanged.
+        training: The mode; a copy that is in it already is not asked to change.
+
+    Returns:
+        The copy.
+    """
+    twin = copy.deepcopy(model, derived_tensors(model))
+    if twin.training != training:
+        twin.train(training)  # a `train` of the model's own may return nothing
+    return twin
 
 
 def is_shape_only(tensor: torch.Tensor) -> bool:
@@ -49,6 +68,16 @@ def noise_like(tensor: torch.Tensor, integer: int = 0) -> torch.Tensor:
 def own_values(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a tensor; noise where only its shape counts."""
     return noise_like(tensor) if is_shape_only(tensor) else tensor.detach().clone()
+
+
+def own_arguments(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Copies of what a model is to be called with; noise where only shapes count."""
+
+    def own(value: Any) -> Any:
+        return own_values(value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+
+    args, kwargs = tree_map(own, (inputs.args, dict(inputs.kwargs)))
+    return args, kwargs
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ layer picks): a run on other data shows whether an answer about it holds.
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.assumptions import ANSWERS, Assumption, dependent_nodes
 from aim_surgery.capture.batches import count_samples, is_list_of_samples, take_samples
-from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
+from aim_surgery.capture.copies import own_values, random_state_kept, twin_of
 from aim_surgery.capture.inputs import Argument, ExampleInputs
 from aim_surgery.capture.leaves import is_python_call
 from aim_surgery.capture.values import node_value
@@ -241,11 +240,9 @@ def _is_tensor(node: fx.Node) -> bool:
 def _twin(
     model: nn.Module, training: bool, constants: Mapping[str, torch.Tensor] | None = None
 ) -> nn.Module:
-    twin = copy.deepcopy(model, derived_tensors(model))
+    twin = twin_of(model, training)
     for name, constant in (constants or {}).items():
         setattr(twin, name, constant.detach().clone())  # a run may write into it
-    if twin.training != training:
-        twin.train(training)  # a `train` of the model's own may return nothing
     return twin
 
 

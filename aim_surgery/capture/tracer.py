@@ -47,7 +47,7 @@ from aim_surgery.capture.opaque import (
 )
 from aim_surgery.capture.patches import FACTORIES, tracing_patches
 from aim_surgery.capture.proxy import ValueProxy
-from aim_surgery.capture.values import FakeValues, node_value
+from aim_surgery.capture.values import FakeValues, node_value, with_dtypes
 
 _IN_PLACE = frozenset(f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "pow"))
 _CLOSED = object()
@@ -210,9 +210,8 @@ class ValueTracer(fx.Tracer):
             result = _CLOSED if call is None else self._open(target, call)
             if result is not _CLOSED:
                 return result
-        node = self.graph.create_node(
-            kind, target, self.create_arg(args), self.create_arg(kwargs), name
-        )
+        args, kwargs = self._lowered(target, (args, kwargs))
+        node = self.graph.create_node(kind, target, args, kwargs, name)
         try:
             value = self._evaluator.evaluate(node)
         except DATA_DEPENDENT as err:
@@ -304,6 +303,16 @@ class ValueTracer(fx.Tracer):
                 node.meta["val"] = make(*node_value(node.args), **node_value(node.kwargs))
             return node
         return super().create_arg(a)
+
+    def _lowered(self, target: Any, arguments: Any) -> Any:
+        """The arguments of a call; torch takes Python's types for its own (`dtype=int`)."""
+        try:
+            return self.create_arg(arguments)
+        except NotImplementedError:  # fx has no place for a type
+            home = getattr(target, "__module__", None) or "torch"
+            if home.partition(".")[0] != "torch":
+                raise
+            return self.create_arg(with_dtypes(arguments))
 
     def can_record(self, values: Any) -> bool:
         """Whether a nested argument consists of proxies and literals only."""

@@ -23,6 +23,8 @@ _empty_strided = (
 )  # the original: while a model is traced, factories are recorded
 _SCALARS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64, complex: torch.complex128}
+
 _MOST_OUTPUTS = 10_000
 
 Spec = tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
@@ -152,3 +154,15 @@ def node_value(argument: Any) -> Any:
     if isinstance(argument, slice):
         return slice(*map(node_value, (argument.start, argument.stop, argument.step)))
     return argument
+
+
+def with_dtypes(arguments: Any) -> Any:
+    """Arguments of a torch function, with Python's number types as the dtypes that they stand for.
+
+    Args:
+        arguments: Nested arguments, such as `dtype=int`.
+
+    Returns:
+        The same nest; other types stay.
+    """
+    return tree_map_only(type, lambda kind: _DTYPES.get(kind, kind), arguments)

@@ -9,16 +9,13 @@ model's methods, and would put a prefix before the names of its parameters.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
 from torch.export import ExportedProgram
-from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.capture import taken, with_inputs
 from aim_surgery.capture.captured import Capture
-from aim_surgery.capture.copies import derived_tensors, own_values, random_state_kept
+from aim_surgery.capture.copies import own_arguments, random_state_kept, twin_of
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
 from aim_surgery.capture.modes import capture_graphs
 from aim_surgery.capture.opaque import failed, first_line
@@ -100,11 +97,9 @@ def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
     faults = []
     for training in (False, True):
         try:
-            twin = copy.deepcopy(model, derived_tensors(model))
-            twin.train(training)  # a `train` of the model's own may return nothing
+            twin = twin_of(model, training)
             with torch.no_grad(), random_state_kept(model):
-                given = (inputs.args, dict(inputs.kwargs))
-                args, kwargs = tree_map_only(torch.Tensor, own_values, given)
+                args, kwargs = own_arguments(inputs)
                 twin(*args, **kwargs)
         except Exception as err:
             faults.append(failed(err))

@@ -7,9 +7,11 @@ parameters are then its own, without `_orig_mod.` or `module.` before them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,11 @@ from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.exported import as_module, program_notes
 from aim_surgery.capture.inputs import ExampleInputs
+from aim_surgery.capture.proxy import ValueProxy
 from aim_surgery.errors import CaptureError
+
+# what torch._dynamo is told of tensors
+_MARKS = ("mark_dynamic", "maybe_mark_dynamic", "mark_static", "mark_static_address")
 
 
 def unwrap(model: nn.Module | ExportedProgram) -> tuple[nn.Module, tuple[str, ...]]:
@@ -92,10 +98,28 @@ def on_meta(model: nn.Module, inputs: ExampleInputs) -> ExampleInputs:
 
 @contextlib.contextmanager
 def compiled_code_as_python() -> Iterator[None]:
-    """Let functions and submodules under `torch.compile` run as what they were compiled from."""
+    """Let functions and submodules under `torch.compile` run as what they were compiled from.
+
+    What a forward tells the compiler of a traced tensor (`mark_static_address`) is passed over.
+    """
     dynamo = sys.modules.get("torch._dynamo")
     if dynamo is None:
         yield
         return
-    with dynamo.config.patch(error_on_nested_fx_trace=False):
-        yield
+    marks = {name: getattr(dynamo, name) for name in _MARKS}
+    for name, mark in marks.items():
+        setattr(dynamo, name, _for_tensors(mark))
+    try:
+        with dynamo.config.patch(error_on_nested_fx_trace=False):
+            yield
+    finally:
+        for name, mark in marks.items():
+            setattr(dynamo, name, mark)
+
+
+def _for_tensors(mark: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(mark)
+    def marked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if type(tensor) is ValueProxy else mark(tensor, *args, **kwargs)
+
+    return marked

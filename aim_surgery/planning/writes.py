@@ -26,6 +26,7 @@ from aim_surgery.sites import (
     find_calls,
     find_stages,
     match_boundaries,
+    why_not_pooled,
 )
 
 
@@ -66,8 +67,9 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
         return _without_graph(config, capture.why_whole)
     stages = find_stages(capture)
     if config.write_at is None:
-        points = list(stages.chosen)
-        left_out = [Skip(name, (), reason) for name, reason in stages.refused]
+        refused = why_not_pooled(capture, stages.chosen)
+        points = [point for point in stages.chosen if point not in refused]
+        left_out = [Skip(point.name, (), reason) for point, reason in refused.items()]
     else:
         patterns = (config.write_at,) if isinstance(config.write_at, str) else config.write_at
         found = {p for pattern in patterns for p in match_boundaries(stages, capture, pattern)}

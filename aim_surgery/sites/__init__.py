@@ -8,6 +8,7 @@ from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
 from aim_surgery.sites.find import find_sites, python_calls
 from aim_surgery.sites.inside import fault_inside
+from aim_surgery.sites.leaks import why_not_pooled
 from aim_surgery.sites.match import match_boundaries
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.stages import Stages, find_stages
@@ -26,4 +27,5 @@ __all__ = [
     "find_stages",
     "match_boundaries",
     "python_calls",
+    "why_not_pooled",
 ]

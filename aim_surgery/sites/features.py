@@ -9,10 +9,11 @@ from torch import fx
 
 from aim_surgery.capture import Capture
 from aim_surgery.sites.axes import follow_axis
-from aim_surgery.sites.boundary import Boundary, node_names
+from aim_surgery.sites.boundary import Boundary, analysed_trace, node_names
 from aim_surgery.sites.calls import Call, find_calls, samples_of
 from aim_surgery.sites.flow import find_flow
 from aim_surgery.sites.graph import embeddings
+from aim_surgery.sites.once import found_once
 
 Point = tuple[fx.Node, Boundary]
 
@@ -110,6 +111,12 @@ class Features:
 
     def _positions(self, value: torch.Tensor, channels: int) -> int:
         return int(value.numel()) // max(channels * max(self.samples.count, 1), 1)
+
+
+@found_once
+def features_of(capture: Capture) -> Features:
+    """What is carried by the graph that boundaries are looked for in."""
+    return Features(capture, analysed_trace(capture).graph)
 
 
 def _spatial(shape: tuple[int, ...], channels: int, samples: int | None) -> tuple[int, ...]:

@@ -20,10 +20,10 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors, is_shape_only, random_state_kept
+from aim_surgery.capture.copies import derived_tensors, own_arguments, random_state_kept
 from aim_surgery.errors import in_one_line
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
@@ -40,7 +40,6 @@ from aim_surgery.sites.rows import RowsWatched
 from aim_surgery.sites.site import Site, Skip
 from aim_surgery.sites.unread import NOT_PRODUCTS
 
-_EXAMPLE = "given"
 # What may be asked of a weight without using its values or its size.
 _HARMLESS = frozenset(
     ("dtype", "device", "requires_grad", "is_cuda", "is_meta", "is_leaf", "layout", "grad",
@@ -272,7 +271,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
         try:
             twin.train(training)
             with torch.no_grad(), random_state_kept(capture.model), watch:
-                args, kwargs = _examples(capture)
+                args, kwargs = own_arguments(capture.inputs)
                 rows.begin((args, kwargs))
                 twin(*args, **kwargs)
         except Exception as err:
@@ -363,23 +362,6 @@ def _is_harmless(func: Any) -> bool:
     if name == "__get__":
         return getattr(getattr(func, "__self__", None), "__name__", "") in _HARMLESS
     return name in ("is_floating_point", "is_complex", "dim", "__hash__", "__repr__")
-
-
-def _examples(capture: Capture) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The user's own values, copied; noise where only shapes are known."""
-    inputs = capture.inputs
-    given = inputs.source == _EXAMPLE
-
-    def own(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return copy.deepcopy(value)
-        value = value.detach()
-        if given and not is_shape_only(value):
-            return value.clone()
-        return torch.rand_like(value) if value.is_floating_point() else torch.zeros_like(value)
-
-    args, kwargs = tree_map(own, (inputs.args, dict(inputs.kwargs)))
-    return args, kwargs
 
 
 def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> Iterator[Skip]:

@@ -37,6 +37,11 @@ class Samples:
     axes: Mapping[fx.Node, int]
     dependent: AbstractSet[fx.Node] = field(default_factory=frozenset)
 
+    @property
+    def leading(self) -> int | None:
+        """The samples' axis in the first input that has one, None where none has."""
+        return next((axis for node, axis in self.axes.items() if node.op == "placeholder"), None)
+
     def at(self, node: fx.Node, channel_axis: int) -> tuple[int | None, int]:
         """The samples' axis of a site's input, and its entries per sample.
 

@@ -18,11 +18,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison, dtype_name
 from aim_surgery.verification.pair import Pair
-from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, own_dtype
 
 _REFUSAL = "this input breaks what the graph was captured with"

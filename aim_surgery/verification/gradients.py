@@ -19,12 +19,13 @@ import torch
 from torch import fx, nn
 
 from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.errors import AimSurgeryError, in_one_line
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, WRITES, memory_path
 from aim_surgery.surgery.notes import SiteNote
-from aim_surgery.verification.samples import Samples, named_leaves
+from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, own_dtype, split_entries
 
 _BATCH = 2

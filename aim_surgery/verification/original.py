@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.errors import in_one_line
 from aim_surgery.verification.comparison import Case
 from aim_surgery.verification.differences import detached
 from aim_surgery.verification.rounding import RoundedOtherwise
-from aim_surgery.verification.samples import named_leaves
 from aim_surgery.verification.twins import call, modes_of, put_modes
 
 _NUDGES = 8  # an entry that jumps half the time is seen to jump in all but 0.4 % of cases

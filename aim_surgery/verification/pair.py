@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.errors import in_one_line
 from aim_surgery.planning import Plan
 from aim_surgery.verification.buffer_differences import align_buffers, compare_buffers
@@ -24,7 +25,6 @@ from aim_surgery.verification.differences import detached, differences_of, is_em
 from aim_surgery.verification.gradient_differences import compare_gradients, gradients_of
 from aim_surgery.verification.original import Original
 from aim_surgery.verification.rounding import MISSING, Unsure, held_against
-from aim_surgery.verification.samples import named_leaves
 from aim_surgery.verification.twins import call, modes_of
 
 

@@ -7,7 +7,6 @@ what to find in each.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,30 +174,6 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.is_complex():
         return tensor.to(dtype.to_complex())
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def named_leaves(value: Any, path: str = "output") -> dict[str, Any]:
-    """What a nested output holds, by where it stands: `output['logits']`, `output[0].loss`.
-
-    Args:
-        value: Tensors in tuples, lists, mappings and dataclasses.
-        path: Where the value itself stands.
-
-    Returns:
-        Tensors, literals and whatever else stands at the ends.
-    """
-    if isinstance(value, Mapping):
-        parts = {f"{path}[{key!r}]": item for key, item in value.items()}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = (field.name for field in dataclasses.fields(value))
-        parts = {f"{path}.{name}": getattr(value, name) for name in names}
-    elif isinstance(value, tuple | list):
-        parts = {f"{path}[{index}]": item for index, item in enumerate(value)}
-    else:
-        return {path: value}
-    return {
-        name: leaf for at, part in parts.items() for name, leaf in named_leaves(part, at).items()
-    }
 
 
 def _smaller(size: int, ratio: float) -> int:

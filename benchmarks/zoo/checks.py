@@ -19,13 +19,14 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery.capture import Inputs
+from aim_surgery.capture.nested import named_leaves
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification import Verification
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import convert
 from aim_surgery.verification.pair import Pair
-from aim_surgery.verification.samples import Samples, named_leaves, samples_for
+from aim_surgery.verification.samples import Samples, samples_for
 from aim_surgery.verification.twins import call, copy_of, own_dtype
 from benchmarks.zoo.rows import BRIEF, FULL, LIGHT, Row
 
