@@ -19,7 +19,7 @@ types: $(READY)
 
 unit: $(READY)
 	$(BIN)/python -m pytest --doctest-modules aim_surgery
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # Every model of torchvision, timm, transformers, and some of other libraries: hours. What has a row
 # of this source is kept.

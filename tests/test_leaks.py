@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,8 @@ from torch import nn
 import aim_surgery
 from aim_surgery import AimConfig
 from aim_surgery.capture import Capture, capture
+from aim_surgery.checkpoint.operated import open_original, operate_checkpoint, plan_checkpoint
+from aim_surgery.checkpoint.reading.kinds import open_source
 from aim_surgery.sites import Boundary, find_calls, find_stages, match_boundaries, why_not_pooled
 from aim_surgery.sites.one_way import goes_one_way
 
@@ -343,3 +347,55 @@ def test_a_model_that_fails_on_other_values_says_nothing() -> None:
     with torch.device("meta"):
         model = Picky()
     assert not goes_one_way(capture(model, (ids,)), 0)
+
+
+NETS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.inner, self.leave = nn.Linear(4, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("table", torch.ones(6, 6).tril() / 6)
+
+    def forward(self, x):
+        return self.leave(self.inner(self.mixed(self.enter(x).relu())).relu())
+
+class Triangle(Base):
+    def mixed(self, x):
+        return self.table @ x
+
+class OneSided(Base):
+    def mixed(self, x):
+        return x + F.pad(x, (0, 0, 1, -1))
+
+class BothSided(Base):
+    def mixed(self, x):
+        return x + F.pad(x, (0, 0, 1, -1)) + F.pad(x, (0, 0, -1, 1))
+"""
+
+
+@pytest.mark.parametrize("name", ["Triangle", "OneSided", "BothSided"])
+def test_a_file_is_operated_as_the_model_with_values(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("tokens.py").write_text(NETS)
+    spec, x = f"tokens.py:{name}", torch.randn(2, 6, 4)
+    model = aim_surgery.build(spec)
+    torch.save(model.state_dict(), "net.pt")
+    plan = aim_surgery.plan(model, x)
+    assert bool(plan.writes) == (name == "BothSided")
+    source = open_source("net.pt")
+    assert plan_checkpoint(source, spec, example=x) == plan
+    assert open_original(source, spec).streamed  # where values don't tell, none are needed
+    operated = operate_checkpoint(source, spec, example=x)
+    assert operated.plan == plan
+    assert operated.original is not None
+    assert operated.original.streamed
+    unseen = aim_surgery.plan(model.to("meta"), x)
+    assert unseen.writes
+    assert any("can't all be seen on the meta device" in note for note in unseen.notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -33,7 +33,16 @@ def inputs() -> list[torch.Tensor]:
     return [x, x.to(torch.bfloat16), x.to(memory_format=torch.channels_last), x.mT, strided, x[:0]]
 
 
-@pytest.mark.parametrize("function", sorted(shortcuts._ACTIVATIONS, key=str), ids=lambda f: str(f))
+def name_of(function: Callable[..., Any]) -> str:
+    home = getattr(function, "__module__", type(function).__name__)
+    return f"{home}.{function.__name__}"
+
+
+def by_name(functions: Iterable[Callable[..., Any]]) -> list[Callable[..., Any]]:
+    return sorted(functions, key=name_of)
+
+
+@pytest.mark.parametrize("function", by_name(shortcuts._ACTIVATIONS), ids=name_of)
 def test_activations(function: Callable[..., Any]) -> None:
     for x in inputs():
         ours, theirs = both(function, x)
@@ -61,7 +70,7 @@ def test_in_place_gives_the_input_itself() -> None:
     assert values.call(F.dropout, (x, 0.5, False, True), {}) is x
 
 
-@pytest.mark.parametrize("function", sorted(shortcuts._IN_PLACE, key=str), ids=lambda f: str(f))
+@pytest.mark.parametrize("function", by_name(shortcuts._IN_PLACE), ids=name_of)
 def test_in_place_ones_do_as_torch_does(function: Callable[..., Any]) -> None:
     values = FakeValues()
     for x in map(values.of, inputs()):

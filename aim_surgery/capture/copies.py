@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from aim_surgery.capture.belongings import sources_of
+from aim_surgery.capture.belongings import belongings_of, own_homes, own_names, sources_of
 from aim_surgery.capture.inputs import ExampleInputs
 
 
@@ -98,3 +98,21 @@ def random_state_kept(model: nn.Module | None = None) -> Iterator[None]:
             source.put_back()
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def shared_state_kept(model: nn.Module) -> Iterator[None]:
+    """Give back what copies of a model share with it: tables of its files, random states.
+
+    Args:
+        model: Of whose classes and files dicts, lists, sets and arrays get their items back.
+    """
+    seen = {id(module) for module in model.modules()}
+    homes = [(name, own_names(home)) for name, home in own_homes(model)]
+    tables = [table for name, names in homes for table in belongings_of(name, names, seen)]
+    try:
+        with random_state_kept(model):
+            yield
+    finally:
+        for table in tables:
+            table.put_back()

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from aim_surgery.capture.capture import taken, with_inputs
 from aim_surgery.capture.captured import Capture
-from aim_surgery.capture.copies import own_arguments, random_state_kept, twin_of
+from aim_surgery.capture.copies import own_arguments, shared_state_kept, twin_of
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
 from aim_surgery.capture.modes import capture_graphs
 from aim_surgery.capture.opaque import failed, first_line
@@ -98,7 +98,7 @@ def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
     for training in (False, True):
         try:
             twin = twin_of(model, training)
-            with torch.no_grad(), random_state_kept(model):
+            with torch.no_grad(), shared_state_kept(model):
                 args, kwargs = own_arguments(inputs)
                 twin(*args, **kwargs)
         except Exception as err:

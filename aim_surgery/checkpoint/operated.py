@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_surgery.capture import Inputs
+from aim_surgery.capture import Capture, Inputs
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.loading import load_into, same_values
 from aim_surgery.checkpoint.models.skeleton import adopt_dtypes, build_skeleton
@@ -32,6 +32,7 @@ from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
 from aim_surgery.operation import Wanted, applied, planned
 from aim_surgery.planning import Plan
+from aim_surgery.sites import may_leak_unseen
 from aim_surgery.surgery.modules import widened_reads
 from aim_surgery.surgery.state_dict import versioned
 from aim_surgery.surgery.widen import widen_for
@@ -220,7 +221,13 @@ def operate_checkpoint(
     """
     original = open_original(source, spec, model_args)
     try:
-        return _operated(original, example, config, plan, emit)
+        try:
+            return _operated(original, example, config, plan, emit)
+        except _ValuesTellError:
+            plan = plan_checkpoint(
+                source, spec, model_args, example=example, config=config, emit=emit
+            )
+            return _operated(original, example, config, plan, emit)
     except AimSurgeryError:
         if not original.streamed:
             raise
@@ -240,12 +247,27 @@ def plan_checkpoint(
     """Plan an operation on a checkpoint: see `operate_checkpoint`."""
     original = open_original(source, spec, model_args)
     try:
-        return planned(original.model, in_dtype_of(original.model, example), config, emit)[1]
+        return _planned(original, example, config, emit)[1]
     except AimSurgeryError:
         if not original.streamed:
             raise
     original = open_original(source, spec, model_args, values=True)
-    return planned(original.model, in_dtype_of(original.model, example), config, emit)[1]
+    return _planned(original, example, config, emit)[1]
+
+
+class _ValuesTellError(AimSurgeryError):
+    """A plan that was made without the model's values may be another than with them."""
+
+
+def _planned(
+    original: Original, example: Inputs | None, config: AimConfig | None, emit: Wanted
+) -> tuple[Capture, Plan]:
+    example = in_dtype_of(original.model, example)
+    capture, plan = planned(original.model, example, config, emit)
+    chosen = config is None or config.write_at is None
+    if original.streamed and chosen and may_leak_unseen(capture, [w.point for w in plan.writes]):
+        raise _ValuesTellError("a write may leak")
+    return capture, plan
 
 
 def _operated(
@@ -259,7 +281,7 @@ def _operated(
     example = in_dtype_of(model, example)
     device = torch.device("cpu") if original.streamed else None
     if plan is None:
-        capture, plan = planned(model, example, config, emit)
+        capture, plan = _planned(original, example, config, emit)
         gm = applied(capture, plan, copy=False, device=device)
     else:
         gm = applied(model, plan, example, copy=False, device=device)

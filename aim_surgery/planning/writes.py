@@ -26,7 +26,13 @@ from aim_surgery.sites import (
     find_calls,
     find_stages,
     match_boundaries,
+    may_leak_unseen,
     why_not_pooled,
+)
+
+_UNSEEN = (
+    "whether later tokens are hidden from earlier ones can't all be seen on the meta device: plan "
+    "with a model that has values, or use write='none' if it is causal"
 )
 
 
@@ -106,6 +112,8 @@ def schedule_writes(capture: Capture, config: AimConfig, sites: Sequence[Site]) 
         for site in readers
     }
     notes = _notes(sites, readers, kept)
+    if config.write_at is None and may_leak_unseen(capture, kept):
+        notes += (_UNSEEN,)
     if not kept:
         notes = (_nothing_written(left_out),)
     return Schedule(tuple(kept), versions, tuple(left_out), notes)

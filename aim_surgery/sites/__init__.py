@@ -8,7 +8,7 @@ from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
 from aim_surgery.sites.find import find_sites, python_calls
 from aim_surgery.sites.inside import fault_inside
-from aim_surgery.sites.leaks import why_not_pooled
+from aim_surgery.sites.leaks import may_leak_unseen, why_not_pooled
 from aim_surgery.sites.match import match_boundaries
 from aim_surgery.sites.site import Kind, Site, Skip
 from aim_surgery.sites.stages import Stages, find_stages
@@ -26,6 +26,7 @@ __all__ = [
     "find_sites",
     "find_stages",
     "match_boundaries",
+    "may_leak_unseen",
     "python_calls",
     "why_not_pooled",
 ]

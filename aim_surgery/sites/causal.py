@@ -62,6 +62,21 @@ def find_causal(capture: Capture, features: Features) -> str:
     return ""
 
 
+def has_unseen_tables(capture: Capture, graph: fx.Graph) -> bool:
+    """Whether a graph takes tables that may be masks, and whose entries are not there to be seen.
+
+    Args:
+        capture: The captured model that the graph belongs to.
+        graph: The graph.
+
+    Returns:
+        True where one is on the meta device.
+    """
+    names = (str(node.target) for node in graph.nodes if node.op == "get_attr")
+    tables = (_stored_table(capture, name) for name in names)
+    return any(table is not None and table.is_meta for table in tables)
+
+
 def _may_be_a_mask(features: Features, node: fx.Node) -> bool:
     """Tables, as wide as high or wider, that are not of the input and are joined with what is."""
     dependent = features.samples.dependent
@@ -138,14 +153,18 @@ def _are_row_and_column(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
 
 
 def _is_causal_table(capture: Capture, name: str) -> bool:
+    table = _stored_table(capture, name)
+    return table is not None and not table.is_meta and _is_triangle(table)
+
+
+def _stored_table(capture: Capture, name: str) -> torch.Tensor | None:
+    """A table that a graph takes by name and that is not learned."""
     constants = {k: v for trace in capture.traces for k, v in trace.constants.items()}
     table = constants.get(name)
     if table is None:
         path, _, attribute = name.rpartition(".")
         table = getattr(capture.modules.get(path), attribute, None)
-    if not isinstance(table, torch.Tensor) or isinstance(table, nn.Parameter):
-        return False
-    return not table.is_meta and _is_triangle(table)
+    return table if _is_table(table) and not isinstance(table, nn.Parameter) else None
 
 
 def _is_triangle(table: torch.Tensor) -> bool:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors, own_arguments, random_state_kept
+from aim_surgery.capture.copies import derived_tensors, own_arguments, shared_state_kept
 from aim_surgery.errors import in_one_line
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
@@ -270,7 +270,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     for training in (capture.model.training, not capture.model.training):
         try:
             twin.train(training)
-            with torch.no_grad(), random_state_kept(capture.model), watch:
+            with torch.no_grad(), shared_state_kept(capture.model), watch:
                 args, kwargs = own_arguments(capture.inputs)
                 rows.begin((args, kwargs))
                 twin(*args, **kwargs)

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch.utils._pytree import tree_leaves
+
 from aim_surgery.capture import Capture
-from aim_surgery.sites.boundary import Boundary
-from aim_surgery.sites.causal import find_causal
+from aim_surgery.sites.boundary import Boundary, analysed_trace
+from aim_surgery.sites.causal import find_causal, has_unseen_tables
 from aim_surgery.sites.features import features_of
 from aim_surgery.sites.masks import find_input_mask
-from aim_surgery.sites.one_way import goes_one_way
+from aim_surgery.sites.one_way import can_run, goes_one_way, may_hold_tokens
 
 
 def why_not_pooled(capture: Capture, points: Sequence[Boundary]) -> dict[Boundary, str]:
@@ -27,9 +29,30 @@ def why_not_pooled(capture: Capture, points: Sequence[Boundary]) -> dict[Boundar
         Those of them that carry sequences (N, T, C) or (N, C, T) whose positions must not all see
         each other, with the reason.
     """
-    sequences = [p for p in points if len(p.spatial) <= 1 and p.positions > 1]
+    sequences = _sequences(points)
     reason = _reason(capture) if sequences else ""
     return dict.fromkeys(sequences, reason) if reason else {}
+
+
+def may_leak_unseen(capture: Capture, points: Sequence[Boundary]) -> bool:
+    """Whether a write at some places may leak, as only the values of a model could tell.
+
+    Args:
+        capture: The captured model.
+        points: Where is written.
+
+    Returns:
+        False where the model has values, and where no sequence is written over.
+    """
+    if not _sequences(points) or can_run(capture):
+        return False
+    arguments = tree_leaves((capture.inputs.args, dict(capture.inputs.kwargs)))
+    graph = analysed_trace(capture).graph
+    return any(map(may_hold_tokens, arguments)) or has_unseen_tables(capture, graph)
+
+
+def _sequences(points: Sequence[Boundary]) -> list[Boundary]:
+    return [point for point in points if len(point.spatial) <= 1 and point.positions > 1]
 
 
 def _reason(capture: Capture) -> str:

@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import own_arguments, random_state_kept, twin_of
+from aim_surgery.capture.copies import own_arguments, shared_state_kept, twin_of
 from aim_surgery.capture.nested import named_leaves
 
 _SEED = 0
@@ -59,15 +59,27 @@ def goes_one_way(capture: Capture, sample_axis: int | None) -> bool:
     Returns:
         The answer; also False where the model can't be run here (on the meta device).
     """
-    tensors = (*capture.model.parameters(), *capture.model.buffers())
-    if any(tensor.is_meta for tensor in tensors):
+    if not can_run(capture):
         return False
     try:
-        with torch.no_grad(), random_state_kept(capture.model):
+        with torch.no_grad(), shared_state_kept(capture.model):
             runs = _Runs(capture)
             return any(runs.show_one_way(tokens) for tokens in runs.tokens(sample_axis))
     except Exception:  # of the model's own, as it may be on changed values
         return False
+
+
+def can_run(capture: Capture) -> bool:
+    """Whether a captured model has values, so that a copy of it can run."""
+    tensors = (*capture.model.parameters(), *capture.model.buffers())
+    return not any(tensor.is_meta for tensor in tensors)
+
+
+def may_hold_tokens(value: Any) -> bool:
+    """Whether an argument is a sequence of numbers or of vectors."""
+    if not isinstance(value, torch.Tensor) or value.dtype is torch.bool or value.is_complex():
+        return False
+    return value.ndim == (3 if value.is_floating_point() else 2)
 
 
 class _Runs:
@@ -82,9 +94,7 @@ class _Runs:
         """The axes of the arguments that some output has, too."""
         lengths = {size for output in self._outputs.values() for size in output.shape}
         for index, leaf in enumerate(self._leaves):
-            if not isinstance(leaf, torch.Tensor) or leaf.dtype is torch.bool or leaf.is_complex():
-                continue
-            if leaf.ndim != (3 if leaf.is_floating_point() else 2):
+            if not may_hold_tokens(leaf):
                 continue
             for axis, length in enumerate(leaf.shape):
                 if axis != sample_axis and length > 1 and length in lengths:
