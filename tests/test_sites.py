@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import aim_surgery
 from aim_surgery import AimConfig
 from aim_surgery.capture import capture
 from aim_surgery.sites import Site, Skip, find_sites
-from tests.cases import CASES, Case, Functional, SmallNet, Standardized, Tied, Twice
+from tests.cases import CASES, Case, Functional, SmallNet, Standardized, Tied, Twice, assert_same
 
 
 def sites_of(model: nn.Module, *inputs: Any) -> tuple[dict[str, Site], dict[str, Skip]]:
@@ -188,3 +189,44 @@ def test_layers_in_a_python_call_are_sites_or_listed() -> None:
     assert "was not called when" in unread["1.never"].reason
     assert unread["1"].weights == ("1.mix",)
     assert "data" in unread["1"].reason
+
+
+# Modes --------------------------------------------------------------------------------------
+
+
+class Codes(nn.Module):
+    """A VQ-VAE: training adds up what each code stood for, over all samples of the batch."""
+
+    def __init__(self, side: str = "statistics") -> None:
+        super().__init__()
+        self.encode, self.decode = nn.Conv2d(3, 8, 4, 4), nn.ConvTranspose2d(8, 3, 4, 4)
+        self.codes, self.mix = nn.Parameter(torch.randn(16, 8)), nn.Linear(8, 8)
+        self.side = side
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.encode(x).relu().permute(0, 2, 3, 1)
+        flat = h.reshape(-1, 8)
+        near = (flat.pow(2).sum(1, keepdim=True) - 2 * flat @ self.codes.t()).argmin(1)
+        chosen = F.embedding(near, self.codes).view(h.shape)
+        if self.training and self.side == "statistics":
+            chosen = chosen + 0 * (F.one_hot(near, 16).to(flat).t() @ flat).sum()
+        if self.training and self.side == "halves":
+            chosen = chosen.reshape(2 * len(h), -1, *h.shape[2:])
+            return self.decode(self.mix(chosen).reshape(h.shape).permute(0, 3, 1, 2))
+        return self.decode(self.mix(h + (chosen - h).detach()).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("side", ["statistics", "halves"])
+def test_a_plan_does_not_depend_on_the_mode(side: str, tmp_path: Path) -> None:
+    model, x = Codes(side).double(), torch.randn(2, 3, 16, 16).double()
+    plan = aim_surgery.plan(model.train(), x)
+    assert aim_surgery.plan(model.eval(), x) == plan
+    axes = {read.site.name: (read.site.sample_axis, read.version) for read in plan.reads}
+    assert axes["decode"][0] == axes["encode"][0] == 0
+    # two entries a sample in training alone: it reads what is the same for all
+    assert axes["mix"] == ((0, 1) if side == "statistics" else (None, 0))
+    gm = aim_surgery.apply(model.train(), plan)
+    assert aim_surgery.verify(model, gm, x).ok
+    aim_surgery.save(gm.train(), tmp_path / "codes.pt")
+    loaded = aim_surgery.load(tmp_path / "codes.pt", model.eval())
+    assert_same(loaded.eval()(x), gm.eval()(x))

@@ -85,6 +85,11 @@ class Capture:
         return not self.traces
 
     @property
+    def evaluation_first(self) -> tuple[Trace, ...]:
+        """The traces in an order that does not depend on the model's own mode."""
+        return tuple(sorted(self.traces, key=lambda trace: trace.training))
+
+    @property
     def graph(self) -> fx.Graph:
         """The graph in the model's own mode."""
         return self.traces[0].graph

@@ -6,7 +6,7 @@ is no site is listed with the reason. A boundary is a place between sites where 
 
 from aim_surgery.sites.boundary import Boundary, boundary_nodes
 from aim_surgery.sites.calls import Call, find_calls
-from aim_surgery.sites.find import find_sites, python_calls
+from aim_surgery.sites.find import find_sites, graph_sites, python_calls
 from aim_surgery.sites.inside import fault_inside
 from aim_surgery.sites.leaks import may_leak_unseen, why_not_pooled
 from aim_surgery.sites.match import match_boundaries
@@ -25,6 +25,7 @@ __all__ = [
     "find_calls",
     "find_sites",
     "find_stages",
+    "graph_sites",
     "match_boundaries",
     "may_leak_unseen",
     "python_calls",

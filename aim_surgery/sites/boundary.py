@@ -48,7 +48,7 @@ class Boundary:
 
 def analysed_trace(capture: Capture) -> Trace:
     """The trace that boundaries are looked for in: evaluation, which has no auxiliary heads."""
-    return next((trace for trace in capture.traces if not trace.training), capture.traces[0])
+    return capture.evaluation_first[0]
 
 
 @found_once

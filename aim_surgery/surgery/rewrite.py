@@ -25,12 +25,13 @@ from aim_surgery.sites import (
     fault_inside,
     find_calls,
     find_stages,
+    graph_sites,
     python_calls,
 )
 from aim_surgery.sites.layers import FROZEN
 from aim_surgery.surgery.emit import GraphWriter
 from aim_surgery.surgery.inside import attach_reads, operate_whole
-from aim_surgery.surgery.modules import AIM, Calls, home_weight, operated_tree
+from aim_surgery.surgery.modules import AIM, home_weight, operated_tree
 from aim_surgery.surgery.tree import contrary_modules
 
 
@@ -59,7 +60,7 @@ def operate(
     """
     model = capture.model
     calls = {t.training: find_calls(capture, t.graph) for t in capture.traces}
-    _match_reads(plan, capture, calls)
+    _match_reads(plan, capture)
     points = {t.training: _match_writes(capture, t.graph, plan) for t in capture.traces}
     if hasattr(model, AIM):
         raise UnsupportedLayerError(
@@ -92,13 +93,12 @@ def _refuse_shadowed(model: nn.Module) -> None:
         )
 
 
-def _match_reads(plan: Plan, capture: Capture, calls: Calls) -> None:
+def _match_reads(plan: Plan, capture: Capture) -> None:
     """Hold a plan against the sites that are really there."""
     plan.checked()
     if (plan.emit == "module") != capture.whole:
         raise PlanError(f"the plan was made with emit={plan.emit!r}: give apply that plan alone")
-    every = [call.site for found in calls.values() for call in found]
-    sites = {site.name: site for site in reversed(every)}  # the first, as `find_sites`
+    sites = graph_sites(capture)
     for read in plan.reads:
         if read.site.inside:
             fault = fault_inside(capture, read.site, python_calls(capture))
