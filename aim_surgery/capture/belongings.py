@@ -16,6 +16,8 @@ import types
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch import nn
 
 from aim_surgery.capture.random_sources import GLOBAL, SOURCES, put_state, state_of
 
+_REGISTRIES = ("_parameters", "_buffers", "_modules")  # set as attributes are
 # Objects of these packages lead to much that no forward changes; of these of Python's, nowhere.
 _FOREIGN = frozenset({"torch", "numpy", "builtins", *sys.stdlib_module_names})
 _PLAIN = frozenset({"types", "argparse", "collections", "dataclasses"})
@@ -106,13 +109,42 @@ def own_names(home: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(home).items() if not name.startswith("__")}
 
 
-def sources_of(model: nn.Module) -> list[Belonging]:
-    """Sources of random numbers that hang on a model, on its classes, or on their files."""
-    seen = {id(module) for module in model.modules()}
-    spaces = [(path, vars(module)) for path, module in model.named_modules()]
-    spaces += [(name, own_names(home)) for name, home in own_homes(model)]
-    found = (b for name, space in spaces for b in belongings_of(name, space, seen))
-    return [belonging for belonging in found if belonging.is_source]
+@dataclass(frozen=True, eq=False)
+class Belongings:
+    """All that hangs on a model, as it was when it was looked for.
+
+    Attributes:
+        of_modules: What its modules lead to, by the module.
+        of_files: What its classes and their files lead to besides.
+        hooks: The tables of hooks of its modules, themselves.
+    """
+
+    of_modules: Mapping[nn.Module, tuple[Belonging, ...]]
+    of_files: tuple[Belonging, ...]
+    hooks: tuple[dict[Any, Any], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Belongings:
+        """Look for them."""
+        seen = {id(module) for module in model.modules()}
+        of_modules: dict[nn.Module, tuple[Belonging, ...]] = {}
+        hooks: list[dict[Any, Any]] = []
+        for path, module in model.named_modules():
+            space = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
+            for name in [name for name in space if "_hooks" in name]:
+                if isinstance(space[name], dict):
+                    hooks.append(space[name])
+                    space[name] = (*space[name].values(),)
+            of_modules[module] = (*belongings_of(path, space, seen),)
+        homes = [(name, own_names(home)) for name, home in own_homes(model)]
+        of_files = [b for name, names in homes for b in belongings_of(name, names, seen)]
+        return cls(of_modules, tuple(of_files), tuple(hooks))
+
+    @cached_property
+    def sources(self) -> tuple[Belonging, ...]:
+        """The sources of random numbers among them."""
+        every = chain(*self.of_modules.values(), self.of_files)
+        return tuple(belonging for belonging in every if belonging.is_source)
 
 
 def belongings_of(name: str, space: Mapping[str, Any], seen: set[int]) -> Iterator[Belonging]:

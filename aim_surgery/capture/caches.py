@@ -24,7 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from aim_surgery.capture.belongings import belongings_of, own_homes, own_names
+from aim_surgery.capture.belongings import own_homes, own_names
 from aim_surgery.capture.holders import holds_proxies
 from aim_surgery.capture.packages import packages_of
 from aim_surgery.capture.proxy import ValueProxy
@@ -48,10 +48,7 @@ def nothing_remembered(tracer: ValueTracer) -> Iterator[None]:
         tracer: The tracer; other threads go on using their caches.
     """
     places = list(_places(tracer.model))
-    seen = {id(module) for module in tracer.model.modules()}
     spaces = [(name, home, own_names(home)) for name, home in own_homes(tracer.model)]
-    belongings = [b for name, _, space in spaces for b in belongings_of(name, space, seen)]
-    tracer.changes.sources += [b for b in belongings if b.is_source]
     get: Any = functools.cached_property.__get__
 
     def get_forgotten(cached: Any, instance: Any, owner: Any = None) -> Any:
@@ -71,7 +68,7 @@ def nothing_remembered(tracer: ValueTracer) -> Iterator[None]:
             put(held)
         for name, home, before in spaces:
             tracer.changed |= {f"{name}.{key}" for key in _taken_back(home, before)}
-        for belonging in belongings:
+        for belonging in tracer.changes.belongings.of_files:
             if belonging.has_changed and any(map(_is_of_a_trace, belonging.items)):
                 belonging.put_back()
                 tracer.changed.add(belonging.name)

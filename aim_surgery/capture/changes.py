@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from aim_surgery.capture.belongings import Belonging, belongings_of
+from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.proxy import ValueProxy
-
-_REGISTRIES = ("_parameters", "_buffers", "_modules")  # set as attributes are
 
 
 class Mark(NamedTuple):
@@ -42,20 +40,15 @@ class _Attribute(NamedTuple):
 
 
 class Changes:
-    """The changes of one trace."""
+    """The changes of one trace.
 
-    def __init__(self, model: nn.Module) -> None:
+    Attributes:
+        belongings: What hangs on the model, as it was before any trace.
+    """
+
+    def __init__(self, belongings: Belongings) -> None:
         self._attributes: list[_Attribute] = []
-        self._belongings: dict[nn.Module, list[Belonging]] = {}
-        self._hooks: list[dict[Any, Any]] = []
-        self.sources: list[Belonging] = []  # of random numbers, to be added to
-        seen = {id(module) for module in model.modules()}
-        for path, module in model.named_modules():
-            space = {name: value for name, value in vars(module).items() if name not in _REGISTRIES}
-            hooks = [name for name in space if "_hooks" in name and isinstance(space[name], dict)]
-            self._hooks += [space.pop(name) for name in hooks]
-            self._belongings[module] = [*belongings_of(path, space, seen)]
-            self.sources += [b for b in self._belongings[module] if b.is_source]
+        self.belongings = belongings
 
     def note(self, module: nn.Module, name: str) -> None:
         """Note what an attribute is, before it is set."""
@@ -88,11 +81,11 @@ class Changes:
         while len(self._attributes) > mark.attributes:
             self._attributes.pop().put_back()
         if RemovableHandle.next_id > mark.next_hook:  # else none was registered since
-            for table in self._hooks:
+            for table in self.belongings.hooks:
                 for number in [number for number in table if number >= mark.next_hook]:
                     del table[number]
         modules = () if root is None else root.modules()
-        kept = (entry for module in modules for entry in self._belongings.get(module, ()))
+        kept = (entry for module in modules for entry in self.belongings.of_modules.get(module, ()))
         return tuple(entry.name for entry in kept if entry.put_back())
 
     def handed_in(self, mark: Mark, root: nn.Module) -> Iterator[str]:

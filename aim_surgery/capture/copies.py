@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from aim_surgery.capture.belongings import belongings_of, own_homes, own_names, sources_of
+from aim_surgery.capture.belongings import Belonging, Belongings
 from aim_surgery.capture.inputs import ExampleInputs
 
 
@@ -81,20 +81,20 @@ def own_arguments(inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any
 
 
 @contextlib.contextmanager
-def random_state_kept(model: nn.Module | None = None) -> Iterator[None]:
+def random_state_kept(sources: Iterable[Belonging] = ()) -> Iterator[None]:
     """Give back the random state that the caller had: torch's, Python's and NumPy's.
 
     Args:
-        model: Whose own sources of random numbers get theirs back, too; copies may share them.
+        sources: Further ones that get theirs back, too, such as a model's own; copies may share
+            them.
     """
-    own = [] if model is None else sources_of(model)
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
             yield
     finally:
-        for source in own:
+        for source in sources:
             source.put_back()
         random.setstate(python)
         np.random.set_state(numpy)
@@ -107,12 +107,10 @@ def shared_state_kept(model: nn.Module) -> Iterator[None]:
     Args:
         model: Of whose classes and files dicts, lists, sets and arrays get their items back.
     """
-    seen = {id(module) for module in model.modules()}
-    homes = [(name, own_names(home)) for name, home in own_homes(model)]
-    tables = [table for name, names in homes for table in belongings_of(name, names, seen)]
+    belongings = Belongings.of(model)
     try:
-        with random_state_kept(model):
+        with random_state_kept(belongings.sources):
             yield
     finally:
-        for table in tables:
+        for table in belongings.of_files:
             table.put_back()

@@ -118,7 +118,7 @@ class Evaluator:
                 self._changes.undo(start, module)
                 return self._run_copy(module, args, kwargs)
             finally:
-                for source in self._changes.sources:
+                for source in self._changes.belongings.sources:
                     source.put_back()
 
     def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch import nn
 
 from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
+from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.captured import Capture, Trace
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
@@ -55,8 +56,9 @@ def capture_graphs(
         CaptureError: The model's own mode can't be captured.
     """
     arguments = bind_arguments(model, inputs)
-    tracing = _Tracing(model, arguments, FakeValues(), {})
-    with random_state_kept(model):
+    belongings = Belongings.of(model)
+    tracing = _Tracing(model, arguments, belongings, FakeValues(), {})
+    with random_state_kept(belongings.sources):
         while True:
             try:
                 found = tracing.in_all_modes()
@@ -141,6 +143,7 @@ class _Tracing:
 
     model: nn.Module
     arguments: tuple[Argument, ...]
+    belongings: Belongings
     values: FakeValues
     constants: dict[str, torch.Tensor]
     python: dict[str, str] = field(default_factory=dict)
@@ -176,6 +179,7 @@ class _Tracing:
         tracer = ValueTracer(
             self.model,
             training=training,
+            belongings=self.belongings,
             values=self.values,
             constants=self.constants,
             python=self.python,

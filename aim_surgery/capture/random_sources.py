@@ -78,11 +78,15 @@ def no_numbers_drawn(tracer: ValueTracer) -> Iterator[None]:
         MayHaveDrawn: There is no telling whether it has.
     """
     before = {name: state_of(source) for name, source in GLOBAL.items()}
+    for (
+        source
+    ) in tracer.changes.belongings.sources:  # a trace before may have stopped where it had drawn
+        source.put_back()
     watch = _Draws(tracer)
     with watch if tracer.watches_draws else contextlib.nullcontext():
         yield
     moved = [name for name, source in GLOBAL.items() if state_of(source) != before[name]]
-    moved += [source.name for source in tracer.changes.sources if source.put_back()]
+    moved += [source.name for source in tracer.changes.belongings.sources if source.put_back()]
     if "torch" in moved and tracer.watches_draws and not watch.seen:
         moved.remove("torch")
     if moved == ["torch"] and not tracer.watches_draws and threading.active_count() > 1:

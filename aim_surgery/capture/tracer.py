@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture.answers import Answers
 from aim_surgery.capture.assumptions import describe
+from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.changes import Changes, Mark
 from aim_surgery.capture.decompose import opened, padding_note
 from aim_surgery.capture.evaluate import DATA_DEPENDENT, Evaluator
@@ -81,6 +82,7 @@ class ValueTracer(fx.Tracer):
         model: nn.Module,
         *,
         training: bool,
+        belongings: Belongings,
         values: FakeValues,
         constants: dict[str, torch.Tensor],
         python: Mapping[str, str] | None = None,
@@ -91,6 +93,7 @@ class ValueTracer(fx.Tracer):
         Args:
             model: The model; left unchanged.
             training: The mode to trace it in.
+            belongings: What hangs on the model, as it was before any trace.
             values: Fake values, which traces of one model share.
             constants: Names of tensors that belong to no module, likewise; filled in.
             python: Submodules that are not to be traced through, with the reason.
@@ -106,7 +109,7 @@ class ValueTracer(fx.Tracer):
         self.changed: set[str] = set()  # attributes that the forward set
         self.remarks: list[str] = []
         self.answers = Answers(self._caller)
-        self.changes = Changes(model)
+        self.changes = Changes(belongings)
         self.constants = constants
         modules = dict(model.named_modules())
         self._python = dict(python or {})

@@ -11,6 +11,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from aim_surgery.capture import Inputs, inputs_of_program, unwrap
+from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
@@ -134,7 +135,7 @@ def verify(
         )
     with (
         switches_kept(),
-        random_state_kept(model),
+        random_state_kept(Belongings.of(model).sources),
         _plain_attention(),
         torch.inference_mode(False),
     ):
