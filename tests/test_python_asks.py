@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -196,4 +197,56 @@ def test_errors_that_a_model_catches_do_not_decide_for_good(
     assert_same(gm(X), model(X))
     for samples in (3, 4, 6):
         x = torch.randn(samples, 8).double()
+        assert_same(gm(x), model(x))
+
+
+SIZED: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "fft": lambda x, w: torch.fft.fft(x, n=w).real,
+    "irfft2": lambda x, w: torch.fft.irfft2(torch.fft.rfft2(x), s=(w, w)),
+    "kthvalue": lambda x, w: torch.kthvalue(x, w // 2)[0],
+    "tensor_split": lambda x, w: torch.tensor_split(x, (w // 2,), -1)[0],
+    "min": lambda x, w: x[..., : min(x.shape[-2], w) - 2],
+    "max": lambda x, w: x[..., : max(x.shape[-2:]) // 2],
+    "max of a list": lambda x, w: x / max([w, 5, x.shape[-2] / 2]),
+    "divmod": lambda x, w: x[..., : sum(divmod(w, 3))],
+    "divmod by it": lambda x, w: x[..., : divmod(100, w)[1]],
+    "round": lambda x, w: x[..., : round(w / 2)],
+    "ceil": lambda x, w: x[..., : math.ceil(w / 2)],
+}
+
+
+@pytest.mark.parametrize("use", SIZED)
+def test_sizes_stay_sizes(use: str) -> None:
+    class Sized(nn.Module):
+        """(N, 3, H, W) -> something of a size of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            return SIZED[use](x, x.shape[-1])
+
+    model = Sized().double().eval()
+    gm = aim_surgery.transform(model, torch.randn(2, 3, 16, 16).double(), config=PLAIN)
+    for height, width in ((16, 16), (12, 18), (20, 14)):
+        x = torch.randn(3, 3, height, width).double()
+        assert_same(gm(x), model(x))
+
+
+def test_the_least_of_tensors_is_still_data() -> None:
+    class Least(nn.Module):
+        """(N, 8) -> (N, 8)."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) * min(x.sum(), x.prod())
+
+    model = nn.Sequential(Least()).double().eval()
+    gm = aim_surgery.transform(model, X, config=PLAIN)
+    for x in (X, -X):
         assert_same(gm(x), model(x))

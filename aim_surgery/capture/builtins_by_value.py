@@ -2,6 +2,7 @@
 
 * `isinstance(x, torch.Tensor)`, `torch.is_tensor(x)` and `type(x)` see the proxy's value;
 * `len(x)` of a tensor, which has to be an int, is a size in the graph;
+* `min(h, w)` and `max(h, w)` of sizes are sizes in the graph, whichever is the less;
 * `print(x.shape)` shows it, and nothing is assumed of what is only shown;
 * `Variable(x)`, of old code, is x.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,22 @@ def builtins_by_value(tracer: ValueTracer) -> Iterator[None]:
         with tracer.answers.only_shown(sys._getframe(1)):
             print(*values, **options)
 
+    def chosen(choose: Callable[..., Any]) -> Callable[..., Any]:
+        def choose_recorded(*values: Any, **options: Any) -> Any:
+            several = values[0] if len(values) == 1 else values
+            if type(several) is ValueProxy and isinstance(several.aim_value, tuple):
+                several = [*several]
+            is_list = type(several) in (tuple, list) and not options
+            if is_list and tracer.recording and any(type(v) is ValueProxy for v in several):
+                known = (v.aim_value if type(v) is ValueProxy else v for v in several)
+                if all(type(value) in (int, float) for value in known):
+                    return tracer.create_proxy("call_function", choose, (tuple(several),), {})
+            return choose(*values, **options)
+
+        return choose_recorded
+
     instead = {"isinstance": _is_instance, "type": _Type, "len": length, "print": show}
+    instead |= {"min": chosen(min), "max": chosen(max)}
     spaces = [vars(file) for file in packages_of(tracer.model)]
     patched = [(space, name) for space in spaces for name in instead if name not in space]
     original = torch.is_tensor

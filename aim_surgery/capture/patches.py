@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
     *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
-    "broadcast_shapes",
+    *("broadcast_shapes", "tensor_split", "kthvalue"),
 )
 
 _SIZED_F = (
@@ -66,6 +66,11 @@ _SIZED_F = (
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
 )
+
+_SIZED_FFT = (
+    *(f"{inverse}{kind}fft{dims}" for inverse in ("", "i") for kind in ("", "r", "h")
+      for dims in ("", "2", "n")),
+)  # fmt: skip
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
 
@@ -211,6 +216,7 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     patched = [(torch, name, value, record) for name, value in originals.items()]
     patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
     patched += [(F, name, getattr(F, name), record_sized) for name in _SIZED_F]
+    patched += [(torch.fft, name, getattr(torch.fft, name), record_sized) for name in _SIZED_FFT]
     for home, name, value, how in patched:
         setattr(home, name, wrapper(value, how))
     try:

@@ -140,6 +140,12 @@ class ValueProxy(fx.Proxy):
     def __trunc__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
     def keys(self) -> Any:
         """The keys of a mapping, as Python needs them: known, and noted as an assumption."""
         return self.tracer.answers.answer(self, "keys")
