@@ -310,3 +310,17 @@ def test_hooks_put_on_since() -> None:
     gm.get_submodule("2").__class__ = Doubled
     with pytest.raises(AimSurgeryError, match=r"a forward of its own \(Doubled\)"):
         lower(gm, "split")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.weight_norm])
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_weights_that_a_call_has_computed_are_copied(norm: Any, emit: Any) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64)
+    model = nn.Sequential(norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4)).double()
+    config = AimConfig(memory=48, budget=None, init="fresh", write="none")
+    gm = transform(model, x, config=config, emit=emit).eval()
+    expected = gm(x)
+    assert expected.requires_grad  # so the weight has a history
+    assert_same(lower(gm, "split")(x), expected)
+    assert_same(aim_surgery.fold(gm)(x), expected)

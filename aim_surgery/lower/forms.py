@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_args
 
 from torch import nn
 
+from aim_surgery.capture.copies import derived_tensors
 from aim_surgery.config import Form
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.inside import change_hooks
@@ -92,5 +93,5 @@ def form_of(gm: nn.Module) -> Form:
 
 def _sharing(gm: nn.Module) -> nn.Module:
     """A copy with modules of its own and the same tensors."""
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
-    return copy.deepcopy(gm, memo)
+    tensors = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
+    return copy.deepcopy(gm, derived_tensors(gm) | tensors)
