@@ -1,6 +1,7 @@
 import copy
 import dataclasses
 import random
+import sys
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -820,3 +821,25 @@ def test_caches_that_forward_replaces_are_not_compared_but_what_state_dicts_keep
         assert result.ok is not persistent, str(result)
         named = any("replaces them" in note and "table" in note for note in result.notes)
         assert named is not persistent
+
+
+def test_sizes_that_both_models_refuse_are_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    class Rows(nn.Module):
+        """Takes as many samples as its example has, and says so."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+            print("called", file=sys.stderr)
+            return self.fc(x)[rows]
+
+    inputs = (torch.randn(4, 8), torch.tensor([[0, 3]]))
+    model = Rows()
+    gm = aim_surgery.transform(model, inputs, emit="graph")
+    capfd.readouterr()
+    assert verify(model, gm, inputs).ok
+    said = capfd.readouterr().err
+    assert "called" in said
+    assert "Traceback" not in said

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import random
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -83,11 +85,16 @@ def call(module: nn.Module, samples: Samples) -> object:
     """Call a module from a fixed random state, so that two modules draw the same noise.
 
     What the module leaves of grad mode and autocast is undone: a second module begins as it did.
+    A call that fails raises, and says nothing besides: fx prints where its own code failed, also
+    on sizes that the original refuses as well.
     """
     _seed()
     own = samples.copy()
-    with switches_kept():
-        return module(*own.args, **own.kwargs)
+    said = io.StringIO()
+    with switches_kept(), contextlib.redirect_stderr(said):
+        output = module(*own.args, **own.kwargs)
+    sys.stderr.write(said.getvalue())
+    return output
 
 
 def _seed() -> None:
@@ -100,7 +107,7 @@ def _seed() -> None:
     np.random.seed(SEED)
 
 
-@contextmanager
+@contextlib.contextmanager
 def switches_kept() -> Iterator[None]:
     """Give back the grad mode and the autocast state that the caller had."""
     autocast = [
