@@ -843,3 +843,31 @@ def test_sizes_that_both_models_refuse_are_no_news(capfd: pytest.CaptureFixture[
     said = capfd.readouterr().err
     assert "called" in said
     assert "Traceback" not in said
+
+
+class KeptByType(nn.Module):
+    """Keeps a table for each dtype, as coordinates and anchors are kept."""
+
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+        self.tables: dict[torch.dtype, torch.Tensor] = {}
+        self.wrong = wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc(x)
+        if x.dtype not in self.tables:
+            self.tables[x.dtype] = torch.ones(8, dtype=x.dtype)
+        return x + self.tables[x.dtype] * (3 if self.wrong else 1)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_graph_of_one_precision_is_compared_in_it(wrong: bool) -> None:
+    gm = aim_surgery.transform(KeptByType(), torch.randn(4, 8), emit="graph")
+    with pytest.raises(AssertionError, match=r"dtype is torch\.float32"):
+        copy.deepcopy(gm).double()(torch.randn(4, 8).double())
+    model = KeptByType(wrong)
+    model.load_state_dict({k: gm.state_dict()[k][..., :8] for k in model.state_dict()})
+    report = verify(model, gm, torch.randn(4, 8))
+    assert report.ok != wrong
+    assert any("captured in another precision" in note for note in report.equivalence.notes)

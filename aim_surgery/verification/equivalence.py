@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aim_surgery.capture.copies import random_state_kept
@@ -27,6 +27,7 @@ from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, own_dtype
 
 _REFUSAL = "this input breaks what the graph was captured with"
+_PRECISION = ".dtype is torch."
 _FAILS, _NAN = "does not run", "gives NaN"
 _GRADIENT_BATCH = 2
 _OTHER_BATCHES = (3, 1)
@@ -98,10 +99,13 @@ def check_equivalence(model: nn.Module, gm: nn.Module, plan: Plan, samples: Samp
         converted, coarsest, refusal = convert(pair, samples, dtype)
         if refusal == _NAN and own_dtype(model) != dtype and _gives_nan(copy_of(model), samples):
             refusal = ""  # as it does in any type
+        who = "original"
+        if not refusal and own_dtype(model) != dtype and _is_refused(pair, converted):
+            who, refusal = "operated model", "was captured in another precision, and says so"
         if refusal:
             dtype = coarsest = own_dtype(model)
             if dtype != torch.float64:
-                notes.append(f"the original {refusal} in float64: compared in {dtype_name(dtype)}")
+                notes.append(f"the {who} {refusal} in float64: compared in {dtype_name(dtype)}")
             del pair
             pair = Pair(copy_of(model), copy_of(gm), plan)
         elif coarsest != dtype:
@@ -244,6 +248,23 @@ def _lowest_dtype(pair: Pair, samples: Samples, training: bool) -> tuple[torch.d
     finally:
         pair.align_buffers()
     return watch.lowest, _NAN if nan else ""
+
+
+def _is_refused(pair: Pair, samples: Samples) -> bool:
+    """Whether the operated model holds for the precision alone that its model has branched on."""
+    graphs = (m.graph for m in pair.operated.modules() if isinstance(m, fx.GraphModule))
+    asserts = (n for graph in graphs for n in graph.nodes if n.target is torch._assert)
+    if not any(_PRECISION in str(node.args[1]) for node in asserts):
+        return False
+    pair.operated.eval()
+    try:
+        with torch.no_grad():
+            call(pair.operated, _small(samples))
+    except AssertionError as err:
+        return _REFUSAL in str(err) and _PRECISION in str(err)
+    except Exception:
+        return False  # which the cases tell
+    return False
 
 
 def _gives_nan(model: nn.Module, samples: Samples) -> bool:
