@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, cast
@@ -521,6 +522,46 @@ def test_evaluation_counts_and_both_graphs_have_the_nodes() -> None:
     assert not boundary_nodes(captured, evaluation.graph, ["auxiliary"])
 
 
+@dataclasses.dataclass
+class Outputs:
+    """What models of many libraries return."""
+
+    logits: torch.Tensor
+    hidden: tuple[torch.Tensor, ...] = ()
+
+
+class Plain:
+    """An object of a model's own."""
+
+    def __init__(self, logits: torch.Tensor, hidden: Any) -> None:
+        self.logits, self.hidden = logits, hidden
+
+
+CONTAINERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
+    "tuple": lambda logits, hidden: (logits, (hidden,)),
+    "dict": lambda logits, hidden: {"logits": logits, "hidden": [hidden]},
+    "dataclass": lambda logits, hidden: Outputs(logits, (hidden,)),
+    "object": lambda logits, hidden: Plain(logits, hidden),
+    "dataclass in a tuple": lambda logits, hidden: (Outputs(logits, (hidden,)),),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_whatever_holds_the_outputs_features_reach_it(container: str) -> None:
+    class Returns(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, 2)
+            self.head = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            hidden = self.stem(x).relu()
+            return CONTAINERS[container](self.head(self.block(hidden).relu()), hidden)
+
+    stages, _ = stages_of(Returns(), torch.randn(2, 3, 12, 12))
+    assert names(stages.chosen) == ["relu", "head"]
+
+
 def test_a_dict_of_outputs() -> None:
     class Keyed(nn.Module):
         def __init__(self) -> None:
@@ -531,7 +572,7 @@ def test_a_dict_of_outputs() -> None:
             return {"logits": self.head(self.fc(batch["x"]).relu())}
 
     stages, _ = stages_of(Keyed(), {"x": torch.randn(3, 4)})
-    assert names(stages.chosen) == ["relu"]
+    assert names(stages.chosen) == ["relu", "head"]
     assert stages.chosen[0].sample_axis == 0
 
 

@@ -19,6 +19,7 @@ import networkx as nx
 import torch
 from torch import fx
 
+from aim_surgery.nn.rebuilt import Rebuilt
 from aim_surgery.sites.calls import Call
 from aim_surgery.sites.graph import changes_in_place
 
@@ -97,10 +98,16 @@ def find_flow(
         elif sources or node in first:
             if not sources:
                 edges.add_edge(ROOT, node)
-            if "val" not in node.meta or holds_features(node.meta["val"]):  # none: a dict is made
+            if _carries(node):
                 edges.add_edges_from((source, node) for source in sources)
     order = {node: place for place, node in enumerate(graph.nodes)}
     return Flow(edges, order, tuple(call for node, call in sites.items() if node in edges))
+
+
+def _carries(node: fx.Node) -> bool:
+    """Whether features leave a node: as tensors, or in a dict or object that is made of them."""
+    is_made = "val" not in node.meta or isinstance(node.target, Rebuilt)
+    return is_made or holds_features(node.meta["val"])
 
 
 def holds_features(value: Any) -> bool:
