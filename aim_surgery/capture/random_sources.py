@@ -78,10 +78,8 @@ def no_numbers_drawn(tracer: ValueTracer) -> Iterator[None]:
         MayHaveDrawn: There is no telling whether it has.
     """
     before = {name: state_of(source) for name, source in GLOBAL.items()}
-    for (
-        source
-    ) in tracer.changes.belongings.sources:  # a trace before may have stopped where it had drawn
-        source.put_back()
+    for source in tracer.changes.belongings.sources:
+        source.put_back()  # a trace before may have stopped where it had drawn
     watch = _Draws(tracer)
     with watch if tracer.watches_draws else contextlib.nullcontext():
         yield
