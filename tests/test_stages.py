@@ -572,7 +572,7 @@ def test_a_dict_of_outputs() -> None:
             return {"logits": self.head(self.fc(batch["x"]).relu())}
 
     stages, _ = stages_of(Keyed(), {"x": torch.randn(3, 4)})
-    assert names(stages.chosen) == ["relu", "head"]
+    assert names(stages.chosen) == ["relu"]
     assert stages.chosen[0].sample_axis == 0
 
 
