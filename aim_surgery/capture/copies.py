@@ -35,6 +35,19 @@ def derived_tensors(model: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach().clone() for tensor in tensors}
 
 
+def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
+    """A deep copy of a module, also of one whose hooks have computed weights.
+
+    Args:
+        module: Left unchanged.
+        memo: What stands for which object, by identity, besides.
+
+    Returns:
+        The copy.
+    """
+    return copy.deepcopy(module, derived_tensors(module) | (memo or {}))
+
+
 def twin_of(model: nn.Module, training: bool) -> nn.Module:
     """A copy of a model, to be run in a mode; what the model refuses of copies is raised.
 
@@ -45,7 +58,7 @@ def twin_of(model: nn.Module, training: bool) -> nn.Module:
     Returns:
         The copy.
     """
-    twin = copy.deepcopy(model, derived_tensors(model))
+    twin = deep_copy(model)
     if twin.training != training:
         twin.train(training)  # a `train` of the model's own may return nothing
     return twin

@@ -8,7 +8,6 @@ What torch refuses for real, too, is an error of the model or of its inputs, and
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from aim_surgery.capture.changes import Changes
 from aim_surgery.capture.copies import (
-    derived_tensors,
+    deep_copy,
     noise_like,
     own_values,
     random_state_kept,
@@ -124,7 +123,7 @@ class Evaluator:
     def _run_copy(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         self.for_real = True  # its tensors are asked for while it is copied
         try:
-            twin = copy.deepcopy(module, derived_tensors(module))
+            twin = deep_copy(module)
         finally:
             self.for_real = False
         for own, copied in zip(module.modules(), twin.modules(), strict=False):

@@ -224,9 +224,7 @@ def operate_checkpoint(
         try:
             return _operated(original, example, config, plan, emit)
         except _ValuesTellError:
-            plan = plan_checkpoint(
-                source, spec, model_args, example=example, config=config, emit=emit
-            )
+            plan = _plan_with_values(source, spec, model_args, example, config, emit)
             return _operated(original, example, config, plan, emit)
     except AimSurgeryError:
         if not original.streamed:
@@ -251,6 +249,18 @@ def plan_checkpoint(
     except AimSurgeryError:
         if not original.streamed:
             raise
+    return _plan_with_values(source, spec, model_args, example, config, emit)
+
+
+def _plan_with_values(
+    source: Source,
+    spec: str | None,
+    model_args: Mapping[str, Any] | None,
+    example: Inputs | None,
+    config: AimConfig | None,
+    emit: Wanted,
+) -> Plan:
+    """A plan for which the weights are read, and let go again."""
     original = open_original(source, spec, model_args, values=True)
     return _planned(original, example, config, emit)[1]
 

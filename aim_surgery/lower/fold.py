@@ -27,7 +27,6 @@ In: an operated model in evaluation mode. Out: another, of one graph.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Iterator
 from typing import Any, TypeVar, cast
@@ -37,7 +36,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.fold_graph import FoldWriter
 from aim_surgery.lower.fold_hooks import fold_hooks
@@ -104,7 +103,7 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
             "fold is for inference, and this model is in training mode: call gm.eval() first"
         )
     with torch.inference_mode(False):
-        twin: Any = copy.deepcopy(inner, derived_tensors(inner))
+        twin: Any = deep_copy(inner)
         rewrite_as(twin, "concat")
         separate(twin, "it is folded")
         notes = fold_hooks(twin)

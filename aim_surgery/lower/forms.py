@@ -9,12 +9,11 @@ same parameters under the same names. It is one pass over each graph, linear in 
 
 from __future__ import annotations
 
-import copy
 from typing import Any, TypeVar, get_args
 
 from torch import nn
 
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import deep_copy
 from aim_surgery.config import Form
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lower.inside import change_hooks
@@ -94,4 +93,4 @@ def form_of(gm: nn.Module) -> Form:
 def _sharing(gm: nn.Module) -> nn.Module:
     """A copy with modules of its own and the same tensors."""
     tensors = {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())}
-    return copy.deepcopy(gm, derived_tensors(gm) | tensors)
+    return deep_copy(gm, tensors)

@@ -9,7 +9,6 @@ is; what has no place for a hook is listed.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors, own_arguments, shared_state_kept
+from aim_surgery.capture.copies import deep_copy, own_arguments, shared_state_kept
 from aim_surgery.errors import in_one_line
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
@@ -251,7 +250,7 @@ def _run(capture: Capture, layers: Mapping[str, nn.Module], paths: Mapping[str, 
     """Run a copy of the model in both modes and note what the layers are called with."""
     runs = _Runs()
     try:
-        twin = copy.deepcopy(capture.model, derived_tensors(capture.model))
+        twin = deep_copy(capture.model)
         modules = dict(twin.named_modules(remove_duplicate=False))
     except Exception as err:
         runs.failures.append(f"{type(capture.model).__name__} can't be copied: {in_one_line(err)}")

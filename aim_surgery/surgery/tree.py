@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import deep_copy, derived_tensors
 from aim_surgery.capture.leaves import is_stock
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
@@ -129,7 +129,7 @@ def contrary_modules(model: nn.Module) -> dict[bool, tuple[str, ...]]:
     if all(type(module).train is nn.Module.train for module in model.modules()):
         return found
     try:
-        twin = copy.deepcopy(model, derived_tensors(model))
+        twin = deep_copy(model)
         for mode in (True, False):
             twin.train(mode)
             modules = twin.named_modules()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import random
 import sys
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import deep_copy
 from aim_surgery.planning import Read
 from aim_surgery.verification.samples import Samples, cast
 
@@ -34,7 +33,7 @@ def copy_of(module: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*LeafSpec")  # of torch, about its own programs
-        twin = copy.deepcopy(module, derived_tensors(module))
+        twin = deep_copy(module)
     twin.zero_grad(set_to_none=True)
     if dtype is not None:
         convert(twin, dtype)
