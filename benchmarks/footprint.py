@@ -57,7 +57,7 @@ def peak_of(case: Case, config: AimConfig | None, threads: int) -> Peak:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
 
-    _, growth, how = measure.peak_growth(steps)
+    _, growth, how = measure.peak_growth(steps, case.device)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     return Peak(size, growth, how)
 

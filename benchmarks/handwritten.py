@@ -56,12 +56,12 @@ def with_memory_by_hand(base: nn.Module, floats: int, size: tuple[int, ...]) -> 
         sizes[conv] = height, width
 
     hooks = [conv.register_forward_pre_hook(note) for conv in convolutions.values()]
-    training = network.training
+    training, device = network.training, next(network.parameters()).device
     with torch.no_grad():
-        network.eval()(torch.zeros(1, *size))
+        network.eval()(torch.zeros(1, *size, device=device))
     for hook in hooks:
         hook.remove()
-    memory = nn.Parameter(torch.rand(1, floats) * 2 - 1)
+    memory = nn.Parameter(torch.rand(1, floats, device=device) * 2 - 1)
     network.register_parameter("memory", memory)
     for name, conv in convolutions.items():
         network.set_submodule(name, ConcatConv(conv, memory, sizes[conv]))

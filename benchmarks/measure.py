@@ -195,18 +195,25 @@ def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
         return pool.submit(function, *args).result()
 
 
-def peak_growth(function: Callable[[], Any]) -> tuple[Any, int, str]:
+def peak_growth(function: Callable[[], Any], device: str = "cpu") -> tuple[Any, int, str]:
     """Call a function and see how far the process grew meanwhile.
 
     Args:
         function: What to call.
+        device: Whose memory is looked at.
 
     Returns:
-        What it returned, the growth of the resident set from before to its peak in bytes, and how
-        the peak was found: the kernel's high-water mark, or sampled each millisecond where that
-        can't be reset.
+        What it returned, the growth from before to its peak in bytes, and how the peak was found:
+        of the resident set, the kernel's high-water mark, or sampled each millisecond where that
+        can't be reset; of an accelerator, torch's allocator.
     """
     gc.collect()
+    if device != "cpu":
+        memory = torch.accelerator.memory
+        memory.reset_peak_memory_stats(device)
+        allocated = memory.memory_allocated(device)
+        result = function()
+        return result, memory.max_memory_allocated(device) - allocated, "torch's allocator"
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)  # freed heap that the call could use again would hide a part of its need
@@ -367,10 +374,11 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-def environment(*, seeds: Sequence[int] = (SEED,)) -> dict[str, Any]:
+def environment(device: str = "cpu", *, seeds: Sequence[int] = (SEED,)) -> dict[str, Any]:
     """Describe machine, libraries, threads and seeds.
 
     Args:
+        device: Where models run.
         seeds: What was given to `torch.manual_seed`.
 
     Returns:
@@ -391,6 +399,8 @@ def environment(*, seeds: Sequence[int] = (SEED,)) -> dict[str, Any]:
             found[library] = importlib.metadata.version(library)
         except importlib.metadata.PackageNotFoundError:
             found[library] = "not installed"
+    if device != "cpu":
+        found["accelerator"] = torch.cuda.get_device_name(device)
     found["torch threads"] = torch.get_num_threads()
     found["seeds"] = ", ".join(map(str, seeds))
     return found

@@ -1,12 +1,13 @@
 """What memory costs at run time, form by form: a step of the operated model ÷ one of the base.
 
     python -m benchmarks.runtime [--pairs 7] [--threads 2] [--quick] [--only GLOB]
-                                 [--variants 'GLOB|GLOB'] [--merge] [--output ...]
+                                 [--variants 'GLOB|GLOB'] [--merge] [--device cuda] [--output ...]
 
 Training steps, passes of inference, and these compiled; base and all variants of a model take turns
 in one process. Beside ours, what a user would pick instead: a ResNet50 with the concatenations
 written by hand, and LoRA by peft on the same layers, unmerged and, for inference, merged. Besides,
-the memory of a training step, and how many nodes a folded graph has.
+the memory of a training step, and how many nodes a folded graph has. What an accelerator gives is
+written to files of its own, `runtime-cuda.json` and `.md`.
 
 The whole table takes hours; with `--merge` it is measured in pieces: rows that were measured before
 and are not now stay, each with the piece that it came from.
@@ -19,6 +20,7 @@ import dataclasses
 import fnmatch
 import functools
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -31,11 +33,12 @@ from torch.fx.experimental.optimization import fuse
 
 import aim_surgery
 from aim_surgery import AimConfig
+from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
 from benchmarks import measure
 from benchmarks.footprint import memory_row, nodes_row
 from benchmarks.handwritten import with_memory_by_hand
 from benchmarks.measure import Report, Row, Section
-from benchmarks.steps import MLP, Case, inference, training_step
+from benchmarks.steps import IMAGE, MLP, Case, inference, training_step
 
 BASE = "base"
 FUSED = "base, norms folded"
@@ -46,39 +49,38 @@ FLOATS = 50_176
 FULL = AimConfig(budget=None, memory=FLOATS, write="none")
 RANK = 8
 
-TRAINING = (
-    Case("resnet50", 1, steps=2),
-    Case("resnet50", 8),
-    Case("resnet50", 32),
-    Case("vgg16_bn", 8),
-    Case("mobilenet_v3_large", 1, steps=8),
-    Case("mobilenet_v3_large", 8, steps=2),
-    Case("mobilenet_v3_large", 32),
-    Case("vit_b_16", 1),
-    Case("vit_b_16", 8),
-    Case(MLP, 1, (784,), steps=200),
-    Case(MLP, 32, (784,), steps=100),
+STEPS = {
+    "resnet50": {1: 2, 8: 1, 32: 1},
+    "vgg16_bn": {1: 1, 8: 1, 32: 1},
+    "mobilenet_v3_large": {1: 8, 8: 2, 32: 1},
+    "vit_b_16": {1: 1, 8: 1, 32: 1},
+    MLP: {1: 200, 8: 100, 32: 100},
+}  # by model and batch, how many training steps are timed together
+TRAINING = tuple(
+    Case(name, batch, (784,) if name == MLP else IMAGE, steps)
+    for name, batches in STEPS.items()
+    for batch, steps in batches.items()
 )
 INFERENCE = tuple(
-    replace(case, steps=case.steps if case.batch == 32 else 3 * case.steps)
-    for case in (*TRAINING[:3], *TRAINING[4:8], *TRAINING[9:], Case("vgg16_bn", 1))
+    case if case.batch == 32 else replace(case, steps=3 * case.steps) for case in TRAINING
 )
 COMPILED = (Case("resnet50", 1, steps=6), Case("resnet50", 8), Case("resnet50", 32))
-NODES = ("resnet50", "vgg16_bn", "mobilenet_v3_large", "vit_b_16", MLP)
 QUICK = (Case("resnet50", 2), Case(MLP, 32, (784,), steps=20))
 
 LIMITS = {
-    ("training", "resnet50", 32, "split, no writes"): 1.05,
-    ("training", "resnet50", 32, "split, full reads"): 1.12,
-    ("training", "resnet50", 32, "split, default"): 1.20,
-    ("inference", "resnet50", 1, "folded, no writes"): 1.00,
-    ("inference", "resnet50", 32, "folded, no writes"): 1.00,
-    ("inference", "resnet50", 1, "folded with norms, no writes"): 1.08,
-    ("inference", "resnet50", 32, "folded with norms, no writes"): 1.08,
-    ("inference", "resnet50", 32, "folded with norms, full reads"): 1.10,
-    ("compiled", "resnet50", 1, "folded with norms, no writes"): 1.03,
-    ("compiled", "resnet50", 32, "folded with norms, no writes"): 1.03,
-}
+    "training, resnet50, batch 32: split, no writes ÷ base": 1.05,
+    "training, resnet50, batch 32: split, full reads ÷ base": 1.12,
+    "training, resnet50, batch 32: split, default ÷ base": 1.20,
+    "inference, resnet50, batch 1: folded, no writes ÷ base": 1.00,
+    "inference, resnet50, batch 32: folded, no writes ÷ base": 1.00,
+    "inference, resnet50, batch 1: folded with norms, no writes ÷ base": 1.00,
+    "inference, resnet50, batch 32: folded with norms, no writes ÷ base": 1.00,
+    "inference, resnet50, batch 1: folded with norms, no writes ÷ base, norms folded": 1.08,
+    "inference, resnet50, batch 32: folded with norms, no writes ÷ base, norms folded": 1.08,
+    "inference, resnet50, batch 32: folded with norms, full reads ÷ base, norms folded": 1.10,
+    "compiled, resnet50, batch 1: folded with norms, no writes ÷ base, norms folded": 1.03,
+    "compiled, resnet50, batch 32: folded with norms, no writes ÷ base, norms folded": 1.03,
+}  # by the name of a row
 MEMORY_LIMIT = 0.10
 NODES_LIMIT = 1.10
 
@@ -92,19 +94,25 @@ METHOD = (
     "momentum. Inference: forwards in evaluation mode under `inference_mode`. float32, random "
     "weights and noise, eager; compiled: the same under `torch.compile`, compiled before the clock "
     "starts.",
-    "Folded: `fold(gm)` against the base as it is; folded with norms: `fold(gm, batch_norm=True)` "
-    "against the base after `torch.fx.experimental.optimization.fuse`, which merges norms into "
-    "convolutions, too. Before `torch.compile`, it is folded on a channels-last example: that is "
-    "the layout in which inductor's convolutions hand on what they give; maps are stored likewise.",
+    "Folded: `fold(gm)` against the base as it is; folded with norms: `fold(gm, batch_norm=True)`, "
+    "against the base as it is and against the base after "
+    "`torch.fx.experimental.optimization.fuse`, which merges norms into convolutions, too. Before "
+    "`torch.compile`, it is folded on a channels-last example: that is the layout in which "
+    "inductor's convolutions hand on what they give; maps are stored likewise.",
     "default: `transform(model)`; no writes: `write='none'` at the same budget (the reads get more "
     f"planes then); full reads: `budget=None, memory={FLOATS:_}, write='none'`. by hand: the same "
     "reads as full reads, written as a module around each convolution. LoRA: peft, "
     f"r={RANK}, on all convolutions and linear layers without groups; in training it learns its "
     "factors alone, the base is frozen.",
     "Memory: bytes of the parameters and growth of the resident set over two steps of plain SGD, "
-    "in a fresh process for each side. Nodes: ÷ those of the captured graph of the base, in which "
+    "in a fresh process for each side; on an accelerator, the peak of what torch allocates there. "
+    "Nodes: ÷ those of the captured graph of the base, in which "
     "packed attention is opened into its linear calls.",
 )
+
+
+MODES = ("training", "inference", "compiled", "memory", "graph nodes")
+_TITLE = re.compile(r"([^,]+), ([^,:]+)(?:, batch (\d+))?:")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -113,15 +121,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--only", default="*", help="a glob on 'mode model batch'")
     command.add_argument("--variants", default="*", help="globs on 'form, configuration', by |")
     command.add_argument("--merge", action="store_true", help="keep other rows measured before")
+    command.add_argument("--device", default="cpu", help="as torch names it, such as cuda")
     options = measure.parse(command, argv)
     measure.require("torchvision", "peft")
-    environment = measure.environment()
+    environment = measure.environment(options.device)
+    suffix = "" if options.device == "cpu" else f"-{options.device.partition(':')[0]}"
     piece = {
         "only": options.only, "variants": options.variants, "pairs": options.pairs,
-        "threads": options.threads, "quick": options.quick, "date": environment["date"],
+        "threads": options.threads, "quick": options.quick, "device": options.device,
+        "date": environment["date"],
         "commit": environment["commit"], "load average": environment["load average"],
     }  # fmt: skip
-    rows = _stored(options.output / "runtime.json") if options.merge else []
+    rows = _stored(options.output / f"runtime{suffix}.json") if options.merge else []
     for name, measured in _pieces(options):
         if not fnmatch.fnmatch(name, options.only):
             continue
@@ -134,11 +145,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             method=METHOD,
             settings={
                 "pairs": options.pairs, "threads": options.threads, "quick": options.quick,
-                "merge": options.merge,
+                "merge": options.merge, "device": options.device,
             },
             environment=environment,
             rows=tuple(rows),
             sections=(_pieces_section(rows),),
+            suffix=suffix,
         )  # fmt: skip
         written = report.write(options.output)  # each piece at once: the next may take long
         report.print()
@@ -151,7 +163,8 @@ def _pieces(options: Any) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     if options.quick:
         timed = {"training": QUICK, "inference": QUICK}
     for mode, cases in timed.items():
-        for case in cases:
+        for each in cases:
+            case = replace(each, device=options.device)
             arguments = (mode, case, options.pairs, options.threads, options.variants)
             yield (
                 f"{mode} {case.name} {case.batch}",
@@ -160,12 +173,13 @@ def _pieces(options: Any) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     for batch in (2,) if options.quick else (8, 32):
         for words, config in {"no writes": READS, "full reads": FULL}.items():
             limit = MEMORY_LIMIT if words == "full reads" else None
-            wanted = (Case("resnet50", batch), words, config, options.threads, limit)
+            case = Case("resnet50", batch, device=options.device)
+            wanted = (case, words, config, options.threads, limit)
             yield f"memory resnet50 {batch}", lambda wanted=wanted: [memory_row(*wanted)]
-    for name in NODES:
-        case = Case(name, 2, (784,)) if name == MLP else Case(name, 2)
-        wanted = (case, "no writes", READS, NODES_LIMIT)
-        yield f"nodes {name}", lambda wanted=wanted: [nodes_row(*wanted)]
+    for case in TRAINING:
+        if case.batch == 8:
+            wanted = (case, "no writes", READS, NODES_LIMIT)
+            yield f"nodes {case.name}", lambda wanted=wanted: [nodes_row(*wanted)]
 
 
 def _stored(path: Path) -> list[Row]:
@@ -177,10 +191,14 @@ def _stored(path: Path) -> list[Row]:
 
 
 def _with(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Rows measured before, but for those measured anew; each mode's together."""
+    """Rows measured before, but for those measured anew, by mode, model and batch."""
     found = {row.name: row for row in (*before, *rows)}
-    modes = ("training", "inference", "compiled", "memory", "graph nodes")
-    return sorted(found.values(), key=lambda row: modes.index(row.name.partition(",")[0]))
+    return sorted(found.values(), key=_place)
+
+
+def _place(row: Row) -> tuple[int, int, int]:
+    mode, model, batch = _TITLE.match(row.name).groups(default="0")  # type: ignore[union-attr]
+    return MODES.index(mode), list(STEPS).index(model), int(batch)
 
 
 def _pieces_section(rows: Sequence[Row]) -> Section:
@@ -233,12 +251,15 @@ def case_rows(mode: str, case: Case, pairs: int, threads: int, variants: str = "
     for name in sides:
         if name in (BASE, FUSED):
             continue
-        other = FUSED if name.startswith(WITH_NORMS) else BASE
-        limit = LIMITS.get((mode, case.name, case.batch, name))
-        title = f"{mode}, {case.name}, batch {case.batch}: {name} ÷ {other}"
-        row = measure.ratio_row(title, rounds.pairs(name, other), limit, (name, other))
-        fastest = min(rounds.seconds[name]) / min(rounds.seconds[other])
-        rows.append(replace(row, note=f"{row.note}; fastest ÷ fastest {fastest:.3f}"))
+        others = [BASE]
+        if name.startswith(WITH_NORMS):
+            others = [FUSED] if mode == "compiled" else [BASE, FUSED]
+        for other in others:
+            title = f"{mode}, {case.name}, batch {case.batch}: {name} ÷ {other}"
+            limit = LIMITS.get(title)
+            row = measure.ratio_row(title, rounds.pairs(name, other), limit, (name, other))
+            fastest = min(rounds.seconds[name]) / min(rounds.seconds[other])
+            rows.append(replace(row, note=f"{row.note}; fastest ÷ fastest {fastest:.3f}"))
     return rows
 
 
@@ -275,14 +296,14 @@ def _variants(
         return
     if case.name == "resnet50" and wanted("by hand, full reads"):
         yield "by hand, full reads", with_memory_by_hand(base, FLOATS, case.size)
-    if case.name in ("resnet50", "vit_b_16"):
-        if wanted("LoRA"):
-            yield "LoRA", _lora(base)
-        if mode == "inference" and wanted("LoRA, merged"):
-            yield "LoRA, merged", _lora(base).merge_and_unload()
+    if wanted("LoRA"):
+        yield "LoRA", _lora(base)
+    if mode == "inference" and wanted("LoRA, merged"):
+        yield "LoRA, merged", _lora(base).merge_and_unload()
 
 
 def _lora(base: nn.Module) -> Any:
+    import_torchvision()  # peft imports it, too, by way of transformers
     from peft import LoraConfig, get_peft_model
 
     layers = [

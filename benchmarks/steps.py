@@ -25,12 +25,14 @@ class Case:
         batch: Samples a step.
         size: Of one sample.
         steps: Steps that are timed together, so that a turn is not over at once.
+        device: Where model and batch lie.
     """
 
     name: str
     batch: int
     size: tuple[int, ...] = IMAGE
     steps: int = 1
+    device: str = "cpu"
 
     def build(self) -> nn.Module:
         """The base, in training mode."""
@@ -41,13 +43,14 @@ class Case:
                 for ins, outs in itertools.pairwise(sizes)
                 for layer in (nn.Linear(ins, outs), nn.ReLU())
             ]
-            return nn.Sequential(*layers[:-1]).train()
-        return aim_surgery.build(f"torchvision:{self.name}").train()
+            return nn.Sequential(*layers[:-1]).to(self.device).train()
+        return aim_surgery.build(f"torchvision:{self.name}").to(self.device).train()
 
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Noise, and classes drawn evenly."""
         classes = 10 if self.name == MLP else 1000
-        return torch.randn(self.batch, *self.size), torch.randint(classes, (self.batch,))
+        x, y = torch.randn(self.batch, *self.size), torch.randint(classes, (self.batch,))
+        return x.to(self.device), y.to(self.device)
 
 
 def training_step(
@@ -72,6 +75,7 @@ def training_step(
             optimizer.zero_grad()
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
+        _wait_for(x.device)
 
     return run
 
@@ -92,5 +96,12 @@ def inference(model: nn.Module, x: torch.Tensor, passes: int) -> Callable[[], No
         with torch.inference_mode():
             for _ in range(passes):
                 model(x)
+        _wait_for(x.device)
 
     return run
+
+
+def _wait_for(device: torch.device) -> None:
+    """Return when the device has done all that was asked of it."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
