@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = source_digest()
     chosen = choose(names, options, source)
     path = rows_file(options.output, options.library, options.shard)
-    start_server()
+    start_server(options.threads)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = read_rows(options.output, options.library)
     environment = measure.environment() | {
         "limits": f"{options.limit:g} s a model; {options.memory:.1f} GiB for {options.jobs} jobs",
-        "torch threads": 1,
+        "torch threads": options.threads,
         "transformers": _version("transformers"),
     }
     written = summary.write(options.output, options.library, library, names, rows, environment)
@@ -97,7 +97,8 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="in the order of parameters, as rows of a --meta run in OUTPUT/meta tell",
     )
-    found.add_argument("--jobs", type=int, default=2, help="models at a time, one thread each")
+    found.add_argument("--jobs", type=int, default=2, help="models at a time")
+    found.add_argument("--threads", type=int, default=1, help="of torch, for each model")
     found.add_argument("--limit", type=float, default=900, help="seconds of one core for a model")
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found.add_argument(
@@ -147,11 +148,11 @@ def run_all(chosen: Iterable[str], options: argparse.Namespace, source: str) -> 
     put_off = []
     device, asked = "meta" if options.meta else "cpu", LIGHT if options.light else ""
     blank = Row(options.library, "", source=source, device=device, checks=asked)
-    each = options.memory / options.jobs
+    each, threads = options.memory / options.jobs, options.threads
     with ThreadPoolExecutor(options.jobs) as pool:
         alone = options.jobs == 1
         futures = [
-            pool.submit(run_one, replace(blank, model=name), options.limit, each, alone)
+            pool.submit(run_one, replace(blank, model=name), options.limit, each, threads, alone)
             for name in chosen
         ]
         try:
@@ -164,16 +165,18 @@ def run_all(chosen: Iterable[str], options: argparse.Namespace, source: str) -> 
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     for name in put_off:
-        yield run_one(replace(blank, model=name), options.limit, options.memory, alone=True)
+        row = replace(blank, model=name)
+        yield run_one(row, options.limit, options.memory, threads, alone=True)
 
 
-def run_one(row: Row, seconds: float, memory: float, alone: bool) -> Row:
+def run_one(row: Row, seconds: float, memory: float, threads: int, alone: bool) -> Row:
     """Run one model in its own process.
 
     Args:
         row: Names library and model.
         seconds: Limit of processor time.
         memory: Limit of memory, in GiB.
+        threads: For torch.
         alone: Whether no other model runs beside.
 
     Returns:
@@ -182,7 +185,7 @@ def run_one(row: Row, seconds: float, memory: float, alone: bool) -> Row:
     """
     start = time.monotonic()
     ended = run_limited(
-        trial.run, row.plain(), seconds, memory, alone, seconds=seconds, memory=memory
+        trial.run, row.plain(), seconds, memory, threads, alone, seconds=seconds, memory=memory
     )
     row = Row.of(ended.last) if ended.last else row
     if ended.reason and not alone and "memory" in ended.reason:

@@ -44,9 +44,13 @@ class Ended:
     reason: str
 
 
-def start_server() -> None:
-    """Let the server import the libraries once; one thread for torch in all its children."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+def start_server(threads: int = 1) -> None:
+    """Let the server import the libraries once, for so many threads of torch in its children."""
+    os.environ |= {
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     multiprocessing.get_context("forkserver").set_forkserver_preload(["benchmarks.zoo.preload"])
 
 

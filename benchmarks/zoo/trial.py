@@ -42,20 +42,25 @@ _LONGEST = 1500
 Send = Callable[[dict[str, Any]], None]
 
 
-def run(send: Send, plain: dict[str, Any], seconds: float, memory: float, alone: bool) -> None:
+def run(
+    send: Send, plain: dict[str, Any], seconds: float, memory: float, threads: int, alone: bool
+) -> None:
     """Build, transform, check; what is known is sent at each stage.
 
     Args:
         send: Takes the row as plain data.
         plain: The row to fill in: library and model; light checks, if it names them.
-        seconds: Limit of all of it, of one core; whoever started the process keeps it.
+        seconds: Limit of all of it, of all cores together; whoever started the process keeps it.
         memory: Likewise, in GiB.
+        threads: For torch; more than one are noted in the row.
         alone: Whether no other model runs beside; if one does, a model that needs more memory is
             put off.
     """
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
-    trial = _Trial(send, Row.of(plain), seconds, memory, alone)
+    row = Row.of(plain)
+    row.notes += [f"{threads} threads"] if threads > 1 else []
+    trial = _Trial(send, row, seconds, memory, alone)
     try:
         trial.run()
     except Exception as err:
