@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,34 @@ def assert_same(actual: Any, expected: Any, tolerance: float = FLOAT64_TOLERANCE
             assert difference <= tolerance, f"differs by {difference:g} > {tolerance:g}"
         else:
             assert a == e
+
+
+def assert_rounds_alike(gm: Any, form: Callable[[Any], Any], x: torch.Tensor) -> None:
+    """In bfloat16, a form is about as near to float64 as concat; without any one read, it isn't.
+
+    Args:
+        gm: An operated model in concat form, whose reads widen their layers; the weights of its
+            memory are made larger.
+        form: Gives the other form.
+        x: Its input.
+    """
+    with torch.no_grad():
+        for read in gm.plan.reads:
+            gm.get_parameter(read.site.weights[0])[:, -read.planes :] *= 8
+        exact = copy.deepcopy(gm).double()(x.double())
+
+        def rounding(model: Any) -> float:
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(x)
+            assert output.dtype == torch.bfloat16
+            return float((output.double() - exact).norm() / exact.norm())
+
+        limit = 2 * rounding(gm)
+        assert rounding(form(gm)) <= limit
+        for read in gm.plan.reads:
+            less = copy.deepcopy(gm)
+            less.get_parameter(read.site.weights[0])[:, -read.planes :] = 0
+            assert rounding(form(less)) > limit, f"nobody would miss the read of {read.site.name}"
 
 
 @dataclass(frozen=True)

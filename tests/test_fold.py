@@ -19,7 +19,7 @@ from aim_surgery import AimConfig, AimSurgeryError, fold, lower, transform
 from aim_surgery.nn.add_product import add_product
 from aim_surgery.nn.folded import Maps, at_least, plus, scaled_plus, within
 from aim_surgery.nn.memory import Memory
-from tests.cases import CASES, Case, SmallNet, assert_same
+from tests.cases import CASES, Case, SmallNet, assert_rounds_alike, assert_same
 
 WRITES = ("none", "batch", "sample")
 
@@ -367,14 +367,10 @@ def test_copies_files_types_and_devices() -> None:
 
 
 def test_half_the_digits() -> None:
-    x = images(2, 3, 16, 16).float()
-    gm = operated(convolutions(), x.double()).float()
-    folded = fold(gm)
-    for inputs in (x, images(2, 3, 12, 12).float()):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            ours, theirs = folded(inputs), gm(inputs)
-        assert ours.dtype == theirs.dtype == torch.bfloat16
-        assert float((ours - theirs).abs().max()) <= 0.05 * float(theirs.abs().max())
+    x = images(2, 3, 16, 16)
+    gm = operated(convolutions()[:4], x).float()
+    for size in (16, 12):
+        assert_rounds_alike(gm, fold, images(2, 3, size, size).float())
 
 
 def test_layouts() -> None:

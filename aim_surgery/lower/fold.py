@@ -52,6 +52,7 @@ from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import AddMemory
 from aim_surgery.nn.pointwise import use_matrices
 from aim_surgery.nn.recurrent import GateMemory
+from aim_surgery.nn.shifted_bias import ShiftedBias
 from aim_surgery.nn.spatial import CHANNELS_LAST
 from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
@@ -315,6 +316,8 @@ def _hooks(root: nn.Module) -> Iterator[Any]:
 def _modules_of(hook: Any) -> Iterator[nn.Module]:
     if isinstance(hook, AddMemory):
         yield from (hook.view.memory, hook.beside)
+    if isinstance(hook, ShiftedBias):
+        yield hook.shift
     if isinstance(hook, GateMemory):
         for view, beside in hook.reads.values():
             yield from (view.memory, beside)

@@ -24,7 +24,7 @@ from torch.fx.node import map_arg
 
 from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lower.fold_parts import Part, Parts
-from aim_surgery.lower.fold_watch import Watched
+from aim_surgery.lower.fold_watch import Watched, changed_argument
 from aim_surgery.nn.folded import at_least, chosen, plus, spread, within
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
@@ -216,7 +216,8 @@ class FoldWriter:
         if isinstance(layer, Memory):
             return None if node.args else Part(_without_gradient(layer))
         sources = node.all_input_nodes
-        if any(isinstance(self.env[source], Part) for source in sources):
+        seen_changing = node in self.watched.shared or node in self.watched.changing
+        if not seen_changing and any(isinstance(self.env[source], Part) for source in sources):
             part = self._made_of_memory(node, layer)
             if part is not None:
                 return part
@@ -245,6 +246,8 @@ class FoldWriter:
         if not all(isinstance(self.env[s], Part) or self.known(s) for s in sources):
             return None
         args, kwargs = self.as_part(node.args), self.as_part(node.kwargs)
+        if changed_argument(node, layer) is not None:  # maps in use stay what they are
+            args = (self.parts.call_method("clone", args[:1]), *args[1:])
         if node.op == "call_function":
             return self.parts.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
         call = self.parts.call_method if node.op == "call_method" else self.parts.call_module
@@ -336,10 +339,14 @@ class FoldWriter:
             return Part(seen.value, None, str(node.target) if node.op == "get_attr" else "")
         return Part(seen.value, None if node in self.watched.fixed else entry.t)
 
-    def _node(self, node: fx.Node) -> fx.Node:
+    def _node(self, node: fx.Node) -> Any:
         entry = self.env[node]
+        if isinstance(entry, Part) and not isinstance(entry.value, Tensor):
+            return self.parts.lifted(entry)
         if isinstance(entry, Part):  # somebody needs the memory's part itself
-            return self.use(node, chosen, None, [entry]).t
+            own = self.use(node, chosen, None, [entry]).t
+            touched = node in self.watched.touched  # a map in store stays what it is
+            return self.graph.call_method("clone", (own,)) if touched else own
         assert entry is not None
         return entry.t
 

@@ -82,7 +82,8 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
             _scale(layer, scale, added)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        if calls[str(node.target)] == 1:
+        used = any(path.rpartition(".")[0] == node.target for path in looked_at)
+        if calls[str(node.target)] == 1 and not used:
             root.delete_submodule(str(node.target))  # pyright: ignore[reportCallIssue]
         merged += 1
     return merged

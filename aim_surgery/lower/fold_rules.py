@@ -255,7 +255,7 @@ def _sum(writer: FoldWriter, node: fx.Node) -> Live:
     """Both offsets are added; one operand may be the memory's part itself, which is all offset."""
     first, second = node.args[:2]
     offsets = writer.offset(first), writer.offset(second)
-    minus = called_name(node).removeprefix("i").startswith("sub")
+    minus = _subtracts(node)
     part = next((n for n in (first, second) if isinstance(writer.env.get(n), Part)), None)  # type: ignore[arg-type]
     if part is None:
         t = writer.copy(node)
@@ -273,9 +273,18 @@ def _sum(writer: FoldWriter, node: fx.Node) -> Live:
     return Live(t, writer.parts.call_function(function, offsets))
 
 
+def _subtracts(node: fx.Node) -> bool:
+    return called_name(node).removeprefix("i").startswith("sub")
+
+
 def _alike(writer: FoldWriter, node: fx.Node) -> bool:
-    """Whether a sum's operands are tensors of its own type, or numbers; the first decides sizes."""
+    """Whether a sum's operands are tensors of its own type, or numbers; one has its sizes.
+
+    The memory's part itself is no first operand of a difference: what stays would change its sign.
+    """
     if len(node.args) != 2:
+        return False
+    if node.args[0] in writer.aside and _subtracts(node):
         return False
     seen = writer.watched.seen
     out = seen[node]
@@ -384,6 +393,8 @@ def _cat_rule(writer: FoldWriter, node: fx.Node) -> Rule | None:
     if not all(
         isinstance(n, fx.Node) and _dtype(writer, n) == _dtype(writer, node) for n in tensors
     ):
+        return None
+    if not writer.aside.isdisjoint(tensors):
         return None
     return _cat if axis % _ndim(writer, node) > 0 else None
 

@@ -12,6 +12,7 @@ import operator
 from torch import fx, nn
 
 from aim_surgery.nn.add_product import add_product, is_better
+from aim_surgery.surgery.modules import READS
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -31,6 +32,8 @@ def add_products(graph: fx.Graph, root: nn.Module) -> bool:
         beside = node.args[1] if node.target is operator.iadd else None
         if not isinstance(beside, fx.Node) or beside.op != "call_module" or len(beside.users) > 1:
             continue
+        if not str(beside.target).startswith(f"{READS}."):
+            continue  # a sum of the model's own may broadcast
         layer = root.get_submodule(str(beside.target))
         if not _fits(layer) or len(beside.args) != 1 or beside.kwargs:
             continue

@@ -1,8 +1,8 @@
 """One run of the graph to be folded, to see the sizes, layouts and storages of what it computes.
 
-Besides, it tells which nodes are constant (made of the model's tensors alone), which have the same
-sizes whatever comes in (all behind a global pooling), and which tensors somebody changes in place
-while others still look at them.
+Besides, it tells which nodes are constant (made of the model's tensors alone, and nobody changes
+them while others look), which have the same sizes whatever comes in (all behind a global pooling),
+and which tensors somebody changes in place while others still look at them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.leaves import is_plain
@@ -47,7 +47,7 @@ class Seen:
         channels_last: Whether the tensor is in a channels-last format, and in no other.
         peak: The largest absolute value of a tensor of floating numbers; else 0.
         plain: Whether there is no tensor in it.
-        value: Of a constant, and of what is plain; else None.
+        value: Of a constant, as it was when it was made, and of what is plain; else None.
     """
 
     shape: tuple[int, ...] | None
@@ -67,6 +67,7 @@ class Watched:
     fixed: set[fx.Node] = field(default_factory=set)
     shared: set[fx.Node] = field(default_factory=set)  # changed in place, and looked at after
     changing: set[fx.Node] = field(default_factory=set)  # what changes them
+    touched: set[fx.Node] = field(default_factory=set)  # changed in place, looked at after or not
 
 
 def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
@@ -82,15 +83,23 @@ def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
     """
     watched = Watched()
     before = [(buffer, buffer.clone()) for buffer in root.buffers()]
-    try:
-        with torch.inference_mode(False), torch.no_grad(), random_state_kept():
+    with torch.inference_mode(False), torch.no_grad(), random_state_kept():
+        try:
             _Watching(root, graph, watched).run(*inputs)
+        finally:
             for buffer, value in before:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-    finally:
-        del before
+                buffer.copy_(value)
+    _forget_changing(watched, graph)
     return watched
+
+
+def _forget_changing(watched: Watched, graph: fx.Graph) -> None:
+    """Take what others see changing, and what is made of it, out of the constants."""
+    changed = set(watched.shared)
+    for node in graph.nodes:
+        if node in changed or not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+            watched.constant.discard(node)
 
 
 class _Watching(fx.Interpreter):
@@ -103,7 +112,7 @@ class _Watching(fx.Interpreter):
         self._order = {node: index for index, node in enumerate(graph.nodes)}
 
     def run_node(self, n: fx.Node) -> Any:
-        changed = _changed(n, self.submodules)
+        changed = changed_argument(n, self.submodules.get(str(n.target)))
         storages = {*_storages(self.env[changed])} if changed is not None else set()
         watched = self._watched
         of_constants = (
@@ -121,7 +130,8 @@ class _Watching(fx.Interpreter):
         if self._is_fixed(n, result):
             watched.fixed.add(n)
         tensor = isinstance(result, Tensor)
-        floating = tensor and result.is_floating_point()
+        strided = tensor and result.layout is torch.strided
+        floating = strided and result.is_floating_point()
         plain = not any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
         watched.seen[n] = Seen(
             tuple(result.shape) if tensor else None,
@@ -129,7 +139,7 @@ class _Watching(fx.Interpreter):
             tensor and channels_last_format(result) is not None,
             float(result.abs().max()) if floating and result.numel() else 0.0,
             plain,
-            result if plain or n in watched.constant else None,
+            _kept(n, result) if plain or n in watched.constant else None,
         )
         for storage in storages:
             self._note_change(n, storage)
@@ -142,6 +152,7 @@ class _Watching(fx.Interpreter):
     def _note_change(self, node: fx.Node, storage: int) -> None:
         now = self._order[node]
         holders = self._holders.get(storage, [])
+        self._watched.touched.update(holders)
         if any(self._order[user] > now for holder in holders for user in holder.users):
             self._watched.shared.update(holders)
             self._watched.changing.add(node)
@@ -175,6 +186,11 @@ class _Watching(fx.Interpreter):
         return isinstance(layer, nn.modules.conv._ConvNd) or node.target in CONV_FUNCTIONS
 
 
+def _kept(node: fx.Node, result: Any) -> Any:
+    """A value that stays what it is, whoever changes the tensors that the run computed."""
+    return result if node.op == "get_attr" else tree_map_only(Tensor, torch.clone, result)
+
+
 def _pools_to_numbers(node: fx.Node, layer: nn.Module | None, result: Any) -> bool:
     """Whether all positions are averaged to a number of them that is given."""
     if isinstance(layer, _POOL_TYPES):
@@ -191,15 +207,16 @@ def _pools_to_numbers(node: fx.Node, layer: nn.Module | None, result: Any) -> bo
     return result.ndim > 2 and {axis % result.ndim for axis in axes} == {*range(2, result.ndim)}
 
 
-def _changed(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+def changed_argument(node: fx.Node, layer: nn.Module | None) -> fx.Node | None:
     """The argument that a node changes in place, where it does."""
     if not node.op.startswith("call_") or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     if node.op == "call_module":
-        changes = getattr(modules[str(node.target)], "inplace", False) is True
+        changes = getattr(layer, "inplace", False) is True
     else:
         name = called_name(node)
-        changes = name.endswith("_") and not name.endswith("__")
+        spelled = name.endswith("_") and not name.endswith("__")
+        changes = spelled and getattr(node.target, "__module__", "") != "_operator"  # and_, not_
         changes |= node.target is operator.setitem or node.target in _IN_PLACE
         changes |= argument_of(node, _WITH_FLAG.get(node.target, 99), "inplace") is True
     return node.args[0] if changes else None
