@@ -17,6 +17,10 @@ class PlanError(AimSurgeryError):
     """No valid plan: nothing to read with, a budget that is too small, a filter without a match."""
 
 
+class RequestError(PlanError):
+    """What was asked for can't be had, whatever the weights are: a filter, a budget."""
+
+
 class UnsupportedLayerError(AimSurgeryError):
     """A layer that the plan wants to widen has a form that surgery does not know."""
 

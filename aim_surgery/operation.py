@@ -26,6 +26,7 @@ from aim_surgery.capture import (
 from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
 from aim_surgery.lower import lower
+from aim_surgery.lower.forms import check_form
 from aim_surgery.nn.aim_modules import AimModules, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan
@@ -108,7 +109,9 @@ def apply(
     Raises:
         PlanError: This is no plan, or it doesn't fit the model.
         CaptureError: The model can't be captured.
+        AimSurgeryError: There is no such form.
     """
+    check_form(form)
     gm = applied(model, plan, example_inputs, copy=copy)
     return gm if form == "concat" else lower(gm, form)
 
@@ -226,6 +229,7 @@ def transform(
     Raises:
         CaptureError: The model fails with these inputs, or can't be a graph where one is wanted.
         PlanError: There is nothing to read with, or the budget is too small.
+        AimSurgeryError: There is no such form.
 
     Source: Lunkad, "Memory for Artificial Intelligence", Towards AI, 2021.
     Deviation: every convolution and linear call reads, not only the first of each residual block.
@@ -238,6 +242,7 @@ def transform(
         torch.Size([5, 64, 28, 28])
     """
     config = _checked_config(config)
+    check_form(form)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         captured = _captured(model, example_inputs, _checked_emit(emit))
         gm = operate(captured, make_plan(captured, config), copy=copy)

@@ -185,7 +185,7 @@ def test_autocast(form: str, write: Any) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             assert_same(concat(x).double(), exact, 0.02)
     else:
-        as_form = fold if form == "folded" else lambda gm: lower(gm, form)
+        as_form: Any = fold if form == "folded" else lambda gm: lower(gm, "split")
         assert_rounds_alike(concat, as_form, x)
     if form != "folded":
         gm = net(form, write).train()

@@ -21,6 +21,8 @@ from typer.testing import CliRunner, Result
 
 import aim_surgery
 from aim_surgery import cli, cli_output
+from aim_surgery.checkpoint import operated as operated_module
+from aim_surgery.checkpoint.back import fold_file, restore_file
 from aim_surgery.checkpoint.inspect import inspect
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.models import build
@@ -243,6 +245,29 @@ def test_several_optimizers_in_a_list(folder):
     assert torch.load("less.pt")["optimizers"] == [7]
     restored("o.pt", "-o", "back.pt")
     assert not_equal(torch.load("back.pt"), content) == []
+
+
+def test_what_stands_behind_an_optimizer_in_a_list_stays(folder):
+    training_checkpoint()
+    content = torch.load("train.pt")
+    torch.save([content["optimizer"], content["model"], {"epoch": 7}], "list.pt")
+    transformed("list.pt", "-o", "o.pt", "--drop-optimizer")
+    weights, rest = torch.load("o.pt")
+    assert any(name.endswith("aim.memory.weight") for name in weights)
+    assert rest == {"epoch": 7}
+
+
+@pytest.mark.parametrize("write", [restore_file, fold_file])
+def test_a_file_is_not_written_over_itself(folder, write):
+    transformed("net.pt", "-o", "o.pt2" if write is fold_file else "o.pt")
+    (operated,) = folder.glob("o.*")
+    link = operated.with_stem("link")
+    os.link(operated, link)
+    before = contents()
+    for output in (operated, link):
+        with pytest.raises(CheckpointError, match="is the checkpoint itself"):
+            write(operated, output, SPEC)
+    assert contents() == before
 
 
 def test_an_optimizer_is_not_lost_silently(folder):
@@ -747,6 +772,24 @@ def test_json_and_dry_run(folder):
     assert told[0]["output"] == "out/net.safetensors"
     assert told[0]["reads"] == 2
     assert told[1]["error"] == "gone.pt: no such file"
+
+
+@pytest.mark.parametrize("words", [["--include", "typo"], ["--budget", "1e-9"]])
+def test_what_no_weights_change_is_refused_without_reading_them(folder, monkeypatch, words):
+    asked = []
+    original = operated_module.open_original
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        asked.append(kwargs.get("values", False))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(operated_module, "open_original", watched)
+    for command in (["transform"], ["transform", "--dry-run"]):
+        result = run(*command, "net.pt", "-o", "o.pt", "--model", SPEC, *words)
+        assert result.exit_code == 1
+        assert words[0].strip("-") in result.stderr
+    assert asked
+    assert not any(asked)
 
 
 def test_misuse_of_many_files(folder):

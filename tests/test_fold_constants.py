@@ -108,6 +108,8 @@ class Token(OnConstants):
 class Counted(OnConstants):
     """A buffer that each forward changes."""
 
+    calls: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("calls", torch.zeros(1, 6))

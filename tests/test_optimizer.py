@@ -316,15 +316,21 @@ def test_states_by_name_and_groups_with_names_need_no_order() -> None:
     assert furthest(train(gm, optimizer, BATCHES[STEPS:]), expected) <= TOLERANCE
 
     given = state["param_groups"][0]["param_names"]
-    keyed = {
-        "state": {f"module.{n}": state["state"][i] for i, n in enumerate(given)},
-        "param_groups": [{"lr": 1e-2, "params": [f"module.{n}" for n in given]}],
-    }
-    by_name = carry_optimizer(keyed, model, gm)
-    assert by_name["param_groups"][0]["params"] == [f"module.{n}" for n in names]
-    for index, name in enumerate(given):
-        for key, value in carried["state"][index].items():
-            assert torch.equal(value, by_name["state"][f"module.{name}"][key])
+    for prefix in ("module.", "net.", "students.0._orig_mod."):
+        keyed = {
+            "state": {f"{prefix}{n}": state["state"][i] for i, n in enumerate(given)},
+            "param_groups": [{"lr": 1e-2, "params": [f"{prefix}{n}" for n in given]}],
+        }
+        by_name = carry_optimizer(keyed, model, gm)
+        assert by_name["param_groups"][0]["params"] == [f"{prefix}{n}" for n in names]
+        for index, name in enumerate(given):
+            for key, value in carried["state"][index].items():
+                assert torch.equal(value, by_name["state"][f"{prefix}{name}"][key])
+    wrong = keyed["param_groups"][0]["params"].pop(0)
+    keyed["param_groups"][0]["params"].append("another.weight")
+    keyed["state"]["another.weight"] = keyed["state"].pop(wrong)
+    with pytest.raises(CheckpointError, match=r"names 1 parameters .* has not: another"):
+        carry_optimizer(keyed, model, gm)
     unnamed = {**state, "param_groups": [
         {k: v for k, v in g.items() if k != "param_names"} for g in state["param_groups"]
     ]}  # fmt: skip
@@ -334,7 +340,7 @@ def test_states_by_name_and_groups_with_names_need_no_order() -> None:
     assert told["state"].keys() == carried["state"].keys()
     with pytest.raises(CheckpointError, match="one name a parameter"):
         carry_optimizer(unnamed, model, gm, names=[given[1:]])
-    keyed["param_groups"][0]["params"] = [f"other.{n}" for n in given]
+    keyed["param_groups"][0]["params"] = [f"other.{n}_" for n in given]
     keyed["state"] = {}
     with pytest.raises(CheckpointError, match=r"parameters that the model has not: other\.head"):
         carry_optimizer(keyed, model, gm)

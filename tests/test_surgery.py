@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import math
 import pickle
 from typing import Any
@@ -441,6 +442,26 @@ def test_without_copying_tensors_are_shared() -> None:
 # What users do with the result --------------------------------------------------------------
 
 
+def test_formats_of_memory_in_a_pickle() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.conv(x).contiguous(memory_format=torch.channels_last))
+
+    x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    gm: Any = aim_surgery.transform(Asks(), x, config=FRESH)
+    for form in (gm, aim_surgery.lower(gm, "split"), aim_surgery.fold(gm.eval())):
+        file = io.BytesIO()
+        torch.save(form, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        assert torch.equal(twin(x), form(x))
+        assert [n.meta for n in twin.graph.nodes] == [n.meta for n in form.graph.nodes]
+
+
 def test_copies_pickles_and_moves() -> None:
     model: Any = SmallNet().eval()
     gm: Any = aim_surgery.transform(model, torch.zeros(2, 3, 32, 32), config=FRESH).eval()
@@ -453,6 +474,9 @@ def test_copies_pickles_and_moves() -> None:
         assert not twin.training
     for twin in (copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         assert not torch.equal(twin.train()(x), twin(x))
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        twin = pickle.loads(pickle.dumps(gm, protocol))
+        assert torch.equal(twin(x), gm(x))
     deep = copy.deepcopy(gm)
     with torch.no_grad():
         deep.get_parameter("head.bias").add_(1)

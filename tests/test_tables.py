@@ -127,6 +127,29 @@ def test_they_verify(which: str) -> None:
     assert "table" in result.coverage.covered
 
 
+@pytest.mark.parametrize("equation", ["bqc,c->bq", "...c,c->...", "c,bqc->bq"])
+def test_a_vector(equation: str) -> None:
+    """Bahdanau's scores: one row, which is all of the parameter."""
+    first = equation.startswith("c,")
+    model = Positions(
+        lambda q, v: torch.einsum(equation, *((v, q) if first else (q, v))), WIDTH
+    ).double()
+    gm, memory = filled(model)
+    read = {read.site.name: read for read in gm.plan.reads}["table"]
+    assert (read.site.in_channels, read.site.out_channels) == (WIDTH, 1)
+    for batch, length in ((3, 5), (1, 5), (2, 3)):
+        x = torch.randn(batch, length, WIDTH, dtype=torch.float64)
+        wide, own = gm.get_parameter("query.weight"), gm.get_parameter("aim.reads.table.weight")
+        q = F.linear(x, wide[:, :WIDTH], model.query.bias) + wide[:, WIDTH:] @ memory
+        expected = q @ model.table + memory @ own.flatten()
+        assert_same(gm(x), expected)
+        assert largest_difference(gm(x), model(x)) > 1e-3
+        for other in (aim_surgery.lower(gm, "split"), aim_surgery.fold(gm.eval(), (X,))):
+            assert_same(other(x), expected)
+    fresh = transform(model.float(), (X.float(),), config=AimConfig(budget=None, memory=FLOATS))
+    assert aim_surgery.verify(model, fresh, (X.float(),)).ok
+
+
 def test_a_table_with_its_columns_first_and_heads() -> None:
     def multiply(q: Tensor, table: Tensor) -> Tensor:  # (1, c, rows)
         return torch.einsum("bqc,cqk->bqk", q, table[0][:, distances(q)])

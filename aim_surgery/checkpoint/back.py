@@ -19,7 +19,7 @@ from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.reading.kinds import open_source
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.save import layout_of, refuse_unknown, write_content
-from aim_surgery.checkpoint.writing.atomic import check_target
+from aim_surgery.checkpoint.writing.atomic import check_target, refuse_itself
 from aim_surgery.checkpoint.writing.exported_file import write_exported
 from aim_surgery.checkpoint.writing.layout import keeps_layout, left_behind, restored_layout
 from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
@@ -63,6 +63,7 @@ def restore_file(
         AimSurgeryError: See `load` and `restore`; the name asks for another layout, or the file
             can't be written.
     """
+    refuse_itself(checkpoint, output)
     check_target(output)
     refuse_unknown(output)
     layout = layout_of(output)
@@ -120,6 +121,7 @@ def fold_file(
         raise CheckpointError(
             f"{output}: no plan rebuilds a folded model, so it goes into a .pt2 file, as a program"
         )
+    refuse_itself(checkpoint, output)
     check_target(output)
     gm = load(checkpoint, model, key=key, ema=ema)
     gm.eval()  # a `train` of the model's own may return nothing

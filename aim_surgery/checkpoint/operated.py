@@ -29,7 +29,7 @@ from aim_surgery.checkpoint.reading.names import AVERAGING_COUNT, Names, is_aver
 from aim_surgery.checkpoint.reading.source import Entry, Source
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.config import AimConfig
-from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError
+from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, RequestError
 from aim_surgery.operation import Wanted, applied, planned
 from aim_surgery.planning import Plan
 from aim_surgery.sites import may_leak_unseen
@@ -226,9 +226,9 @@ def operate_checkpoint(
         except _ValuesTellError:
             plan = _plan_with_values(source, spec, model_args, example, config, emit)
             return _operated(original, example, config, plan, emit)
-    except AimSurgeryError:
-        if not original.streamed:
-            raise
+    except AimSurgeryError as err:
+        if not original.streamed or isinstance(err, RequestError):
+            raise  # values change nothing
     original = open_original(source, spec, model_args, values=True)
     return _operated(original, example, config, plan, emit)
 
@@ -246,9 +246,9 @@ def plan_checkpoint(
     original = open_original(source, spec, model_args)
     try:
         return _planned(original, example, config, emit)[1]
-    except AimSurgeryError:
-        if not original.streamed:
-            raise
+    except AimSurgeryError as err:
+        if not original.streamed or isinstance(err, RequestError):
+            raise  # values change nothing
     return _plan_with_values(source, spec, model_args, example, config, emit)
 
 

@@ -24,7 +24,7 @@ from aim_surgery.checkpoint.save import (
     refuse_unknown,
     write_operated,
 )
-from aim_surgery.checkpoint.writing.atomic import check_target
+from aim_surgery.checkpoint.writing.atomic import check_target, refuse_itself
 from aim_surgery.checkpoint.writing.layout import CarryOptimizer
 from aim_surgery.checkpoint.writing.safetensors_file import Progress
 from aim_surgery.config import AimConfig
@@ -129,8 +129,7 @@ def transform_checkpoint(
         AimSurgeryError: It failed; the output is as it was.
     """
     start = time.perf_counter()
-    if _same_file(checkpoint, output):
-        raise CheckpointError(f"{output}: is the checkpoint itself: name another file")
+    refuse_itself(checkpoint, output)
     check_target(output)
     refuse_unknown(output)
     source = not_operated(open_source(checkpoint, **vars(reading)))
@@ -165,13 +164,6 @@ def transform_checkpoint(
         seconds,
         not dry_run,
     )
-
-
-def _same_file(one: Path, other: Path) -> bool:
-    try:
-        return one.resolve() == other.resolve() or one.samefile(other)
-    except (OSError, ValueError, RuntimeError):
-        return False
 
 
 def several(checkpoints: Iterable[Path]) -> list[Path] | None:

@@ -68,8 +68,7 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
     Raises:
         AimSurgeryError: See `lower`.
     """
-    if form not in get_args(Form):
-        raise AimSurgeryError(f"form must be 'concat' or 'split', got {form!r}")
+    check_form(form)
     plan = plan_of(gm)
     graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
     reads = {read.site.name: read for read in plan.reads if read.site.widens}
@@ -83,6 +82,12 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
         gm.recompile()
     aim_of(gm).form = form
     return modified
+
+
+def check_form(form: object) -> None:
+    """Raise an `AimSurgeryError` where there is no such form to lower to."""
+    if form not in get_args(Form):
+        raise AimSurgeryError(f"form must be 'concat' or 'split', got {form!r}")
 
 
 def form_of(gm: nn.Module) -> Form:

@@ -28,6 +28,15 @@ class _Ref(str):
     __slots__ = ()
 
 
+class _Constant(str):
+    """The name of a constant of torch's that old protocols of pickle don't know."""
+
+    __slots__ = ()
+
+
+_UNPICKLED = (torch.memory_format, torch.layout)
+
+
 def graph_state(graph: fx.Graph) -> GraphState:
     """Describe a graph as plain data.
 
@@ -42,9 +51,9 @@ def graph_state(graph: fx.Graph) -> GraphState:
             node.op,
             node.name,
             node.target if isinstance(node.target, str) else _name_of(node.target),
-            map_aggregate(node.args, _to_ref),
-            map_aggregate(node.kwargs, _to_ref),
-            node.meta.get(NOTE),
+            map_aggregate(node.args, _to_plain),
+            map_aggregate(node.kwargs, _to_plain),
+            map_aggregate(node.meta.get(NOTE), _to_plain),
         )
         for node in graph.nodes
     ]
@@ -62,20 +71,24 @@ def graph_from_state(state: GraphState) -> fx.Graph:
     graph = fx.Graph()
     nodes: dict[str, fx.Node] = {}
 
-    def from_ref(argument: Any) -> Any:
+    def from_plain(argument: Any) -> Any:
+        if isinstance(argument, _Constant):
+            return _function(argument)
         return nodes[argument] if isinstance(argument, _Ref) else argument
 
     for op, name, target, args, kwargs, note in state:
         resolved = _function(target) if op == "call_function" else target
         nodes[name] = graph.create_node(
-            op, resolved, map_aggregate(args, from_ref), map_aggregate(kwargs, from_ref), name
+            op, resolved, map_aggregate(args, from_plain), map_aggregate(kwargs, from_plain), name
         )
         if note is not None:
-            nodes[name].meta[NOTE] = note
+            nodes[name].meta[NOTE] = map_aggregate(note, from_plain)
     return graph
 
 
-def _to_ref(argument: Any) -> Any:
+def _to_plain(argument: Any) -> Any:
+    if isinstance(argument, _UNPICKLED):
+        return _Constant(str(argument))  # torch.channels_last
     return _Ref(argument.name) if isinstance(argument, fx.Node) else argument
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from aim_surgery.config import ARTICLE_FLOATS, DEFAULT_BUDGET, MOST_FLOATS, AimConfig
-from aim_surgery.errors import PlanError
+from aim_surgery.errors import RequestError
 from aim_surgery.nn.write_block import block_parameters
 from aim_surgery.sites import Boundary, Site
 
@@ -63,8 +63,8 @@ def choose_sizes(
         The sizes.
 
     Raises:
-        PlanError: Not even one plane a site fits (the message names the budget that would do), or
-            the budget would buy a memory that no machine holds.
+        RequestError: Not even one plane a site fits (the message names the budget that would do),
+            or the budget would buy a memory that no machine holds.
     """
     home = home_positions(sites)
     if config.budget is None:
@@ -87,7 +87,7 @@ def choose_sizes(
             f"{needs}",
         )
     elif budget > wanted:
-        raise PlanError(
+        raise RequestError(
             f"budget {wanted:g} is too small for one plane a site: {needs}, besides the memory; "
             f"budget={budget:.6f} would do"
         )
@@ -148,7 +148,7 @@ class _Purse:
         """Choose all sizes within a budget that is large enough."""
         allowed, floats = self.allowed(budget), self.memory_floats(budget)
         if floats > MOST_FLOATS:
-            raise PlanError(
+            raise RequestError(
                 f"budget {budget:g} would buy a memory of {floats:,} floats, more than the "
                 f"{MOST_FLOATS:,} there may be: choose a smaller budget, or the size with memory="
             )

@@ -15,7 +15,7 @@ from torch import nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig, Filter, matches
-from aim_surgery.errors import PlanError
+from aim_surgery.errors import PlanError, RequestError
 from aim_surgery.planning.budget import Sizes, choose_sizes
 from aim_surgery.planning.inputs import input_spec
 from aim_surgery.planning.parts import Memory, Read, Write, module_name
@@ -128,7 +128,7 @@ def _check_matches(name: str, chosen: Filter, sites: tuple[Site, ...]) -> None:
     for pattern in (chosen,) if isinstance(chosen, str) else chosen:
         if not any(matches(pattern, site) for site in sites):
             close = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
-            raise PlanError(f"{name}={pattern!r} matches no site; close: {', '.join(close)}")
+            raise RequestError(f"{name}={pattern!r} matches no site; close: {', '.join(close)}")
 
 
 def _nothing_to_read(model: nn.Module, unread: tuple[Skip, ...]) -> str:

@@ -70,6 +70,8 @@ def _as_parameter(graph: fx.Graph, rows: fx.Node, table: Table) -> fx.Node:
     rest = [size for axis, size in enumerate(table.shape) if axis != table.axis]
     if len(rest) > 1:
         rows = graph.call_method("unflatten", (rows, 0, tuple(rest)))
+    if not rest:
+        return graph.call_method("squeeze", (rows, 0))
     if table.axis != len(rest):
         rows = graph.call_method("movedim", (rows, -1, table.axis))
     return rows

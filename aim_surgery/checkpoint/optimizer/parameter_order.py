@@ -20,11 +20,11 @@ from typing import Any
 from torch import nn
 
 from aim_surgery.checkpoint.optimizer.moments import Shape, fits
+from aim_surgery.checkpoint.reading.names import readings
 from aim_surgery.errors import CheckpointError
 
 Role = Hashable
 
-_WRAPPERS = ("module.", "_orig_mod.", "_forward_module.", "_fsdp_wrapped_module.", "model.")
 _MOST_STATES = 100_000
 _REMEDY = (
     "pass the optimizer itself or its parameters' names (names=...), save it with names "
@@ -105,8 +105,8 @@ def find_roles(
     if named is not None:
         keyed = [zip(g["params"], ns, strict=True) for g, ns in zip(groups, named, strict=True)]
         by_key = {key: name for pairs in keyed for key, name in pairs}
-        prefix = _prefix(list(by_key.values()), parameters)
-        own = {key: parameters.aliases[n.removeprefix(prefix)] for key, n in by_key.items()}
+        prefix, known = _own_names(list(by_key.values()), parameters)
+        own = {key: parameters.aliases[known[name]] for key, name in by_key.items()}
         return Found({key: role(name) for key, name in own.items()}, own, prefix)
     return Found(_Search(state, groups, parameters, role).roles(all_keys=all_keys), {})
 
@@ -138,19 +138,19 @@ def _in_order(
     return None
 
 
-def _prefix(names: Sequence[str], parameters: Parameters) -> str:
-    prefix = ""
-    while not all(name.removeprefix(prefix) in parameters.aliases for name in names):
-        rest = names[0].removeprefix(prefix)
-        wrapper = next((w for w in _WRAPPERS if rest.startswith(w)), None)
-        if wrapper is None:
-            strange = [n for n in names if n not in parameters.aliases]
-            raise CheckpointError(
-                f"the optimizer's state names {len(strange)} parameters that the model has not: "
-                f"{', '.join(strange[:5])}; check the model, or use --drop-optimizer"
-            )
-        prefix += wrapper
-    return prefix
+def _own_names(names: Sequence[str], parameters: Parameters) -> tuple[str, dict[str, str]]:
+    """What stands before the file's names, and the model's name for each of them."""
+    best: tuple[str, dict[str, str]] = ("", {})
+    for prefix, keys in readings(parameters.aliases, dict.fromkeys(names)):
+        own = {key: name for name, key in keys.items()}
+        if own.keys() == set(names):
+            return prefix, own
+        best = max(best, (prefix, own), key=lambda found: len(found[1]))
+    strange = [name for name in names if name not in best[1]]
+    raise CheckpointError(
+        f"the optimizer's state names {len(strange)} parameters that the model has not: "
+        f"{', '.join(strange[:5])}; check the model, or use --drop-optimizer"
+    )
 
 
 class _Search:

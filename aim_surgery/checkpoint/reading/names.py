@@ -11,7 +11,8 @@ wrappers use are passed over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ def match_names(own: Mapping[str, Any], entries: Mapping[str, Entry]) -> Names:
         The best match; look at its `problems`.
     """
     best: Names | None = None
-    for prefix, keys in _candidates(own, entries):
+    for prefix, keys in readings(own, entries):
         problems = _problems(own, entries, keys, prefix)
         found = Names(_with_twins(own, keys), prefix, tuple(problems))
         if not problems:
@@ -99,15 +100,26 @@ def common_prefix(names: Iterable[str]) -> str:
     return prefix
 
 
-def _candidates(
-    own: Mapping[str, Any], entries: Mapping[str, Entry]
-) -> Iterable[tuple[str, dict[str, str]]]:
-    """Ways to read the file's names: prefix, and the keys found by it."""
+def readings(
+    own: Mapping[str, Any], entries: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """Ways to read a file's names.
+
+    Args:
+        own: The model's names.
+        entries: The file's.
+
+    Yields:
+        What stands before all names, and by it the file's name for those of the model's that there
+        are.
+    """
     yield "", {name: name for name in own if name in entries}
     prefixes = dict.fromkeys(
         key[: len(key) - len(name)]
-        for name in list(own)[:3]
-        for key in entries
+        for name, key in (
+            *itertools.product(list(own)[:3], entries),
+            *itertools.product(own, list(entries)[:3]),
+        )
         if key.endswith(f".{name}")
     )
     for prefix in sorted(prefixes, key=len):

@@ -35,6 +35,22 @@ def check_target(path: str | Path) -> None:
     _temporary_beside(_target(Path(path))).unlink()
 
 
+def refuse_itself(checkpoint: str | Path, output: str | Path) -> None:
+    """Make sure that a result does not take the place of the file that it is made of.
+
+    Args:
+        checkpoint: What is read.
+        output: What is to be written.
+
+    Raises:
+        CheckpointError: They are one file, by whatever names.
+    """
+    one, other = Path(checkpoint), Path(output)
+    with contextlib.suppress(OSError, ValueError, RuntimeError):
+        if one.resolve() == other.resolve() or one.samefile(other):
+            raise CheckpointError(f"{output}: is the checkpoint itself: name another file")
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path, nbytes: int = 0) -> Iterator[Path]:
     """Write a file atomically: under a temporary name in the same folder, then renamed.

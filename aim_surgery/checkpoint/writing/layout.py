@@ -146,6 +146,8 @@ def _relaid(
             notes.append(f"left as it was: {dotted(where)}, not this model's weights")
         else:
             places[where] = found
+    for where, names in places.items():
+        content = _replaced(content, where, change(where, value_at(source.content, where), names))
     groups: set[tuple[int, int]] = set()
     for where in reversed(states):  # what is left out of a list changes the places behind it
         if carry is None:
@@ -156,8 +158,6 @@ def _relaid(
         new = carry(old)
         groups.add((len(old["param_groups"]), len(new["param_groups"])))
         content = _replaced(content, where, new)
-    for where, names in places.items():
-        content = _replaced(content, where, change(where, value_at(source.content, where), names))
     changed = {(old, new) for old, new in groups if old != new}
     for where in find_all(content, is_scheduler_state) if changed else ():
         if len(groups) > 1:
