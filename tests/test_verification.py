@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import aim_surgery
-from aim_surgery import AimConfig, AimSurgeryError, plan, transform
+from aim_surgery import AimConfig, AimSurgeryError, PlanError, plan, transform
 from aim_surgery.capture.nested import named_leaves
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.surgery.notes import noted_sites
@@ -871,3 +871,56 @@ def test_a_graph_of_one_precision_is_compared_in_it(wrong: bool) -> None:
     report = verify(model, gm, torch.randn(4, 8))
     assert report.ok != wrong
     assert any("captured in another precision" in note for note in report.equivalence.notes)
+
+
+class Spectral(nn.Module):
+    """Complex convolutions, linear layers and products between real ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.out = nn.Linear(8, 8), nn.Linear(4, 2)
+        self.conv = nn.Conv1d(2, 4, 3, padding=1, dtype=torch.cfloat)
+        self.mix = nn.Linear(4, 4, dtype=torch.cfloat)
+        self.modes = nn.Parameter(torch.randn(4, 4, dtype=torch.cfloat))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(torch.fft.fft(self.enter(x))).transpose(1, 2)
+        return self.out(torch.einsum("btc,cd->btd", self.mix(x), self.modes).abs())
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_complex_weights_are_told_and_missed(emit: Any) -> None:
+    model, x = Spectral(), torch.randn(3, 2, 8)
+    gm = transform(model, x, config=FULL, emit=emit)
+    made = gm.aim.plan
+    reasons = {name: skip.reason for skip in made.skips for name in skip.weights}
+    assert reasons.keys() == {"conv.weight", "mix.weight", "modes"}
+    assert all("complex" in reason for reason in reasons.values())
+    assert verify(model, gm, x).ok
+    silent = dataclasses.replace(made, skips=())
+    found = check_coverage(model, gm, silent, samples_for(model, silent, x))
+    assert {name for name, _ in found.unaccounted} == reasons.keys()
+
+
+def test_a_model_of_complex_weights_alone_is_told_so() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.cfloat))
+    with pytest.raises(PlanError, match="0: its weights are complex numbers"):
+        plan(model, torch.randn(3, 4, dtype=torch.cfloat))
+
+
+class OneStep(nn.Module):
+    """One call of a cell, from a state that is nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.cell(x, x.new_zeros(len(x), 6)))
+
+
+def test_a_read_that_reaches_activations_by_way_of_a_bias() -> None:
+    model, x = OneStep(), torch.randn(3, 4)
+    gm = transform(model, x, config=FULL)
+    assert "cell.weight_hh" in {read.site.weights[0] for read in gm.plan.reads}
+    assert verify(model, gm, x).ok

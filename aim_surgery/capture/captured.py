@@ -75,9 +75,9 @@ class Capture:
 
     @cached_property
     def floating_parameters(self) -> frozenset[str]:
-        """Qualified names of all floating parameters."""
+        """Qualified names of all parameters of floating numbers, real or complex."""
         named = self.model.named_parameters(remove_duplicate=False)
-        return frozenset(name for name, parameter in named if parameter.is_floating_point())
+        return frozenset(n for n, p in named if p.is_floating_point() or p.is_complex())
 
     @property
     def whole(self) -> bool:

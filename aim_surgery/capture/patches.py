@@ -6,7 +6,8 @@ What escapes `torch.fx`, and what is done about it:
 * tensor factories: `torch.arange(n)` has no tensor argument that could record it, and a traced
   `torch.rand` would become a constant: recorded;
 * sizes handed to torch's own functions: `torch.reshape(x, [n, -1])` would ask a proxy for its int
-  before it asks whose call it is: recorded;
+  before it asks whose call it is, and so do methods of a tensor that is no proxy (an attribute of
+  the model that is no buffer): recorded;
 * caches (`functools.lru_cache`): what is computed from proxies is not remembered, see `caches`;
 * builtins that ask what a proxy is: see the proxy's value, see `builtins_by_value`;
 * what `torch.distributions` check of their arguments' values: not checked;
@@ -23,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import sys
 import threading
 import warnings
@@ -54,7 +56,7 @@ from aim_surgery.errors import CaptureError
 if TYPE_CHECKING:
     from aim_surgery.capture.tracer import ValueTracer
 
-# Functions of torch's that take sizes, places, lengths or groups. Methods don't ask.
+# Functions of torch's that take sizes, places, lengths or groups.
 _SIZED = (
     *("reshape", "broadcast_to", "tile", "as_strided", "unflatten", "permute", "flip", "roll"),
     *("narrow", "select", "split_with_sizes", "topk", "tril", "triu", "diagonal"),
@@ -71,6 +73,13 @@ _SIZED_FFT = (
     *(f"{inverse}{kind}fft{dims}" for inverse in ("", "i") for kind in ("", "r", "h")
       for dims in ("", "2", "n")),
 )  # fmt: skip
+
+# Methods of tensors likewise; those of proxies are no methods of tensors.
+_SIZED_METHODS = (
+    *("expand", "repeat", "repeat_interleave", "tile", "broadcast_to", "view", "reshape", "roll"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "unflatten", "narrow", "select", "split"),
+    *("chunk", "__getitem__"),
+)
 
 FACTORIES = frozenset(_device_constructors()) | {torch.normal}
 
@@ -101,6 +110,7 @@ def tracing_patches(tracer: ValueTracer) -> Iterator[None]:
                 torch.autocast("cuda", enabled=False),
                 symbolic_training_flag(tracer),
                 _recorded_factories(tracer),
+                _recorded_sizes(tracer),
                 recorded_operators(tracer),
                 packed_calls_open(tracer),
                 compiled_code_as_python(),
@@ -194,9 +204,16 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
         return tracer.create_proxy("call_function", factory, args, kwargs)
 
     def record_sized(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if any(type(leaf) is ValueProxy for leaf in tree_leaves((args, kwargs))):
+        if _holds_proxy((args, kwargs)):
             return tracer.create_proxy("call_function", function, args, kwargs)
         return function(*args, **kwargs)
+
+    def record_method(method: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if _holds_proxy((args[1:], kwargs)):
+            if method.__name__ == "__getitem__":
+                return tracer.create_proxy("call_function", operator.getitem, args, kwargs)
+            return tracer.create_proxy("call_method", method.__name__, args, kwargs)
+        return method(*args, **kwargs)
 
     def wrapper(function: Callable[..., Any], record: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -217,13 +234,55 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
     patched += [(F, name, getattr(F, name), record_sized) for name in _SIZED_F]
     patched += [(torch.fft, name, getattr(torch.fft, name), record_sized) for name in _SIZED_FFT]
-    for home, name, value, how in patched:
+    methods = [(torch.Tensor, name, getattr(torch.Tensor, name), record_method)
+               for name in _SIZED_METHODS]  # fmt: skip
+    own = {name: vars(torch.Tensor).get(name) for name in _SIZED_METHODS}
+    for home, name, value, how in (*patched, *methods):
         setattr(home, name, wrapper(value, how))
     try:
         yield
     finally:
         for home, name, value, _ in patched:
             setattr(home, name, value)
+        for name, value in own.items():
+            if value is None:
+                delattr(torch.Tensor, name)  # it is inherited
+            else:
+                setattr(torch.Tensor, name, value)
+
+
+@contextlib.contextmanager
+def _recorded_sizes(tracer: ValueTracer) -> Iterator[None]:
+    """`torch.Size((n, 8))`, which would ask for each of its numbers; it is asked for as a class."""
+    size = torch.Size
+
+    class Asked(type):
+        def __instancecheck__(cls, instance: object) -> bool:
+            return isinstance(instance, size)
+
+        def __call__(cls, *args: Any) -> Any:
+            if _holds_proxy(args):
+                return tracer.create_proxy("call_function", size, args, {})
+            return size(*args)
+
+    class Size(metaclass=Asked):
+        pass
+
+    torch.Size = Size  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        torch.Size = size  # type: ignore[misc]
+
+
+def _holds_proxy(arguments: Any) -> bool:
+    leaves = tree_leaves(arguments)
+    leaves += [end for leaf in leaves if type(leaf) is slice for end in _ends(leaf)]
+    return any(type(leaf) is ValueProxy for leaf in leaves)
+
+
+def _ends(part: slice) -> tuple[Any, Any, Any]:
+    return part.start, part.stop, part.step
 
 
 @contextlib.contextmanager

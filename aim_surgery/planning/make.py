@@ -137,7 +137,8 @@ def _nothing_to_read(model: nn.Module, unread: tuple[Skip, ...]) -> str:
         listed = "; ".join(f"{item.name}: {item.reason}" for item in unread[:5])
         return f"{message}. Its weights stand in other calls: {listed}"
     quantized = [n for n, m in model.named_modules() if "quantized" in type(m).__module__]
-    integers = [n for n, p in model.named_parameters() if not p.is_floating_point()]
+    parameters = dict(model.named_parameters())
+    integers = [n for n, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
     if quantized or integers:
         listed = ", ".join((quantized + integers)[:5])
         return f"{message}: its weights are quantized integers ({listed}). Operate, then quantize"

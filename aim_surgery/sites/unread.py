@@ -46,6 +46,7 @@ _PRODUCTS = (
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
+COMPLEX = "its weights are complex numbers, and the memory is real"
 NOT_PRODUCTS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.Embedding, nn.EmbeddingBag, nn.PReLU,
@@ -76,13 +77,17 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
                 continue
             names = _matrices(layer, path)
             if names:
-                yield Skip(path, names, reasons.get(path) or _why_packed(layer))
+                complex_ = all(is_complex(attribute(capture, name)) for name in names)
+                why = COMPLEX if complex_ else reasons.get(path) or _why_packed(layer)
+                yield Skip(path, names, why)
         elif is_call(node, _PRODUCTS, _PRODUCT_METHODS) or _takes_weights(node):
             names = {name for source in node.all_input_nodes for name in weights.get(source, ())}
-            names = tuple(sorted(name for name in names if _is_matrix(attribute(capture, name))))
+            names = tuple(sorted(name for name in names if is_matrix(attribute(capture, name))))
             if names:
                 target = getattr(node.target, "__name__", node.target)
-                yield Skip(names[0], names, f"used by a call of {target} that is no site")
+                complex_ = all(is_complex(attribute(capture, name)) for name in names)
+                why = COMPLEX if complex_ else f"used by a call of {target} that is no site"
+                yield Skip(names[0], names, why)
 
 
 def _why_packed(layer: nn.Module) -> str:
@@ -95,12 +100,20 @@ def _matrices(layer: nn.Module, path: str) -> tuple[str, ...]:
     names = []
     for prefix, module in layer.named_modules(prefix=path):
         if not isinstance(module, NOT_PRODUCTS):
-            names += [f"{prefix}.{n}" for n, p in module._parameters.items() if _is_matrix(p)]
+            names += [f"{prefix}.{n}" for n, p in module._parameters.items() if is_matrix(p)]
     return tuple(names)
 
 
-def _is_matrix(parameter: torch.Tensor | None) -> bool:
-    return parameter is not None and parameter.ndim >= 2 and parameter.is_floating_point()
+def is_matrix(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter may be what activations are multiplied with."""
+    if parameter is None or parameter.ndim < 2:
+        return False
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def is_complex(parameter: torch.Tensor | None) -> bool:
+    """Whether a parameter holds complex numbers."""
+    return parameter is not None and parameter.is_complex()
 
 
 def _takes_weights(node: fx.Node) -> bool:

@@ -257,7 +257,7 @@ class _Watch(TorchDispatchMode):
         self._matrices = {n for n, p in model.named_parameters() if p.ndim >= 2}
         self._parameters: dict[int, list[tuple[int, int, str]]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() or parameter.is_complex():
                 entry = (*_span(parameter), name)
                 self._parameters.setdefault(_storage(parameter), []).append(entry)
         self._origins = {_storage(buffer): _CONSTANT for buffer in model.buffers()}
@@ -292,8 +292,10 @@ class _Watch(TorchDispatchMode):
                 self.met.setdefault(weight, name)
         operands = PRODUCTS.get(name)
         if operands is not None:
-            values = [arguments[i] for i in operands if i < len(arguments)]
-            return self._product(name, [self._origin_of(v) for v in _tensors(values)])
+            values = _tensors([arguments[i] for i in operands if i < len(arguments)])
+            product = self._product(name, [self._origin_of(value) for value in values])
+            added = [t for t in tensors if not any(t is value for value in values)]
+            return _merged((product, *map(self._origin_of, added)))
         opaque = name in PACKED or not namespace.startswith(("aten", "prim"))
         if opaque and any(origin.activation for origin in origins):
             return self._product(name, origins)
