@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import aim_surgery
-from aim_surgery import AimConfig, AimSurgeryError, PlanError, plan, transform
+from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, plan, transform
 from aim_surgery.capture.nested import named_leaves
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.surgery.notes import noted_sites
@@ -924,3 +924,34 @@ def test_a_read_that_reaches_activations_by_way_of_a_bias() -> None:
     gm = transform(model, x, config=FULL)
     assert "cell.weight_hh" in {read.site.weights[0] for read in gm.plan.reads}
     assert verify(model, gm, x).ok
+
+
+class Forces(nn.Module):
+    """An energy, and its derivative by what comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x.detach().requires_grad_(True)
+        energy = self.layers(x)
+        (slope,) = torch.autograd.grad(energy.sum(), x, create_graph=True)
+        return energy, -slope
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_that_takes_derivatives_in_its_forward(inside: bool) -> None:
+    model: Any = nn.Sequential(nn.Linear(6, 6), Forces()) if inside else Forces()
+    x = torch.randn(3, 6)
+    gm: Any = transform(model, x, config=FULL)
+    assert gm.aim.plan.emit == "module"
+    assert len(gm.aim.plan.reads) == 2 + inside
+    assert verify(model, gm, x).ok
+    with torch.no_grad():
+        gm.get_parameter("1.layers.0.bias" if inside else "layers.0.bias").add_(1)
+    assert not verify(model, gm, x).ok
+    with pytest.raises(CaptureError, match=r"tracing stops .*`\(slope,\) = .*by itself runs: emit"):
+        transform(model, x, emit="graph")
+    with pytest.raises(CaptureError, match=r"failed with the example inputs \(float32\[3, 5\]\)"):
+        transform(model, torch.randn(3, 5), emit="module")

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 
 from aim_surgery.capture.belongings import Belonging, Belongings
 from aim_surgery.capture.inputs import ExampleInputs
+from aim_surgery.capture.opaque import failed
 
 
 def derived_tensors(model: nn.Module) -> dict[int, Any]:
@@ -127,3 +128,25 @@ def shared_state_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for table in belongings.of_files:
             table.put_back()
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether some of a model has no values, so that no copy of it can run for real."""
+    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
+    """Why a copy of a model runs on no such inputs in either mode, "" if it does in one."""
+    faults = []
+    for training in (False, True):
+        for grad in (False, True):  # it may take derivatives in its forward
+            try:
+                twin = twin_of(model, training)
+                with torch.set_grad_enabled(grad), shared_state_kept(model):
+                    args, kwargs = own_arguments(inputs)
+                    twin(*args, **kwargs)
+            except Exception as err:
+                faults.append(failed(err))
+            else:
+                return ""
+    return faults[0]

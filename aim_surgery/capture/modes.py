@@ -18,7 +18,7 @@ from aim_surgery._garbage import collection_paused
 from aim_surgery.capture.assumptions import Assumption, insert_checks
 from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.captured import Capture, Trace
-from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.copies import random_state_kept, why_not_run
 from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
 from aim_surgery.capture.opaque import StayPython
 from aim_surgery.capture.pinned import find_pinned
@@ -57,7 +57,7 @@ def capture_graphs(
     """
     arguments = bind_arguments(model, inputs)
     belongings = Belongings.of(model)
-    tracing = _Tracing(model, arguments, belongings, FakeValues(), {})
+    tracing = _Tracing(model, inputs, arguments, belongings, FakeValues(), {})
     with random_state_kept(belongings.sources):
         while True:
             try:
@@ -142,6 +142,7 @@ class _Tracing:
     """
 
     model: nn.Module
+    inputs: ExampleInputs
     arguments: tuple[Argument, ...]
     belongings: Belongings
     values: FakeValues
@@ -200,7 +201,7 @@ class _Tracing:
                 raise _StaysPython(found) from err
             if isinstance(err, CaptureError):
                 raise
-            raise CaptureError(_explain(self.model, self.arguments, err)) from err
+            raise CaptureError(self._explain(err)) from err
         answers = tracer.answers
         assumptions = tuple(answers.assumptions.values())
         checked = insert_checks(graph, assumptions)
@@ -215,6 +216,25 @@ class _Tracing:
         ]
         entered = frozenset(tracer.entered)
         return _Traced(trace, checked, answers.mode_dependent, entered, (*notes, *tracer.remarks))
+
+    def _explain(self, err: Exception) -> str:
+        """What failed: the model with these inputs, or only the trace of it."""
+        path, line = getattr(err, "aim_path", ""), failing_line(err)
+        at = f" at {line}" if line else ""
+        where = f"in {path!r} " if path else ""
+        if not why_not_run(self.model, self.inputs):
+            return (
+                f"the model itself can't be captured as a graph: tracing stops {where}with "
+                f"{in_one_line(err)}{at}. The model by itself runs: emit='module' keeps its class, "
+                f"or move that code into a submodule of its own, which then stays one Python call."
+            )
+        inputs = ", ".join(
+            f"{argument.name}: {ExampleInputs((argument.value,), {}, '').describe()}"
+            for argument in self.arguments
+            if not isinstance(argument.value, bool | int | float | str | None)
+        )
+        name = type(self.model).__name__
+        return f"{name} failed {where}with the example inputs ({inputs}){at}: {in_one_line(err)}"
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
@@ -231,19 +251,3 @@ def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
                 f"hooks of {path or 'the model'}: only the tensor arithmetic of forward hooks is "
                 f"kept, not what else they do, and no backward hooks"
             )
-
-
-def _explain(model: nn.Module, arguments: tuple[Argument, ...], err: Exception) -> str:
-    path = getattr(err, "aim_path", "")
-    where = f"in {path!r} " if path else ""
-    inputs = ", ".join(
-        f"{argument.name}: {ExampleInputs((argument.value,), {}, '').describe()}"
-        for argument in arguments
-        if not isinstance(argument.value, bool | int | float | str | None)
-    )
-    line = failing_line(err)
-    at = f" at {line}" if line else ""
-    return (
-        f"{type(model).__name__} failed {where}with the example inputs ({inputs}){at}: "
-        + in_one_line(err)
-    )

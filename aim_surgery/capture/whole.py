@@ -9,16 +9,15 @@ model's methods, and would put a prefix before the names of its parameters.
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
 from aim_surgery.capture.capture import taken, with_inputs
 from aim_surgery.capture.captured import Capture
-from aim_surgery.capture.copies import own_arguments, shared_state_kept, twin_of
+from aim_surgery.capture.copies import on_meta, why_not_run
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
 from aim_surgery.capture.modes import capture_graphs
-from aim_surgery.capture.opaque import failed, first_line
+from aim_surgery.capture.opaque import first_line
 from aim_surgery.errors import CaptureError
 
 
@@ -36,7 +35,7 @@ def capture_whole(
         A capture without traces.
 
     Raises:
-        CaptureError: The inputs don't fit the model's forward, or none could be found.
+        CaptureError: The model fails with these inputs, or none could be found.
     """
     if isinstance(model, ExportedProgram):
         raise CaptureError('an exported program has no methods to keep: use emit="graph"')
@@ -44,7 +43,12 @@ def capture_whole(
 
     def take(inputs: ExampleInputs) -> Capture:
         arguments = bind_arguments(model, inputs)
-        fault = "" if example_inputs is not None else _why_not_run(model, inputs)
+        given = example_inputs is not None
+        # without values, a model may fail that would not with them
+        fault = "" if given and on_meta(model) else why_not_run(model, inputs)
+        if fault and given:
+            asked = f"{type(model).__name__} failed with the example inputs ({inputs.describe()})"
+            raise CaptureError(f"{asked}: {fault}")
         if fault:
             raise CaptureError(fault)
         return Capture(model, inputs, arguments, (), notes)
@@ -76,7 +80,7 @@ def capture_any(
             found = capture_graphs(model, inputs, notes, one_mode_will_do=False)
         except CaptureError as err:
             arguments = bind_arguments(model, inputs)
-            if _why_not_run(model, inputs):
+            if why_not_run(model, inputs):
                 raise
             why = first_line(err)
         else:
@@ -90,19 +94,3 @@ def capture_any(
         return Capture(model, inputs, arguments, (), (*notes, note), why_whole=why)
 
     return with_inputs(model, example_inputs, take)
-
-
-def _why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
-    """Why a copy of the model runs on no such inputs in either mode, "" if it does in one."""
-    faults = []
-    for training in (False, True):
-        try:
-            twin = twin_of(model, training)
-            with torch.no_grad(), shared_state_kept(model):
-                args, kwargs = own_arguments(inputs)
-                twin(*args, **kwargs)
-        except Exception as err:
-            faults.append(failed(err))
-        else:
-            return ""
-    return faults[0]

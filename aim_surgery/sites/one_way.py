@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import own_arguments, shared_state_kept, twin_of
+from aim_surgery.capture.copies import on_meta, own_arguments, shared_state_kept, twin_of
 from aim_surgery.capture.nested import named_leaves
 
 _SEED = 0
@@ -71,8 +71,7 @@ def goes_one_way(capture: Capture, sample_axis: int | None) -> bool:
 
 def can_run(capture: Capture) -> bool:
     """Whether a captured model has values, so that a copy of it can run."""
-    tensors = (*capture.model.parameters(), *capture.model.buffers())
-    return not any(tensor.is_meta for tensor in tensors)
+    return not on_meta(capture.model)
 
 
 def may_hold_tokens(value: Any) -> bool:

@@ -195,10 +195,11 @@ def _run(model: nn.Module, samples: Samples) -> _Found:
     for training in (False, True):
         set_mode(model, training)
         refusal = ""
-        for inputs in (samples.take(min(samples.batch, _BATCH)), samples):
+        few = samples.take(min(samples.batch, _BATCH))
+        for grad, inputs in ((False, few), (False, samples), (True, few), (True, samples)):
             watch = _Watch(model, inputs)
             try:
-                with torch.no_grad(), watch:
+                with torch.set_grad_enabled(grad), watch:  # it may take derivatives in its forward
                     call(model, inputs)
             except Exception as err:
                 refusal = f"{type(err).__name__}: {err}"

@@ -19,11 +19,16 @@ _NUDGES = 8  # an entry that jumps half the time is seen to jump in all but 0.4 
 
 
 class Original:
-    """A copy of the original model."""
+    """A copy of the original model.
+
+    Attributes:
+        model: The copy.
+        derives: Whether it takes derivatives in its forward, which then runs with gradients.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         """Remember the modes that it came in."""
-        self.model = model
+        self.model, self.derives = model, False
         self._given = modes_of(model)
 
     @property
@@ -70,7 +75,7 @@ class Original:
         for seed in range(_NUDGES):
             self.put_buffers(start)
             try:
-                with torch.no_grad(), RoundedOtherwise(seed):
+                with torch.set_grad_enabled(self.derives), RoundedOtherwise(seed):
                     self.put_mode(self.model, case.training)
                     outputs = named_leaves(call(self.model, case.samples.nudged(seed)))
                 found = detached(outputs), self.buffers()
