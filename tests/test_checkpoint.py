@@ -6,6 +6,7 @@ import re
 import stat
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -754,3 +755,29 @@ def test_open_plan_names_what_is_wrong(tmp_path, content, message):
     with pytest.raises(AimSurgeryError, match=message) as caught:
         open_plan(path)
     assert re.search(r"plan\.json: ", str(caught.value))
+
+
+@dataclass
+class Packed:
+    x: torch.Tensor
+
+
+class TakesPacked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.out = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, packed: Packed) -> torch.Tensor:
+        return self.out(self.enter(packed.x).relu())
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_example_inputs_that_no_plan_holds_are_given_again(tmp_path, emit):
+    model, packed = TakesPacked(), Packed(torch.randn(3, 4))
+    gm = transform(model, (packed,), emit=emit)
+    path = tmp_path / "net.safetensors"
+    save(gm, path)
+    with pytest.raises(AimSurgeryError, match="pass example_inputs"):
+        load(path, TakesPacked())
+    again = load(path, TakesPacked(), (packed,))
+    assert torch.equal(again(packed), gm(packed))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, distributions, nn
 
 import aim_surgery
-from aim_surgery import AimConfig
+from aim_surgery import AimConfig, CaptureError
 from tests.cases import assert_same
 
 TABLE = torch.arange(36.0).view(9, 4)
@@ -104,3 +104,12 @@ def test_distributions_draw_for_any_batch(which: str) -> None:
         torch.manual_seed(1)
         assert_same(ours, model(x), tolerance=1e-6)
     assert aim_surgery.verify(model, gm, torch.randn(3, 8)).ok
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("emit", ["auto", "graph", "module"])
+def test_nested_tensors_are_refused_with_a_remedy(layout: torch.layout, emit: Any) -> None:
+    x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(5, 4)], layout=layout)
+    with pytest.raises(CaptureError, match=r"nested .* padded example inputs"):
+        aim_surgery.transform(nn.Sequential(nn.Linear(4, 6), nn.ReLU()), x, emit=emit)

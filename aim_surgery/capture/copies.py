@@ -136,12 +136,18 @@ def on_meta(model: nn.Module) -> bool:
 
 
 def why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:
-    """Why a copy of a model runs on no such inputs in either mode, "" if it does in one."""
+    """Why a copy of a model runs on no such inputs in either mode, "" if it does in one.
+
+    That it can't be copied, surgery tells.
+    """
     faults = []
     for training in (False, True):
         for grad in (False, True):  # it may take derivatives in its forward
             try:
                 twin = twin_of(model, training)
+            except Exception:
+                return ""
+            try:
                 with torch.set_grad_enabled(grad), shared_state_kept(model):
                     args, kwargs = own_arguments(inputs)
                     twin(*args, **kwargs)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.errors import CaptureError
 
@@ -103,8 +103,15 @@ def bind_arguments(model: nn.Module, inputs: ExampleInputs) -> tuple[Argument, .
         One `Argument` for each value given, and for each parameter left at a literal default.
 
     Raises:
-        CaptureError: The arguments don't fit the signature; the message shows both.
+        CaptureError: The arguments don't fit the signature (the message shows both), or are nested
+            tensors.
     """
+    leaves = tree_leaves((inputs.args, inputs.kwargs))
+    if any(isinstance(leaf, torch.Tensor) and leaf.is_nested for leaf in leaves):
+        raise CaptureError(
+            f"nested tensors have no sizes to plan for: give {type(model).__name__} padded example "
+            f"inputs (torch.nested.to_padded_tensor), with a mask where it takes one"
+        )
     signature = inspect.signature(model.forward)
     try:
         bound = signature.bind(*inputs.args, **inputs.kwargs)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 from torch.export import ExportedProgram
 
+from aim_surgery.capture import Inputs
 from aim_surgery.checkpoint.metadata import aliases_in, form_in, json_in, plan_in
 from aim_surgery.checkpoint.models import build
 from aim_surgery.checkpoint.models.loading import load_into
@@ -42,6 +43,7 @@ _LIBRARIES = ("torchvision", "timm")
 def load(
     path: str | Path,
     model: nn.Module | ExportedProgram | str | None = None,
+    example_inputs: Inputs | None = None,
     *,
     form: Form | None = None,
     key: str | None = None,
@@ -55,6 +57,8 @@ def load(
             or a model spec. Without it, the spec in the file is used if it names a torchvision or
             timm model; a factory in a module or file is code, which runs only where the caller
             names it.
+        example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
+            and other objects).
         form: How sites are written, see `lower`; by default as in the model that was saved.
         key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
             names, or as those that were operated on, if left out.
@@ -93,7 +97,7 @@ def load(
         copy = False
         adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
     _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
-    gm = apply(base, plan, form=form or form_in(source), copy=copy)
+    gm = apply(base, plan, example_inputs, form=form or form_in(source), copy=copy)
     tensors = _weights(source, prefix)
     tensors.update({alias: tensors[name] for alias, name in aliases.items()})
     names = match_names(gm.state_dict(keep_vars=True), entries)
