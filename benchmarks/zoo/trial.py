@@ -32,7 +32,7 @@ from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Ro
 # what `verify` holds of activations, in those of one float32 image.
 FULL_BYTES, LIGHT_BYTES, BRIEF_BYTES = 36, 18, 9
 FULL_ACTIVATIONS = 6
-LIGHT_ACTIVATIONS = 3  # those of a training step in float64, and what is left of one before
+LIGHT_ACTIVATIONS = 3  # of each image: a training step in float64, and what is left of one before
 BASE_GIB = 1.0  # libraries and activations
 FULL_STEPS = 45  # what `verify` takes, in forward-and-backward passes of one float32 image
 LIGHT_STEPS = 8  # what the light checks take of two images; of one, half of it
@@ -158,7 +158,8 @@ class _Trial:
             if steps > left:
                 samples, steps = samples.take(1), steps / 2
                 row.checked_on = checks.describe(samples)
-            memory = self._needs(LIGHT_BYTES) + LIGHT_ACTIVATIONS * activations
+            each = LIGHT_ACTIVATIONS * activations
+            memory = self._needs(LIGHT_BYTES) + each * max(samples.batch, 1)
             brief = steps > left or memory > self._memory
             self._enter("verifying")
             checks.check_light(model, gm, samples, on_meta, row, detects=detects, brief=brief)
