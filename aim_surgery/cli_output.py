@@ -39,7 +39,7 @@ def told_of(outcome: Outcome, *, alone: bool) -> str:
     lines = [f"{verb}{outcome.output}"]
     lines += [f"note        {note}" for note in outcome.notes]
     if outcome.not_finite:
-        from aim_surgery.checkpoint.reading.source import listed
+        from aim_surgery.errors import listed
 
         lines.append(f"note        NaN or Inf, kept: {listed(outcome.not_finite, 5)}")
     if alone:

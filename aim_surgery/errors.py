@@ -4,6 +4,8 @@ Every failure that a user can cause or mend is an `AimSurgeryError`. Its message
 file or parameter), what was expected, what was there, and what to do.
 """
 
+from collections.abc import Iterable
+
 
 class AimSurgeryError(Exception):
     """Base class of every error that this package raises on purpose."""
@@ -31,6 +33,13 @@ class CheckpointError(AimSurgeryError):
 
 class ModelSpecError(AimSurgeryError):
     """A model spec such as ``torchvision:resnet50`` names nothing that can be built."""
+
+
+def listed(names: Iterable[object], limit: int = 10) -> str:
+    """Names in a message: the first ones, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(str, names[:limit])) + more
 
 
 def in_one_line(err: BaseException) -> str:

@@ -26,7 +26,7 @@ from aim_surgery.capture.random_sources import MayHaveDrawn
 from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
-from aim_surgery.errors import CaptureError, in_one_line
+from aim_surgery.errors import CaptureError, in_one_line, listed
 
 _NAMED = 4  # submodules that a note names
 
@@ -93,9 +93,7 @@ def _opaque_notes(opaque: Mapping[str, str]) -> Iterator[str]:
         if len(same) == 1:
             yield f"{same[0]} stays a Python call: {why}"
         else:
-            named = ", ".join(same[:_NAMED])
-            rest = f" and {len(same) - _NAMED} more" if len(same) > _NAMED else ""
-            yield f"{named}{rest} stay Python calls: {why}"
+            yield f"{listed(same, _NAMED)} stay Python calls: {why}"
 
 
 @dataclass(frozen=True)

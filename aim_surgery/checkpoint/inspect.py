@@ -33,8 +33,8 @@ from aim_surgery.checkpoint.reading.outline import (
     outline_of_dcp,
     outline_of_exported,
 )
-from aim_surgery.checkpoint.reading.source import Entry, listed, notes_in
-from aim_surgery.errors import AimSurgeryError, CheckpointError
+from aim_surgery.checkpoint.reading.source import Entry, notes_in
+from aim_surgery.errors import AimSurgeryError, CheckpointError, listed
 from aim_surgery.file_format import FORM_KEY, FORMAT_KEY, MODEL_KEY, PLAN_KEY, VERSION_KEY
 
 _SHOWN = 6
@@ -262,7 +262,7 @@ def _flat(
     return Inspection(
         path,
         kind,
-        _bytes_on_disk(path, entries),
+        _bytes_on_disk(path),
         "",
         entries,
         common_prefix(entries),
@@ -297,7 +297,7 @@ def _nested(
     return Inspection(
         path,
         kind,
-        _bytes_on_disk(path, {}),
+        _bytes_on_disk(path),
         where,
         entries,
         common_prefix(entries),
@@ -329,7 +329,7 @@ def _what(value: Any) -> str:
     return type(value).__name__ if not is_tensor(value) else "tensor"
 
 
-def _bytes_on_disk(path: Path, entries: Mapping[str, Entry]) -> int:
+def _bytes_on_disk(path: Path) -> int:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     if path.name.endswith(".index.json"):

@@ -27,9 +27,9 @@ from aim_surgery.checkpoint.reading.names import (
     match_names,
     misfits,
 )
-from aim_surgery.checkpoint.reading.source import Entry, Source, listed
+from aim_surgery.checkpoint.reading.source import Entry, Source
 from aim_surgery.config import Form
-from aim_surgery.errors import CheckpointError
+from aim_surgery.errors import CheckpointError, listed
 from aim_surgery.file_format import FORMAT_KEY, MODEL_KEY
 from aim_surgery.operation import apply
 from aim_surgery.planning import Plan

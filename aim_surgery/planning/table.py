@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from aim_surgery.errors import listed
 from aim_surgery.planning.parts import MEMORY, Memory, Read, Write
 from aim_surgery.planning.plan import Plan
 
@@ -78,8 +79,7 @@ def _skips(plan: Plan) -> list[str]:
     for what, skips in (("read", plan.skips), ("written", plan.unwritten)):
         for reason, group in groupby(skips, key=lambda skip: skip.reason):
             names = [skip.name for skip in group]
-            rest = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            lines.append(f"not {what}: {', '.join(names[:4])}{rest}: {reason}")
+            lines.append(f"not {what}: {listed(names, 4)}: {reason}")
     return lines
 
 

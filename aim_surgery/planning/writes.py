@@ -16,7 +16,7 @@ from torch import fx
 
 from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig
-from aim_surgery.errors import PlanError
+from aim_surgery.errors import PlanError, listed
 from aim_surgery.planning.plan import UNREAD
 from aim_surgery.sites import (
     Boundary,
@@ -186,8 +186,7 @@ def _notes(
         called: [site.name for site in apart if site.inside],
     }
     return tuple(
-        f"read the memory as it is before any write, since {why}: {', '.join(names[:4])}"
-        + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        f"read the memory as it is before any write, since {why}: {listed(names, 4)}"
         for why, names in groups.items()
         if names
     )

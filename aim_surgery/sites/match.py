@@ -43,7 +43,7 @@ def match_boundaries(stages: Stages, capture: Capture, pattern: str) -> tuple[Bo
         )
         if found:
             return found
-    raise PlanError(f"{_why_not(stages, capture, pattern)}. {_what_is(stages, pattern)}")
+    raise PlanError(f"{_why_not(capture, pattern)}. {_what_is(stages, pattern)}")
 
 
 def _main_name(boundary: Boundary) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ def _what_is(stages: Stages, pattern: str) -> str:
     return f"Places that do: {', '.join((close or names)[:_LISTED])}"
 
 
-def _why_not(stages: Stages, capture: Capture, pattern: str) -> str:
+def _why_not(capture: Capture, pattern: str) -> str:
     path = pattern.partition("@")[0]
     for trace in capture.traces:
         for call in trace.opaque:

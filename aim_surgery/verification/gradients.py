@@ -20,7 +20,7 @@ from torch import fx, nn
 
 from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.capture.nested import named_leaves
-from aim_surgery.errors import AimSurgeryError, in_one_line
+from aim_surgery.errors import AimSurgeryError, in_one_line, listed
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS, WRITES, memory_path
@@ -155,7 +155,7 @@ def _without_dead_ends(
     if not dead:
         return result
     left = tuple(item for item in result.unreached if item[0] not in dead)
-    note = f"what they are added to passes no gradient on: {_listed(dead)}"
+    note = f"what they are added to passes no gradient on: {listed(dead, 4)}"
     return replace(result, unreached=left, notes=(*result.notes, note))
 
 
@@ -251,7 +251,7 @@ class _Steps:
             gradient, parameter.grad = parameter.grad, None
             if gradient is None:
                 return
-            old, new = _parts(name, gradient, read)
+            old, new = _parts(gradient, read)
             seen.finite &= bool(gradient.isfinite().all())
             seen.new = max(seen.new, _largest(new))
             seen.old = max(seen.old, _largest(old))
@@ -283,11 +283,11 @@ class _Steps:
             else:
                 idle.append(name)
         if idle:
-            notes.append(f"without gradient, as their layers in {mode} mode: {_listed(idle)}")
+            notes.append(f"without gradient, as their layers in {mode} mode: {listed(idle, 4)}")
         if cancelled:
             notes.append(
                 f"only rounding reaches them in {mode} mode (norms and softmax take away what "
-                f"all samples or positions share): {_listed(cancelled)}"
+                f"all samples or positions share): {listed(cancelled, 4)}"
             )
         notes += self.broken
         share = float(self._floats.double().mean())
@@ -328,12 +328,10 @@ class _Steps:
         """The original's own gradients that are not finite."""
         new = {name for name, _ in self._new_tensors()}
         bad = [name for name, seen in self._seen.items() if not seen.finite and name not in new]
-        return [f"gradients that are not finite: {_listed(bad)}"] if bad else []
+        return [f"gradients that are not finite: {listed(bad, 4)}"] if bad else []
 
 
-def _parts(
-    name: str, gradient: torch.Tensor, read: Read | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(gradient: torch.Tensor, read: Read | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Original and new entries of a gradient; a tensor that is all of one kind is both."""
     if read is None:
         return gradient, gradient
@@ -367,7 +365,3 @@ def _distance_to_noise(output: object, *, seed: int) -> torch.Tensor:
 
 def _largest(tensor: torch.Tensor) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -114,7 +114,7 @@ def carry_optimizer(
     before, after = Parameters.of(model), Parameters.of(inner)
     _check_order(before, after)
     reads = widened_reads(plan)
-    state, names = _state_and_names(state, before, model, names)
+    state, names = _state_and_names(state, model, names)
     _check_known(state, before)
 
     def role(name: str) -> Role:
@@ -160,7 +160,7 @@ def restore_optimizer(
     """
     inner = operated_in(gm)
     reads, parameters = widened_reads(plan_of(inner)), Parameters.of(inner)
-    state, names = _state_and_names(state, parameters, inner, names)
+    state, names = _state_and_names(state, inner, names)
     _check_known(state, parameters)
 
     def role(name: str) -> Role:
@@ -216,7 +216,6 @@ def carry_scheduler(state: State, groups: int, to: int) -> dict[str, Any]:
 
 def _state_and_names(
     state: State | Optimizer,
-    parameters: Parameters,
     model: nn.Module,
     names: Sequence[Sequence[str]] | None,
 ) -> tuple[State, Sequence[Sequence[str]] | None]:

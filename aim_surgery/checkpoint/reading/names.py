@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aim_surgery.checkpoint.reading.source import Entry, listed
+from aim_surgery.checkpoint.reading.source import Entry
+from aim_surgery.errors import listed
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from aim_surgery.checkpoint.reading.source import REMEDY, listed
-from aim_surgery.errors import CheckpointError
+from aim_surgery.checkpoint.reading.source import REMEDY
+from aim_surgery.errors import CheckpointError, listed
 from aim_surgery.file_format import FORMAT_KEY
 
 Where = tuple[str, ...]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from aim_surgery.checkpoint.reading.source import Source, checked_notes, damaged, listed, unreadable
-from aim_surgery.errors import CheckpointError
+from aim_surgery.checkpoint.reading.source import Source, checked_notes, damaged, unreadable
+from aim_surgery.errors import CheckpointError, listed
 
 if TYPE_CHECKING:
     from torch import Tensor

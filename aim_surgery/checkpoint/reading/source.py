@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,10 +146,3 @@ def checked_notes(notes: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 def _crc_of(notes: Mapping[str, str]) -> str:
     return f"{zlib.crc32(json.dumps(sorted(notes.items())).encode()):08x}"
-
-
-def listed(names: Iterable[object], limit: int = 10) -> str:
-    """Names in a message: the first ones, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(map(str, names[:limit])) + more
