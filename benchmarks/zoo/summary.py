@@ -23,7 +23,8 @@ _WIDEST = 240
 
 METHOD = (
     "Random weights from a fixed seed, evaluation mode, `transform` with default options, one "
-    "torch thread; example inputs as aim_surgery finds them (of transformers and others, given).",
+    "torch thread (two, where a row's notes say so); example inputs as aim_surgery finds them (of "
+    "transformers and others, given).",
     "Full checks are `verify`: both modes, several batches, float64, gradients, the audit of "
     "weights. Images and clips are cut to the smallest size of 96, 128, 160 (64, 96) pixels that "
     "both models take, if that is two thirds of the example's or less; the graph stays the one "
