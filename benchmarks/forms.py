@@ -1,0 +1,140 @@
+"""Whether all forms compute one function on real models, once memory is in use.
+
+    python -m benchmarks.forms [--library torchvision] [--only GLOB] [--parameters 30]
+
+The zoo compares the original with the operated model, whose memory weights begin at zero. Here all
+parameters are moved away from where they start, memory weights included; then split, folded and
+folded with norms are held against concat, in evaluation mode in float64. In each model memory is
+set to zero once more: a comparison of functions in which it has no part would say nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import aim_surgery
+from aim_surgery import AimConfig
+from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.verification.samples import samples_for
+from benchmarks import measure
+from benchmarks.measure import Report, Row
+from benchmarks.zoo import checks
+from benchmarks.zoo.libraries import LIBRARIES, build
+
+LIMIT = 1e-9
+MOVED, LEAST = 0.2, 0.02  # by how much of its deviation a parameter is moved, and by how much more
+WRITES = ("none", "sample")
+
+METHOD = (
+    f"Random weights from a fixed seed; each parameter then moves by noise of {MOVED} of its own "
+    f"standard deviation and {LEAST} more, the memory by 1.",
+    "Evaluation mode, float64, two images of the smallest size of 96, 128, 160 pixels that the "
+    "model takes, else of its own; the graph stays the one captured at the full size.",
+    "Measured is the largest difference of all outputs, relative to the largest entry of each.",
+    "Beside it: what memory changes at all, by the difference to the same model with its memory "
+    "set to zero; at no more than the limit, the row counts as missed.",
+)
+FORMS: dict[str, Callable[[Any], Any]] = {
+    "split": lambda gm: aim_surgery.lower(gm, "split"),
+    "folded": aim_surgery.fold,
+    "folded with norms": lambda gm: aim_surgery.fold(gm, batch_norm=True),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compare, print, write."""
+    command = measure.parser("forms", "Whether all forms compute one function.")
+    command.add_argument("--library", choices=("torchvision", "timm"), default="torchvision")
+    command.add_argument("--only", default="*", help="a glob on names")
+    command.add_argument("--parameters", type=float, default=30, help="the most, in millions")
+    options = measure.parse(command, argv)
+    rows: list[Row] = []
+    for name in LIBRARIES[options.library].names():
+        if fnmatch.fnmatch(name, options.only):
+            measure.progress(name)
+            asked = options.library, name, options.parameters, options.threads
+            rows += measure.in_fresh_process(rows_of, *asked)
+    report = Report(
+        name="forms",
+        title="Forms of real models, with memory in use",
+        method=METHOD,
+        settings={"library": options.library, "only": options.only,
+                  "parameters": options.parameters, "threads": options.threads},
+        environment=measure.environment(),
+        rows=tuple(rows),
+        suffix=f"-{options.library}",
+    )  # fmt: skip
+    written = report.write(options.output)
+    report.print()
+    print("written:", *written)
+
+
+def rows_of(library: str, name: str, most: float, threads: int) -> list[Row]:
+    """Compare the forms of one model; to be called in a fresh process.
+
+    Args:
+        library: Of the zoo.
+        name: Of the model.
+        most: Parameters, in millions, above which it is left out.
+        threads: For torch.
+
+    Returns:
+        A row for each form and each kind of write; none of a model that is left out.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(measure.SEED)
+    model, inputs = build(library, name, "cpu")
+    if sum(parameter.numel() for parameter in model.parameters()) > most * 1e6:
+        return []
+    return [row for write in WRITES for row in _compared(name, model.eval(), inputs, write)]
+
+
+def _compared(name: str, model: nn.Module, inputs: Any, write: Any) -> Iterator[Row]:
+    gm = aim_surgery.transform(model, inputs, config=AimConfig(write=write))
+    samples = samples_for(model, plan_of(gm), inputs)
+    smaller = checks.smaller_inputs(model, gm, samples)
+    if smaller is not None:
+        samples = samples_for(model, plan_of(gm), smaller)
+    args, kwargs = tree_map_only(torch.Tensor, _in_float64, (samples.args, samples.kwargs))
+    gm.double().eval()
+    torch.manual_seed(measure.SEED + 1)
+
+    def run(form: nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(measure.SEED + 2)
+        leaves = tree_leaves(form(*args, **kwargs))
+        return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+
+    with torch.no_grad():
+        for path, parameter in gm.named_parameters():
+            spread = parameter.std() if parameter.numel() > 1 else parameter.abs().max()
+            amount = 1.0 if path.startswith("aim.memory") else MOVED * spread + LEAST
+            parameter.add_(torch.randn_like(parameter) * amount)
+        expected = run(gm)
+        found = {form: _difference(run(lowered(gm)), expected) for form, lowered in FORMS.items()}
+        for path, parameter in gm.named_parameters():
+            if path.startswith("aim.memory"):
+                parameter.zero_()
+        without = _difference(run(gm), expected)
+    for form, difference in found.items():
+        measured = difference if without > LIMIT else float("inf")
+        note = f"memory changes {without:.1e}"
+        yield Row(f"{name}, write={write}: {form}", measured, LIMIT, None, note)
+
+
+def _in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    pairs = zip(actual, expected, strict=True)
+    return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in pairs)
+
+
+if __name__ == "__main__":
+    main()
