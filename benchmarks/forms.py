@@ -10,6 +10,7 @@ set to zero once more: a comparison of functions in which it has no part would s
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,10 +21,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import aim_surgery
 from aim_surgery import AimConfig
+from aim_surgery.errors import in_one_line
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification.samples import samples_for
 from benchmarks import measure
-from benchmarks.measure import Report, Row
+from benchmarks.measure import Report, Row, Section
 from benchmarks.zoo import checks
 from benchmarks.zoo.libraries import LIBRARIES, build
 
@@ -55,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--parameters", type=float, default=30, help="the most, in millions")
     options = measure.parse(command, argv)
     rows: list[Row] = []
+    left_out: list[tuple[str, str]] = []
     for name in LIBRARIES[options.library].names():
         if fnmatch.fnmatch(name, options.only):
             measure.progress(name)
             asked = options.library, name, options.parameters, options.threads
-            rows += measure.in_fresh_process(rows_of, *asked)
+            found, why = measure.in_fresh_process(rows_of, *asked)
+            rows += found
+            left_out += [(name, why)] if why else []
     report = Report(
         name="forms",
         title="Forms of real models, with memory in use",
@@ -68,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                   "parameters": options.parameters, "threads": options.threads},
         environment=measure.environment(),
         rows=tuple(rows),
+        sections=(Section("Left out", ("model", "reason"), tuple(left_out)),),
         suffix=f"-{options.library}",
     )  # fmt: skip
     written = report.write(options.output)
@@ -75,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("written:", *written)
 
 
-def rows_of(library: str, name: str, most: float, threads: int) -> list[Row]:
+def rows_of(library: str, name: str, most: float, threads: int) -> tuple[list[Row], str]:
     """Compare the forms of one model; to be called in a fresh process.
 
     Args:
@@ -85,14 +91,22 @@ def rows_of(library: str, name: str, most: float, threads: int) -> list[Row]:
         threads: For torch.
 
     Returns:
-        A row for each form and each kind of write; none of a model that is left out.
+        A row for each form and each kind of write; or none, and why the model is left out.
     """
     torch.set_num_threads(threads)
     torch.manual_seed(measure.SEED)
     model, inputs = build(library, name, "cpu")
-    if sum(parameter.numel() for parameter in model.parameters()) > most * 1e6:
-        return []
-    return [row for write in WRITES for row in _compared(name, model.eval(), inputs, write)]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > most * 1e6:
+        return [], f"{count / 1e6:.0f} M parameters"
+    try:
+        samples = samples_for(model, aim_surgery.plan(model, inputs), inputs)
+        args, kwargs = tree_map_only(torch.Tensor, _in_float64, (samples.args, samples.kwargs))
+        with torch.no_grad():
+            copy.deepcopy(model).double().eval()(*args, **kwargs)
+    except Exception as err:
+        return [], f"the original does not run in float64: {in_one_line(err)}"
+    return [row for write in WRITES for row in _compared(name, model.eval(), inputs, write)], ""
 
 
 def _compared(name: str, model: nn.Module, inputs: Any, write: Any) -> Iterator[Row]:
