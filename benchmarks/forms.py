@@ -56,29 +56,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--only", default="*", help="a glob on names")
     command.add_argument("--parameters", type=float, default=30, help="the most, in millions")
     options = measure.parse(command, argv)
+    settings = {name: getattr(options, name)
+                for name in ("library", "only", "parameters", "threads")}  # fmt: skip
     rows: list[Row] = []
     left_out: list[tuple[str, str]] = []
-    for name in LIBRARIES[options.library].names():
-        if fnmatch.fnmatch(name, options.only):
-            measure.progress(name)
-            asked = options.library, name, options.parameters, options.threads
-            found, why = measure.in_fresh_process(rows_of, *asked)
-            rows += found
-            left_out += [(name, why)] if why else []
-    report = Report(
-        name="forms",
-        title="Forms of real models, with memory in use",
-        method=METHOD,
-        settings={"library": options.library, "only": options.only,
-                  "parameters": options.parameters, "threads": options.threads},
-        environment=measure.environment(),
-        rows=tuple(rows),
-        sections=(Section("Left out", ("model", "reason"), tuple(left_out)),),
-        suffix=f"-{options.library}",
-    )  # fmt: skip
-    written = report.write(options.output)
-    report.print()
-    print("written:", *written)
+    for name in fnmatch.filter(LIBRARIES[options.library].names(), options.only):
+        measure.progress(name)
+        asked = options.library, name, options.parameters, options.threads
+        found, why = measure.in_fresh_process(rows_of, *asked)
+        rows += found
+        left_out += [(name, why)] if why else []
+        report = Report(
+            name="forms",
+            title="Forms of real models, with memory in use",
+            method=METHOD,
+            settings=settings,
+            environment=measure.environment(),
+            rows=tuple(rows),
+            sections=(Section("Left out", ("model", "reason"), tuple(left_out)),),
+            suffix=f"-{options.library}",
+        )
+        report.write(options.output)  # after each model: the next may take long
+    for row in rows:
+        print(*row.cells(), sep=" | ")
 
 
 def rows_of(library: str, name: str, most: float, threads: int) -> tuple[list[Row], str]:
