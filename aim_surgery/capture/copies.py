@@ -130,9 +130,9 @@ def shared_state_kept(model: nn.Module) -> Iterator[None]:
             table.put_back()
 
 
-def on_meta(model: nn.Module) -> bool:
-    """Whether some of a model has no values, so that no copy of it can run for real."""
-    return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+def has_values(model: nn.Module) -> bool:
+    """Whether all of a model has values, none is on the meta device: a copy can run for real."""
+    return not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def why_not_run(model: nn.Module, inputs: ExampleInputs) -> str:

@@ -20,7 +20,7 @@ from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.captured import Capture, Trace
 from aim_surgery.capture.copies import random_state_kept, why_not_run
 from aim_surgery.capture.inputs import Argument, ExampleInputs, bind_arguments
-from aim_surgery.capture.opaque import StayPython
+from aim_surgery.capture.opaque import StayPython, mark_final
 from aim_surgery.capture.pinned import find_pinned
 from aim_surgery.capture.random_sources import MayHaveDrawn
 from aim_surgery.capture.tracer import ValueTracer
@@ -199,7 +199,7 @@ class _Tracing:
                 raise _StaysPython(found) from err
             if isinstance(err, CaptureError):
                 raise
-            raise CaptureError(self._explain(err)) from err
+            raise self._explained(err) from err
         answers = tracer.answers
         assumptions = tuple(answers.assumptions.values())
         checked = insert_checks(graph, assumptions)
@@ -215,13 +215,13 @@ class _Tracing:
         entered = frozenset(tracer.entered)
         return _Traced(trace, checked, answers.mode_dependent, entered, (*notes, *tracer.remarks))
 
-    def _explain(self, err: Exception) -> str:
-        """What failed: the model with these inputs, or only the trace of it."""
+    def _explained(self, err: Exception) -> CaptureError:
+        """What failed: only the trace, or (which is final) the model with these inputs."""
         path, line = getattr(err, "aim_path", ""), failing_line(err)
         at = f" at {line}" if line else ""
         where = f"in {path!r} " if path else ""
         if not why_not_run(self.model, self.inputs):
-            return (
+            return CaptureError(
                 f"the model itself can't be captured as a graph: tracing stops {where}with "
                 f"{in_one_line(err)}{at}. The model by itself runs: emit='module' keeps its class, "
                 f"or move that code into a submodule of its own, which then stays one Python call."
@@ -232,7 +232,11 @@ class _Tracing:
             if not isinstance(argument.value, bool | int | float | str | None)
         )
         name = type(self.model).__name__
-        return f"{name} failed {where}with the example inputs ({inputs}){at}: {in_one_line(err)}"
+        found = CaptureError(
+            f"{name} failed {where}with the example inputs ({inputs}){at}: {in_one_line(err)}"
+        )
+        mark_final(found)
+        return found
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:

@@ -234,21 +234,19 @@ def _recorded_factories(tracer: ValueTracer) -> Iterator[None]:
     patched += [(torch, name, getattr(torch, name), record_sized) for name in _SIZED]
     patched += [(F, name, getattr(F, name), record_sized) for name in _SIZED_F]
     patched += [(torch.fft, name, getattr(torch.fft, name), record_sized) for name in _SIZED_FFT]
-    methods = [(torch.Tensor, name, getattr(torch.Tensor, name), record_method)
-               for name in _SIZED_METHODS]  # fmt: skip
-    own = {name: vars(torch.Tensor).get(name) for name in _SIZED_METHODS}
-    for home, name, value, how in (*patched, *methods):
+    methods = {name: getattr(torch.Tensor, name) for name in _SIZED_METHODS}
+    patched += [(torch.Tensor, name, method, record_method) for name, method in methods.items()]
+    before = [(home, name, vars(home).get(name)) for home, name, _, _ in patched]
+    for home, name, value, how in patched:
         setattr(home, name, wrapper(value, how))
     try:
         yield
     finally:
-        for home, name, value, _ in patched:
-            setattr(home, name, value)
-        for name, value in own.items():
-            if value is None:
-                delattr(torch.Tensor, name)  # it is inherited
+        for home, name, own in before:
+            if own is None:
+                delattr(home, name)  # a method that is inherited
             else:
-                setattr(torch.Tensor, name, value)
+                setattr(home, name, own)
 
 
 @contextlib.contextmanager
@@ -277,12 +275,9 @@ def _recorded_sizes(tracer: ValueTracer) -> Iterator[None]:
 
 def _holds_proxy(arguments: Any) -> bool:
     leaves = tree_leaves(arguments)
-    leaves += [end for leaf in leaves if type(leaf) is slice for end in _ends(leaf)]
+    parts = [leaf for leaf in leaves if type(leaf) is slice]
+    leaves += [end for part in parts for end in (part.start, part.stop, part.step)]
     return any(type(leaf) is ValueProxy for leaf in leaves)
-
-
-def _ends(part: slice) -> tuple[Any, Any, Any]:
-    return part.start, part.stop, part.step
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from torch.export import ExportedProgram
 
 from aim_surgery.capture.capture import taken, with_inputs
 from aim_surgery.capture.captured import Capture
-from aim_surgery.capture.copies import on_meta, why_not_run
+from aim_surgery.capture.copies import has_values, why_not_run
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
 from aim_surgery.capture.modes import capture_graphs
-from aim_surgery.capture.opaque import first_line
+from aim_surgery.capture.opaque import first_line, is_final
 from aim_surgery.errors import CaptureError
 
 
@@ -45,12 +45,10 @@ def capture_whole(
         arguments = bind_arguments(model, inputs)
         given = example_inputs is not None
         # without values, a model may fail that would not with them
-        fault = "" if given and on_meta(model) else why_not_run(model, inputs)
-        if fault and given:
-            asked = f"{type(model).__name__} failed with the example inputs ({inputs.describe()})"
-            raise CaptureError(f"{asked}: {fault}")
+        fault = "" if given and not has_values(model) else why_not_run(model, inputs)
         if fault:
-            raise CaptureError(fault)
+            asked = f"{type(model).__name__} failed with the example inputs ({inputs.describe()}): "
+            raise CaptureError(asked + fault if given else fault)
         return Capture(model, inputs, arguments, (), notes)
 
     return with_inputs(model, example_inputs, take)
@@ -80,7 +78,7 @@ def capture_any(
             found = capture_graphs(model, inputs, notes, one_mode_will_do=False)
         except CaptureError as err:
             arguments = bind_arguments(model, inputs)
-            if why_not_run(model, inputs):
+            if is_final(err) or why_not_run(model, inputs):
                 raise
             why = first_line(err)
         else:

@@ -45,6 +45,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
     """
     calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
     looked_at = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n.users}
+    layers_looked_at = {path.rpartition(".")[0] for path in looked_at}
     owners = Counter(
         id(p)
         for _, module in root.named_modules(remove_duplicate=False)
@@ -82,8 +83,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
             _scale(layer, scale, added)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        used = any(path.rpartition(".")[0] == node.target for path in looked_at)
-        if calls[str(node.target)] == 1 and not used:
+        if calls[str(node.target)] == 1 and node.target not in layers_looked_at:
             root.delete_submodule(str(node.target))  # pyright: ignore[reportCallIssue]
         merged += 1
     return merged

@@ -11,8 +11,6 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from torch import nn
-
 from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig, Filter, matches
 from aim_surgery.errors import PlanError, RequestError
@@ -40,7 +38,7 @@ def make_plan(capture: Capture, config: AimConfig) -> Plan:
     """
     sites, unread = find_sites(capture)
     if not sites:
-        raise PlanError(_nothing_to_read(capture.model, unread))
+        raise PlanError(_nothing_to_read(capture, unread))
     chosen, skips = _choose(sites, config)
     schedule = schedule_writes(capture, config, chosen)
     parameters = sum(parameter.numel() for parameter in capture.model.parameters())
@@ -131,14 +129,14 @@ def _check_matches(name: str, chosen: Filter, sites: tuple[Site, ...]) -> None:
             raise RequestError(f"{name}={pattern!r} matches no site; close: {', '.join(close)}")
 
 
-def _nothing_to_read(model: nn.Module, unread: tuple[Skip, ...]) -> str:
+def _nothing_to_read(capture: Capture, unread: tuple[Skip, ...]) -> str:
+    model = capture.model
     message = f"{type(model).__name__} has no convolution or linear call to read with"
     if unread:
         listed = "; ".join(f"{item.name}: {item.reason}" for item in unread[:5])
         return f"{message}. Its weights stand in other calls: {listed}"
     quantized = [n for n, m in model.named_modules() if "quantized" in type(m).__module__]
-    parameters = dict(model.named_parameters())
-    integers = [n for n, p in parameters.items() if not (p.is_floating_point() or p.is_complex())]
+    integers = [n for n, _ in model.named_parameters() if n not in capture.floating_parameters]
     if quantized or integers:
         listed = ", ".join((quantized + integers)[:5])
         return f"{message}: its weights are quantized integers ({listed}). Operate, then quantize"

@@ -26,7 +26,6 @@ from aim_surgery.capture.copies import deep_copy, own_arguments, shared_state_ke
 from aim_surgery.errors import in_one_line
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
-from aim_surgery.sites.graph import attribute
 from aim_surgery.sites.layers import (
     FROZEN,
     LAYER_TYPES,
@@ -38,7 +37,7 @@ from aim_surgery.sites.layers import (
 from aim_surgery.sites.recurrent import fault_recurrent, recurrent_sites, recurrent_skips
 from aim_surgery.sites.rows import RowsWatched
 from aim_surgery.sites.site import Site, Skip
-from aim_surgery.sites.unread import COMPLEX, NOT_PRODUCTS, is_complex, is_matrix
+from aim_surgery.sites.unread import NOT_PRODUCTS, is_matrix, unless_complex
 
 # What may be asked of a weight without using its values or its size.
 _HARMLESS = frozenset(
@@ -376,13 +375,11 @@ def _others(capture: Capture, paths: Mapping[str, str], accounted: set[str]) -> 
             if is_matrix(parameter)
         )
         rest = tuple(weight for weight in weights if weight not in accounted)
-        if rest and all(is_complex(attribute(capture, weight)) for weight in rest):
-            yield Skip(name or type(module).__name__, rest, COMPLEX)
-        elif rest:
+        if rest:
             reason = paths[path]
             kind = type(module).__name__
             why = f"{kind} uses it in a forward of its own" + (f" ({reason})" if reason else "")
-            yield Skip(name or kind, rest, why)
+            yield Skip(name or kind, rest, unless_complex(capture, rest, why))
 
 
 def _rows(

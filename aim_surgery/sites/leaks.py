@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from torch.utils._pytree import tree_leaves
 
 from aim_surgery.capture import Capture
+from aim_surgery.capture.copies import has_values
 from aim_surgery.sites.boundary import Boundary, analysed_trace
 from aim_surgery.sites.causal import find_causal, has_unseen_tables
 from aim_surgery.sites.features import features_of
 from aim_surgery.sites.masks import find_input_mask
-from aim_surgery.sites.one_way import can_run, goes_one_way, may_hold_tokens
+from aim_surgery.sites.one_way import goes_one_way, may_hold_tokens
 
 
 def why_not_pooled(capture: Capture, points: Sequence[Boundary]) -> dict[Boundary, str]:
@@ -44,7 +45,7 @@ def may_leak_unseen(capture: Capture, points: Sequence[Boundary]) -> bool:
     Returns:
         False where the model has values, and where no sequence is written over.
     """
-    if not _sequences(points) or can_run(capture):
+    if not _sequences(points) or has_values(capture.model):
         return False
     arguments = tree_leaves((capture.inputs.args, dict(capture.inputs.kwargs)))
     graph = analysed_trace(capture).graph

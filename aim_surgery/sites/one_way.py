@@ -20,7 +20,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import on_meta, own_arguments, shared_state_kept, twin_of
+from aim_surgery.capture.copies import has_values, own_arguments, shared_state_kept, twin_of
 from aim_surgery.capture.nested import named_leaves
 
 _SEED = 0
@@ -59,7 +59,7 @@ def goes_one_way(capture: Capture, sample_axis: int | None) -> bool:
     Returns:
         The answer; also False where the model can't be run here (on the meta device).
     """
-    if not can_run(capture):
+    if not has_values(capture.model):
         return False
     try:
         with torch.no_grad(), shared_state_kept(capture.model):
@@ -67,11 +67,6 @@ def goes_one_way(capture: Capture, sample_axis: int | None) -> bool:
             return any(runs.show_one_way(tokens) for tokens in runs.tokens(sample_axis))
     except Exception:  # of the model's own, as it may be on changed values
         return False
-
-
-def can_run(capture: Capture) -> bool:
-    """Whether a captured model has values, so that a copy of it can run."""
-    return not on_meta(capture.model)
 
 
 def may_hold_tokens(value: Any) -> bool:

@@ -46,7 +46,7 @@ _PRODUCTS = (
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
-COMPLEX = "its weights are complex numbers, and the memory is real"
+_COMPLEX = "its weights are complex numbers, and the memory is real"
 NOT_PRODUCTS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
     nn.Embedding, nn.EmbeddingBag, nn.PReLU,
@@ -77,17 +77,15 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
                 continue
             names = _matrices(layer, path)
             if names:
-                complex_ = all(is_complex(attribute(capture, name)) for name in names)
-                why = COMPLEX if complex_ else reasons.get(path) or _why_packed(layer)
-                yield Skip(path, names, why)
+                why = reasons.get(path) or _why_packed(layer)
+                yield Skip(path, names, unless_complex(capture, names, why))
         elif is_call(node, _PRODUCTS, _PRODUCT_METHODS) or _takes_weights(node):
             names = {name for source in node.all_input_nodes for name in weights.get(source, ())}
             names = tuple(sorted(name for name in names if is_matrix(attribute(capture, name))))
             if names:
                 target = getattr(node.target, "__name__", node.target)
-                complex_ = all(is_complex(attribute(capture, name)) for name in names)
-                why = COMPLEX if complex_ else f"used by a call of {target} that is no site"
-                yield Skip(names[0], names, why)
+                why = f"used by a call of {target} that is no site"
+                yield Skip(names[0], names, unless_complex(capture, names, why))
 
 
 def _why_packed(layer: nn.Module) -> str:
@@ -111,9 +109,9 @@ def is_matrix(parameter: torch.Tensor | None) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
-def is_complex(parameter: torch.Tensor | None) -> bool:
-    """Whether a parameter holds complex numbers."""
-    return parameter is not None and parameter.is_complex()
+def unless_complex(capture: Capture, names: tuple[str, ...], why: str) -> str:
+    """A reason for which weights don't read; of complex ones, that they are."""
+    return _COMPLEX if all(attribute(capture, name).is_complex() for name in names) else why
 
 
 def _takes_weights(node: fx.Node) -> bool:

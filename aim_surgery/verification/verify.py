@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from aim_surgery.capture import Inputs, inputs_of_program, unwrap
 from aim_surgery.capture.belongings import Belongings
-from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.capture.copies import has_values, random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.verification.coverage import Coverage, check_coverage
@@ -128,8 +128,7 @@ def verify(
         )
     model, _ = unwrap(model)
     inputs = inputs_of_program(model) if example_inputs is None else example_inputs
-    tensors = (t for module in (model, gm) for t in (*module.parameters(), *module.buffers()))
-    if any(tensor.is_meta for tensor in tensors):
+    if not (has_values(model) and has_values(gm)):
         raise AimSurgeryError(
             "a model on the meta device has no values to verify: load its weights"
         )
