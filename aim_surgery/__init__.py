@@ -6,8 +6,6 @@ Names are imported on first use (PEP 562): `aim-surgery --help` needs no torch.
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from aim_surgery._version import __version__
@@ -25,7 +23,7 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedLayerError,
     )
-    from aim_surgery.lower import fold, lower
+    from aim_surgery.lowering import fold, lower
     from aim_surgery.notebook import (
         disable,
         freeze_base,
@@ -80,7 +78,7 @@ _MODULES = {
         "PlanError",
         "UnsupportedLayerError",
     ),
-    "lower": ("fold", "lower"),
+    "lowering": ("fold", "lower"),
     "notebook": ("disable", "freeze_base", "memory_parameters", "read_memory", "reset_memory"),
     "operation": ("apply", "plan", "transform"),
     "planning.plan": ("Plan",),
@@ -90,23 +88,13 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
-class _Package(ModuleType):
-    """This package; a public name stays what it is when a subpackage has the same (`lower`)."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _MODULE_OF:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-        super().__setattr__(name, value)
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # what the import system does to the parent of every submodule that it has imported
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
 
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lower.forms import form_of, rewrite_as
+from aim_surgery.lowering.forms import form_of, rewrite_as
 from aim_surgery.nn.aim_modules import BeforeFreezing, aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.nn.inside import keep_in_evaluation

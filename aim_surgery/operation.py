@@ -25,8 +25,8 @@ from aim_surgery.capture import (
 )
 from aim_surgery.config import AimConfig, Form
 from aim_surgery.errors import CaptureError, PlanError
-from aim_surgery.lower import lower
-from aim_surgery.lower.forms import check_form
+from aim_surgery.lowering import lower
+from aim_surgery.lowering.forms import check_form
 from aim_surgery.nn.aim_modules import AimModules, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.planning import Plan, inputs_of_plan, make_plan

@@ -22,7 +22,7 @@ ORDER = (
     "config",
     "planning",
     "surgery",
-    "lower",
+    "lowering",
     "operation",
     "notebook",
     "verification",
@@ -84,3 +84,10 @@ def test_the_check_can_fail() -> None:
 def test_files_stay_readable() -> None:
     long = {str(path.name): len(path.read_text().splitlines()) for path in FILES}
     assert {name: count for name, count in long.items() if count > 500} == {}
+
+
+def test_no_public_name_hides_a_module() -> None:
+    """`aim_surgery.lower` was a function and a package, so one of them could not be had."""
+    modules = {layer_of(path) for path in FILES} - {"__init__"}
+    assert {"lowering", "operation"} <= modules
+    assert not modules & set(aim_surgery.__all__)

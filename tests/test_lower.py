@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, transform
-from aim_surgery.lower import lower
-from aim_surgery.lower.forms import rewrite_as
+from aim_surgery.lowering import lower
+from aim_surgery.lowering.forms import rewrite_as
 from aim_surgery.nn.inside import JoinMemory
 from aim_surgery.nn.pointwise import pointwise
 from aim_surgery.nn.split_memory import SplitMemory

@@ -29,7 +29,7 @@ from aim_surgery.checkpoint.writing.safetensors_file import Progress, write_safe
 from aim_surgery.checkpoint.writing.shards import write_shards
 from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
-from aim_surgery.lower.forms import form_of
+from aim_surgery.lowering.forms import form_of
 from aim_surgery.nn.aim_modules import is_folded, plan_of
 from aim_surgery.planning import inputs_of_plan
 

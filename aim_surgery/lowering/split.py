@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
-from aim_surgery.lower.products import write_product
+from aim_surgery.lowering.products import write_product
 from aim_surgery.nn.add_product import add_product, is_better
 from aim_surgery.nn.pointwise import is_pointwise, pointwise
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS

@@ -20,10 +20,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from aim_surgery.capture.leaves import is_plain
-from aim_surgery.lower.fold_graph import FoldWriter, Live, Rule
-from aim_surgery.lower.fold_norms import affine
-from aim_surgery.lower.fold_parts import Part
-from aim_surgery.lower.products import write_product
+from aim_surgery.lowering.fold_graph import FoldWriter, Live, Rule
+from aim_surgery.lowering.fold_norms import affine
+from aim_surgery.lowering.fold_parts import Part
+from aim_surgery.lowering.products import write_product
 from aim_surgery.nn.folded import at_least, scaled_plus, within
 from aim_surgery.nn.pointwise import sees_one_position
 from aim_surgery.nn.write_block import WriteBlock

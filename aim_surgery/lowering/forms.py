@@ -16,9 +16,9 @@ from torch import nn
 from aim_surgery.capture.copies import deep_copy
 from aim_surgery.config import Form
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lower.inside import change_hooks
-from aim_surgery.lower.join import join_sites
-from aim_surgery.lower.split import split_sites
+from aim_surgery.lowering.inside import change_hooks
+from aim_surgery.lowering.join import join_sites
+from aim_surgery.lowering.split import split_sites
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
 

@@ -38,14 +38,14 @@ from torch import Tensor, fx, nn
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lower.fold_graph import FoldWriter
-from aim_surgery.lower.fold_hooks import fold_hooks
-from aim_surgery.lower.fold_norms import fold_batch_norms
-from aim_surgery.lower.fold_rules import rule_of
-from aim_surgery.lower.fold_sums import add_products
-from aim_surgery.lower.fold_watch import Watched, watch
-from aim_surgery.lower.forms import rewrite_as
-from aim_surgery.lower.split import resize_where_needed
+from aim_surgery.lowering.fold_graph import FoldWriter
+from aim_surgery.lowering.fold_hooks import fold_hooks
+from aim_surgery.lowering.fold_norms import fold_batch_norms
+from aim_surgery.lowering.fold_rules import rule_of
+from aim_surgery.lowering.fold_sums import add_products
+from aim_surgery.lowering.fold_watch import Watched, watch
+from aim_surgery.lowering.forms import rewrite_as
+from aim_surgery.lowering.split import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule

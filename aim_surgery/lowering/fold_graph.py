@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from aim_surgery.capture.leaves import is_plain
-from aim_surgery.lower.fold_parts import Part, Parts
-from aim_surgery.lower.fold_watch import Watched, changed_argument
+from aim_surgery.lowering.fold_parts import Part, Parts
+from aim_surgery.lowering.fold_watch import Watched, changed_argument
 from aim_surgery.nn.folded import at_least, chosen, plus, spread, within
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
