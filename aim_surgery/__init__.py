@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         PlanError,
         UnsupportedLayerError,
     )
-    from aim_surgery.lowering import fold, lower
+    from aim_surgery.lowering import Restored, fold, lower, restore
     from aim_surgery.notebook import (
         disable,
         freeze_base,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     )
     from aim_surgery.operation import apply, plan, transform
     from aim_surgery.planning.plan import Plan
-    from aim_surgery.surgery.restore import Restored, restore
     from aim_surgery.verification import Verification, verify
 
 __all__ = [
@@ -78,11 +77,10 @@ _MODULES = {
         "PlanError",
         "UnsupportedLayerError",
     ),
-    "lowering": ("fold", "lower"),
+    "lowering": ("Restored", "fold", "lower", "restore"),
     "notebook": ("disable", "freeze_base", "memory_parameters", "read_memory", "reset_memory"),
     "operation": ("apply", "plan", "transform"),
     "planning.plan": ("Plan",),
-    "surgery.restore": ("Restored", "restore"),
     "verification": ("Verification", "verify"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

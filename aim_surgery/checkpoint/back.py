@@ -25,10 +25,9 @@ from aim_surgery.checkpoint.writing.layout import keeps_layout, left_behind, res
 from aim_surgery.checkpoint.writing.safetensors_file import write_safetensors
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
-from aim_surgery.lowering import fold
+from aim_surgery.lowering import Restored, fold, restore
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.planning import inputs_of_plan
-from aim_surgery.surgery.restore import Restored, restore
 
 
 def restore_file(

@@ -1,18 +1,16 @@
 """The way back: an operated model becomes its original again, names, shapes and function.
 
-    conv(cat[x, m], [W_x ; W_m])    ->  conv(x, W_x)
-    conv(x, W_x) + conv(m, W_m)     ->  conv(x, W_x)
+    conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)  ->  conv(x, W_x)
 
-What the operation added is dropped: memories, update blocks, weights beside their layers, hooks.
-What was trained in W_x since stays trained. Nothing is lost where conv(m, W_m) is zero at every
-site: right after an operation with `init="preserve"`, with a memory of zeros, or inside `disable`.
-Elsewhere outputs change, and `Restored` says by how much.
+On a copy, layers are taken apart (`separate`), and then the second product is left out. What the
+operation added is dropped: memories, update blocks, weights beside their layers, hooks. What was
+trained in W_x since stays trained. Nothing is lost where conv(m, W_m) is zero at every site: right
+after an operation with `init="preserve"`, with a memory of zeros, or inside `disable`. Elsewhere
+outputs change, and `Restored` says by how much.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -20,21 +18,20 @@ import torch
 from torch import fx, nn
 
 from aim_surgery.capture import Inputs
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.lowering.forms import rewrite_as
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.nn.inside import detach_reads
-from aim_surgery.planning import Plan, Read
-from aim_surgery.surgery.beside import set_input
-from aim_surgery.surgery.modules import AIM, memory_path, widened_reads
-from aim_surgery.surgery.notes import noted_sites
+from aim_surgery.planning import Plan
+from aim_surgery.surgery.modules import AIM, memory_path
 from aim_surgery.surgery.outputs import Unmeasured, difference_of
-from aim_surgery.surgery.pieces import Pieces, pieces_of
-from aim_surgery.surgery.separate import check_weight
+from aim_surgery.surgery.pieces import pieces_of
+from aim_surgery.surgery.separate import separate
 from aim_surgery.surgery.state_dict import memory_in_use
 from aim_surgery.surgery.tidy import erase_unused
-from aim_surgery.surgery.widen import split_for, widen_layer
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -104,34 +101,41 @@ def restore(gm: _Model, example_inputs: Inputs | None = None, *, measure: bool =
         (torch.Size([10, 64]), True)
     """
     inner = operated_in(gm)
-    plan: Plan = plan_of(inner)
-    for read in {read.site.layer: read for read in widened_reads(plan).values()}.values():
-        check_weight(inner, read)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        twin: Any = copy.deepcopy(inner, _narrow_weights(inner, plan))
+        twin: Any = deep_copy(inner)
+        rewrite_as(twin, "concat")
+        separate(twin, "it is restored")
         if isinstance(twin, AimGraphModule):
             for graph in twin._distinct_graphs():
-                _restore_graph(graph, plan)
+                _take_memory_out(graph)
         detach_reads(twin)
-        for name, read in widened_reads(plan).items():
-            if not read.site.inside:
-                widen_layer(twin.get_submodule(name.rpartition(".")[0]), -read.planes)
         _drop_memory(twin)
-    vars(twin)["restored"] = _lost(inner, twin, plan, example_inputs, measure=measure)
+    vars(twin)["restored"] = _lost(inner, twin, plan_of(inner), example_inputs, measure=measure)
     return cast(_Model, twin)
 
 
-# The modules --------------------------------------------------------------------------------
+def _take_memory_out(graph: fx.Graph) -> None:
+    """Let the product with W_x stand for each sum, and erase what only the memory needed."""
+    for pieces in pieces_of(graph, {}):
+        total = pieces.total()
+        total.replace_all_uses_with(pieces.node)
+        erase_unused(total, {pieces.node})
+        del pieces.node.meta[NOTE]
+    for node in reversed(graph.nodes):
+        if _is_new(node):
+            erase_unused(node)
+    left = [node for node in graph.nodes if _is_new(node)]
+    if left:
+        raise AimSurgeryError(
+            f"{left[0].target}: something in this graph besides what surgery wrote uses the "
+            f"memory ({', '.join(str(user) for user in left[0].users)}): take it out first"
+        )
+    graph.lint()
 
 
-def _narrow_weights(gm: nn.Module, plan: Plan) -> dict[int, Any]:
-    """The memo of a deep copy in which W_x stands where [W_x ; W_m] stood."""
-    memo: dict[int, Any] = derived_tensors(gm)
-    for name, read in widened_reads(plan).items():
-        wide = gm.get_parameter(name)
-        own, _ = split_for(wide, read)
-        memo[id(wide)] = nn.Parameter(own, requires_grad=wide.requires_grad)
-    return memo
+def _is_new(node: fx.Node) -> bool:
+    named = node.op in ("call_module", "get_attr")
+    return named and str(node.target).split(".", 1)[0] == AIM
 
 
 def _drop_memory(twin: nn.Module) -> None:
@@ -146,67 +150,6 @@ def _drop_memory(twin: nn.Module) -> None:
             parameter.requires_grad_(aim.before_freezing.trained.get(name, True))
         for name in aim.before_freezing.evaluating:
             twin.get_submodule(name).training = twin.training
-
-
-# The graph ----------------------------------------------------------------------------------
-
-
-def _restore_graph(graph: fx.Graph, plan: Plan) -> None:
-    """Let each site work on x alone, and erase what only the memory needed."""
-    reads = {read.site.name: read for read in plan.reads if read.site.widens}
-    nodes = {node.name: node for node in graph.nodes}
-    alone: dict[fx.Node, fx.Node] = {}  # the product for what was its sum with the memory's
-    for pieces in pieces_of(graph, reads):
-        source = alone.get(pieces.source, pieces.source)
-        if pieces.joined is not None:
-            set_input(pieces.node, pieces.note, source)
-            erase_unused(pieces.joined, {source})
-        else:
-            total = pieces.total()
-            site = _whole(graph, pieces, source, nodes, reads)
-            alone[total] = site
-            total.replace_all_uses_with(site)
-            erase_unused(total, {source, site})
-    for node, _ in [*noted_sites(graph)]:
-        node.meta.pop("aim")
-    for node in reversed(graph.nodes):
-        if _is_new(node):
-            erase_unused(node)
-    left = [node for node in graph.nodes if _is_new(node)]
-    if left:
-        raise AimSurgeryError(
-            f"{left[0].target}: something in this graph besides what surgery wrote uses the "
-            f"memory ({', '.join(str(user) for user in left[0].users)}): take it out first"
-        )
-    graph.lint()
-
-
-def _whole(
-    graph: fx.Graph,
-    pieces: Pieces,
-    source: fx.Node,
-    nodes: Mapping[str, fx.Node],
-    reads: Mapping[str, Read],
-) -> fx.Node:
-    """The call of a layer or function with its own weight, where `split` wrote it with a slice."""
-    node, note = pieces.node, pieces.note
-    if not note.sliced:
-        set_input(node, note, source)
-        return node
-    with graph.inserting_before(node):
-        if note.called:
-            size = () if pieces.output_size is None else (pieces.output_size,)
-            return graph.call_module(note.called, (source, *size))
-        weight = graph.get_attr(reads[note.site].site.weights[0])
-        site = graph.node_copy(node)
-        set_input(site, note, source)
-        site.replace_input_with(nodes[note.sliced], weight)
-        return site
-
-
-def _is_new(node: fx.Node) -> bool:
-    named = node.op in ("call_module", "get_attr")
-    return named and str(node.target).split(".", 1)[0] == AIM
 
 
 # What is lost -------------------------------------------------------------------------------
