@@ -19,8 +19,9 @@ import aim_surgery
 from aim_surgery.nn.graph_module import AimGraphModule
 from aim_surgery.verification.samples import samples_for
 from benchmarks.zoo import checks, libraries, summary
-from benchmarks.zoo.__main__ import choose, main, parser
-from benchmarks.zoo.processes import run_limited, start_server
+from benchmarks.zoo.__main__ import choose, main, parser, run_one
+from benchmarks.zoo.on_disk import saved_on_disk
+from benchmarks.zoo.processes import Ended, run_limited, start_server
 from benchmarks.zoo.rows import DONE, Row, append, compact, read_rows, rows_file
 from benchmarks.zoo.trial import describe_operated
 
@@ -126,6 +127,56 @@ def test_a_process_that_is_ended_says_why(
     ended = run_limited(function, seconds=seconds, memory=memory)
     assert ended.reason == reason
     assert ended.last == (None if function is _raises else "begun")
+
+
+def test_what_backward_needs_can_lie_on_disk() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3), nn.BatchNorm2d(64), nn.GELU(), nn.Conv2d(64, 8, 3), nn.Tanh()
+    )
+    image = torch.rand(2, 3, 64, 64)
+    model(image).sum().backward()
+    expected = [parameter.grad for parameter in model.parameters()]
+    model.zero_grad()
+    with saved_on_disk(model) as folder:
+        loss = model(image).sum()
+        written = [path.stat().st_size for path in folder.iterdir()]
+        loss.backward()
+    assert len(written) == 3  # of norm, GELU and the second convolution
+    assert min(written) >= 2**20
+    assert not folder.exists()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, gradient)
+
+
+@needs_timm
+@pytest.mark.parametrize("smaller", [False, True])
+def test_a_step_that_meets_the_limit_of_memory_is_tried_on_disk(
+    smaller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the limit ends the first process while it times, and the second does what it is told."""
+    on_disk = []
+
+    def ends_once(function: Callable[..., object], *args: Any, **limits: float) -> Ended:
+        sent: list[Any] = []
+        function(sent.append, *args)
+        on_disk.append(args[-1])
+        if len(on_disk) > 1:
+            return Ended(sent[-1], "")
+        timing = [row for row in sent if row["stage"] == "timing"][-1]
+        return Ended(timing, "the memory limit of 20 GiB")
+
+    monkeypatch.setattr("benchmarks.zoo.__main__.run_limited", ends_once)
+    if not smaller:
+        monkeypatch.setattr(checks, "smaller_inputs", lambda *_: None)
+    threads = torch.get_num_threads()
+    row = run_one(Row("timm", "test_resnet"), 900, 20, threads, alone=True)
+    assert on_disk == [False, True]
+    assert row.ok
+    assert row.step_seconds is None
+    assert "a training step takes more than the 20.0 GiB" in row.notes
+    assert row.checks == ("full" if smaller else "brief")
+    assert ("what the backward needs was kept on disk" in row.notes) is not smaller
 
 
 def _operated() -> tuple[nn.Module, AimGraphModule]:

@@ -181,18 +181,25 @@ def run_one(row: Row, seconds: float, memory: float, threads: int, alone: bool) 
 
     Returns:
         The row, filled in as far as it came; it is put off where others run beside and it needs
-        more memory than its share.
+        more memory than its share. Alone, it gets a second process that keeps on disk what the
+        backward needs, if it met the limit of memory in a training step.
     """
     start = time.monotonic()
-    ended = run_limited(
-        trial.run, row.plain(), seconds, memory, threads, alone, seconds=seconds, memory=memory
-    )
-    row = Row.of(ended.last) if ended.last else row
-    if ended.reason and not alone and "memory" in ended.reason:
+
+    def run(row: Row, on_disk: bool) -> tuple[Row, str]:
+        asked = (seconds, memory, threads, alone, on_disk)
+        ended = run_limited(trial.run, row.plain(), *asked, seconds=seconds, memory=memory)
+        return (Row.of(ended.last) if ended.last else row), ended.reason
+
+    blank = row
+    row, reason = run(blank, False)
+    if alone and "memory" in reason and row.stage in ("timing", "verifying"):
+        row, reason = run(replace(blank, step_seconds=row.step_seconds), True)
+    if reason and not alone and "memory" in reason:
         row.stage = DEFERRED
-    elif ended.reason:
+    elif reason:
         row.verified = False
-        row.errors.append(f"{row.stage}: {ended.reason}")
+        row.errors.append(f"{row.stage}: {reason}")
     row.finished, row.total_seconds = time.time(), time.monotonic() - start
     return row
 

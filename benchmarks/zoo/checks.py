@@ -102,6 +102,7 @@ def check_light(
     *,
     detects: bool = False,
     brief: bool = False,
+    kept: contextlib.AbstractContextManager[object] | None = None,
 ) -> None:
     """Compare evaluation in the model's own dtype and training in float64; one backward.
 
@@ -115,6 +116,7 @@ def check_light(
         row: Filled in.
         detects: Whether it is a detector.
         brief: Whether training is compared in the model's own dtype, too.
+        kept: What the backward runs in, such as `saved_on_disk`.
     """
     row.checks = BRIEF if brief else LIGHT
     audit(audited, gm, row)
@@ -123,7 +125,8 @@ def check_light(
     found = _compare_light(pair, Case(detects, samples, _batch(samples), dtype), row, notes)
     if found:
         row.difference = _finite(found[0].difference)
-    faults = _gradient_faults(gm.train(detects), samples)
+    with kept or contextlib.nullcontext():
+        faults = _gradient_faults(gm.train(detects), samples)
     row.errors += [f"light: {name} has no finite gradient" for name in faults[:_FAULTS]]
     row.backward = "" if faults else ("training" if detects else "evaluation")
     pair.align_buffers()  # in training, they have moved

@@ -35,7 +35,9 @@ METHOD = (
     "limits leave: outputs in evaluation mode in the model's own dtype, outputs and buffers in "
     "training mode in float64 (of detectors, training in their own dtype alone), one backward of "
     "the operated model, the audit on the meta device. Brief checks where these, too, would take "
-    "more: the same with nothing in float64. On meta only: no values are compared, and "
+    "more: the same with nothing in float64. Where one training step at the example's size takes "
+    "more memory than there is, it is not timed, and the operated model's backward keeps on disk "
+    "what it needs. On meta only: no values are compared, and "
     "the model counts as not verified.",
     "Audited weights are the parameters that the original's kernels multiply with activations; "
     "reached are those that read the memory, accounted for also those left out for a reason. "

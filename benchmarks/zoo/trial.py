@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import resource
@@ -25,6 +26,7 @@ from aim_surgery.verification.samples import Samples, samples_for
 from aim_surgery.verification.twins import call
 from benchmarks.zoo import checks, detection
 from benchmarks.zoo.libraries import build, move_to_meta
+from benchmarks.zoo.on_disk import saved_on_disk
 from benchmarks.zoo.processes import GIB, resident
 from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Row
 
@@ -44,24 +46,33 @@ Send = Callable[[dict[str, Any]], None]
 
 
 def run(
-    send: Send, plain: dict[str, Any], seconds: float, memory: float, threads: int, alone: bool
+    send: Send,
+    plain: dict[str, Any],
+    seconds: float,
+    memory: float,
+    threads: int,
+    alone: bool,
+    on_disk: bool,
 ) -> None:
     """Build, transform, check; what is known is sent at each stage.
 
     Args:
         send: Takes the row as plain data.
-        plain: The row to fill in: library and model; light checks, if it names them.
+        plain: The row to fill in: library and model; light checks, if it names them; the time of a
+            step, if it is known.
         seconds: Limit of all of it, of all cores together; whoever started the process keeps it.
         memory: Likewise, in GiB.
         threads: For torch; more than one are noted in the row.
         alone: Whether no other model runs beside; if one does, a model that needs more memory is
             put off.
+        on_disk: Whether a training step at the example's size needs more memory than there is: no
+            step is timed, and a backward at that size keeps on disk what it needs.
     """
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     row = Row.of(plain)
     row.notes += [f"{threads} threads"] if threads > 1 else []
-    trial = _Trial(send, row, seconds, memory, alone)
+    trial = _Trial(send, row, seconds, memory, alone, on_disk)
     try:
         trial.run()
     except Exception as err:
@@ -69,10 +80,12 @@ def run(
 
 
 class _Trial:
-    def __init__(self, send: Send, row: Row, seconds: float, memory: float, alone: bool) -> None:
+    def __init__(
+        self, send: Send, row: Row, seconds: float, memory: float, alone: bool, on_disk: bool
+    ) -> None:
         self._send, self._row = send, row
         self._start, self._seconds = time.perf_counter(), seconds
-        self._memory, self._alone = memory, alone
+        self._memory, self._alone, self._on_disk = memory, alone, on_disk
         self._light, row.checks = row.checks == LIGHT, ""
 
     def run(self) -> None:
@@ -123,16 +136,10 @@ class _Trial:
         detects = detection.takes_targets(model)
         samples = detection.with_targets() if detects else samples_for(model, plan_of(gm), inputs)
         row.inputs = checks.describe(samples)
-        before = resident(os.getpid())
-        step = 0.0
-        try:
-            copied = self._needs(FULL_BYTES) <= self._memory  # some models keep what they computed
-            timed = copy.deepcopy(model) if copied else model
-            row.step_seconds = step = seconds_of_step(timed.train(detects), samples)
-            model.eval()
-        except Exception as err:
-            row.notes.append(f"no time of a step: {reason_of(err)}")
-        activations = max(_peak() - before, 0) / GIB
+        step, activations, smaller = 0.0, 0.0, None
+        if not self._on_disk:
+            step, activations = self._cost_of_step(model, samples, detects)
+            row.step_seconds = step or None
         self._enter("verifying")
         if detects:
             inputs, on_meta = samples.args, model  # branches on data do not run on meta
@@ -142,12 +149,21 @@ class _Trial:
                 share = smaller[0].numel() / samples.args[0].numel()
                 inputs, samples = smaller, samples_for(model, plan_of(gm), smaller)
                 step, activations = step * share, activations * share
+                if self._on_disk:
+                    step, activations = self._cost_of_step(model, samples, detects)
+        too_large = self._on_disk and smaller is None
+        if self._on_disk:
+            row.notes.append(f"a training step takes more than the {self._memory:.1f} GiB")
+        if too_large:
+            row.notes.append("what the backward needs was kept on disk")
+            samples = samples.take(1) if samples.batch else samples
         row.checked_on = checks.describe(samples)
         memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
         if memory > self._memory and not self._alone and not self._light:
             self._enter(DEFERRED)
             return
-        if memory <= self._memory and FULL_STEPS * step <= self._time_left() and not self._light:
+        light = self._light or too_large
+        if memory <= self._memory and FULL_STEPS * step <= self._time_left() and not light:
             checks.check_full(model, gm, inputs, row)
         else:
             needs = f"{memory:.0f} GiB and {FULL_STEPS * step:.0f} s"
@@ -160,9 +176,26 @@ class _Trial:
                 row.checked_on = checks.describe(samples)
             each = LIGHT_ACTIVATIONS * activations
             memory = self._needs(LIGHT_BYTES) + each * max(samples.batch, 1)
-            brief = steps > left or memory > self._memory
+            brief = steps > left or memory > self._memory or too_large
+            kept = saved_on_disk(gm) if too_large else contextlib.nullcontext()
             self._enter("verifying")
-            checks.check_light(model, gm, samples, on_meta, row, detects=detects, brief=brief)
+            checks.check_light(
+                model, gm, samples, on_meta, row, detects=detects, brief=brief, kept=kept
+            )
+
+    def _cost_of_step(
+        self, model: nn.Module, samples: Samples, detects: bool
+    ) -> tuple[float, float]:
+        """Seconds of a forward and backward of one sample, and GiB that it takes; 0 if it fails."""
+        before, step = resident(os.getpid()), 0.0
+        try:
+            copied = self._needs(FULL_BYTES) <= self._memory  # some models keep what they computed
+            timed = copy.deepcopy(model) if copied else model
+            step = seconds_of_step(timed.train(detects), samples)
+            model.eval()
+        except Exception as err:
+            self._row.notes.append(f"no time of a step: {reason_of(err)}")
+        return step, max(_peak() - before, 0) / GIB
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
