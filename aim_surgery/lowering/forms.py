@@ -29,7 +29,9 @@ def lower(gm: _Model, form: Form) -> _Model:
     """Write an operated model in another form.
 
     Both forms are one function of the same parameters, in training and in evaluation; "split"
-    does less work. Models of a class of their own (`emit="module"`) are taken, too.
+    does less work. Models of a class of their own (`emit="module"`) are taken, too. Layers whose
+    memory weights live beside them (of a frozen base; shared, quantized or packed ones) are apart
+    in either form, and stay as they are.
 
     Args:
         gm: An operated model; left unchanged.
