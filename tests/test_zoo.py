@@ -179,6 +179,16 @@ def test_a_step_that_meets_the_limit_of_memory_is_tried_on_disk(
     assert ("what the backward needs was kept on disk" in row.notes) is not smaller
 
 
+def test_rows_of_processes_that_say_nothing_share_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    blank = Row("timm", "none")
+    ended = Ended(None, "ended with exit code 1")
+    monkeypatch.setattr("benchmarks.zoo.__main__.run_limited", lambda *_, **__: ended)
+    for _ in range(2):
+        row = run_one(blank, 1, 1, 1, alone=True)
+        assert row.errors == ["building: ended with exit code 1"]
+    assert blank.errors == []
+
+
 def _operated() -> tuple[nn.Module, AimGraphModule]:
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     return model, aim_surgery.transform(model)

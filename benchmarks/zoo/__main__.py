@@ -189,7 +189,7 @@ def run_one(row: Row, seconds: float, memory: float, threads: int, alone: bool) 
     def run(row: Row, on_disk: bool) -> tuple[Row, str]:
         asked = (seconds, memory, threads, alone, on_disk)
         ended = run_limited(trial.run, row.plain(), *asked, seconds=seconds, memory=memory)
-        return (Row.of(ended.last) if ended.last else row), ended.reason
+        return Row.of(ended.last or row.plain()), ended.reason
 
     blank = row
     row, reason = run(blank, False)
