@@ -22,7 +22,7 @@ from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lowering.forms import form_of, rewrite_as
 from aim_surgery.nn.aim_modules import BeforeFreezing, aim_of, operated_in, plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
@@ -212,7 +212,7 @@ def _modules_with_statistics(gm: nn.Module) -> list[str]:
         if name and name.split(".")[0] != AIM and _holds_statistics(module)
     ]
     flags = {f"{name}.training": name for name in found}
-    graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
+    graphs = graphs_of(gm)
     for node in (node for graph in graphs for node in graph.nodes):
         if str(node.target) in flags and any(user.target is torch._assert for user in node.users):
             raise AimSurgeryError(

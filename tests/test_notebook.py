@@ -25,7 +25,7 @@ from aim_surgery import (
     read_memory,
     reset_memory,
 )
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning.parts import Memory as PlannedMemory
@@ -130,10 +130,7 @@ def test_a_split_linear_weight_and_its_layout() -> None:
 
 
 def targets(gm: AimGraphModule) -> list[Counter[tuple[str, str]]]:
-    return [
-        Counter((node.op, str(node.target)) for node in graph.nodes)
-        for graph in gm._distinct_graphs()
-    ]
+    return [Counter((node.op, str(node.target)) for node in graph.nodes) for graph in graphs_of(gm)]
 
 
 def check_frozen(gm: AimGraphModule, model: nn.Module) -> None:
@@ -153,7 +150,7 @@ def check_frozen(gm: AimGraphModule, model: nn.Module) -> None:
         if isinstance(layer, nn.modules.conv._ConvNd):
             sizes = (layer.in_channels, layer.out_channels)[:: -1 if layer.transposed else 1]
             assert layer.weight.shape[1] * layer.groups == sizes[0]
-    for graph in gm._distinct_graphs():
+    for graph in graphs_of(gm):
         graph.lint()
         for node, note in noted_sites(graph):
             names = {node.name: node for node in graph.nodes}
@@ -261,7 +258,7 @@ def test_both_graphs_are_taken_apart() -> None:
     expected = {mode: gm.train(mode)(x) for mode in (True, False)}
     freeze_base(gm)
     check_frozen(gm, model)
-    assert len(gm._distinct_graphs()) == 2
+    assert len(graphs_of(gm)) == 2
     for twin in (gm, copy.deepcopy(gm), pickle.loads(pickle.dumps(gm))):
         for mode in (True, False):
             assert_same(twin.train(mode)(x), expected[mode])

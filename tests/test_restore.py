@@ -25,6 +25,7 @@ from aim_surgery import (
 from aim_surgery.checkpoint.back import fold_file, restore_file
 from aim_surgery.checkpoint.models.loading import load_into
 from aim_surgery.checkpoint.reading.kinds import read_state_dict
+from aim_surgery.nn.graph_module import graphs_of
 from aim_surgery.surgery.state_dict import memory_in_use, restore_state_dict, widen_state_dict
 from tests.cases import CASES, Case, SmallNet, Tied, largest_difference
 
@@ -216,7 +217,7 @@ def test_a_folded_model_is_refused_with_the_reason() -> None:
 
 def test_a_user_of_the_memory_that_surgery_did_not_write_is_named() -> None:
     _, gm = small()
-    for graph in gm._distinct_graphs():
+    for graph in graphs_of(gm):
         memory = next(node for node in graph.nodes if node.target == "aim.memory")
         output = next(node for node in graph.nodes if node.op == "output")
         output.args = ((output.args[0], memory),)

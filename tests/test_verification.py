@@ -13,7 +13,7 @@ from torch import nn
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, plan, transform
 from aim_surgery.capture.nested import named_leaves
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
@@ -110,7 +110,7 @@ def broken(gm: AimGraphModule, edit: Any) -> AimGraphModule:
 
 def detach(gm: AimGraphModule, target: str) -> None:
     """Stop the gradient behind a call of a module."""
-    for graph in gm._distinct_graphs():
+    for graph in graphs_of(gm):
         node = next(node for node in graph.nodes if node.target == target)
         users = list(node.users)
         with graph.inserting_after(node):

@@ -48,7 +48,7 @@ from aim_surgery.lowering.forms import rewrite_as
 from aim_surgery.lowering.split import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of, use_graph
 from aim_surgery.nn.inside import AddMemory
 from aim_surgery.nn.pointwise import use_matrices
 from aim_surgery.nn.recurrent import GateMemory
@@ -118,8 +118,8 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
 def _fold_graph(
     twin: AimGraphModule, example_inputs: Inputs | None, *, batch_norm: bool
 ) -> tuple[str, ...]:
-    graph = twin._graphs[False]
-    twin._install({True: graph, False: graph})
+    graph = graphs_of(twin)[-1]
+    use_graph(twin, graph)
     _save_work(graph)
     if batch_norm:
         fold_batch_norms(graph, twin)
@@ -139,7 +139,7 @@ def _fold_graph(
     for path in {str(node.target) for node in folded.nodes if node.op == "call_module"}:
         use_matrices(twin.get_submodule(path))
     folded.lint()
-    twin._install({True: folded, False: folded})
+    use_graph(twin, folded)
     return _unfolded(writer)
 
 
@@ -272,8 +272,8 @@ def _erase_unused(writer: FoldWriter) -> None:
 def _unfolded(writer: FoldWriter) -> tuple[str, ...]:
     """The sites whose memory is no constant."""
     notes = []
-    nodes = {node.name: node for node in writer._source.nodes}
-    for _, note in noted_sites(writer._source):
+    nodes = {node.name: node for node in writer.source.nodes}
+    for _, note in noted_sites(writer.source):
         if nodes[note.beside] not in writer.aside:
             notes.append(f"{note.site}: reads what each sample wrote, which is no constant")
     return tuple(notes)
@@ -295,7 +295,7 @@ def _finish(twin: nn.Module, notes: tuple[str, ...]) -> None:
 def _drop_unused(twin: nn.Module, aim: AimModules) -> None:
     """Drop memories, weights and update blocks under `aim` that neither graph nor hook needs."""
     used = {id(module) for hook in _hooks(twin) for module in _modules_of(hook)}
-    graphs = [*twin._distinct_graphs()] if isinstance(twin, AimGraphModule) else []
+    graphs = [*graphs_of(twin)]
     for module in aim.children():
         if isinstance(module, Maps) and module.recipe is not None:
             graphs.append(module.recipe)

@@ -22,9 +22,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lowering.fold_parts import Part, Parts
 from aim_surgery.lowering.fold_watch import Watched, changed_argument
+from aim_surgery.lowering.ownership import Ownership
 from aim_surgery.nn.folded import at_least, chosen, plus, spread, within
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
@@ -70,6 +70,7 @@ class FoldWriter:
     """Writes a folded graph.
 
     Attributes:
+        source: The graph to fold.
         graph: What is written: a complete graph, in which maps are computed where they are used.
         parts: Writes the parts.
         maps: All maps, in the order of their first use.
@@ -96,7 +97,7 @@ class FoldWriter:
             rule_of: Finds the rule of a node; None where offsets have to be added first.
             home: Path of the module under which new tensors will be found.
         """
-        self.root, self.watched, self._source = root, watched, source
+        self.root, self.watched, self.source = root, watched, source
         self.graph = fx.Graph()
         self.parts = Parts(self.graph, root, f"{home}.given")
         self.maps: list[Map] = []
@@ -107,17 +108,12 @@ class FoldWriter:
         self._uses: Counter[fx.Node] = Counter()
         self._home, self._rule_of = home, rule_of
         self._rules: dict[fx.Node, Rule | None] = {}
-        self._calls = Counter(str(n.target) for n in source.nodes if n.op == "call_module")
-        self._looked_at = {str(n.target) for n in source.nodes if n.op == "get_attr" and n.users}
+        self._owned = Ownership(source, root)
         self.aside = self._beside()
-        modules = root.named_modules(remove_duplicate=False)
-        self._owners = Counter(
-            id(p) for _, module in modules for p in module._parameters.values() if p is not None
-        )
 
     def write(self) -> fx.Graph:
         """Write the graph."""
-        for node in self._source.nodes:
+        for node in self.source.nodes:
             self.env[node] = self._written(node)
         return self.graph
 
@@ -280,16 +276,11 @@ class FoldWriter:
             return False
         if layer is None:
             return self._functional_bias(t, value.flatten())
-        if not is_plain(layer):  # its hooks would see what memory adds
+        if not self._owned.is_alone(t, "bias"):
             return False
-        path, bias = str(t.target), layer._parameters.get("bias")
-        named = layer.bias is bias and f"{path}.bias" not in self._looked_at
-        if not named or self._calls[path] != 1 or (bias is not None and self._owners[id(bias)] > 1):
-            return False
+        bias = layer._parameters.get("bias")
         added = value.flatten() if bias is None else bias.detach() + value.flatten()
         layer._parameters["bias"] = nn.Parameter(added, requires_grad=False)
-        if bias is not None:
-            self._owners[id(layer._parameters["bias"])] = 1
         return True
 
     def _functional_bias(self, t: fx.Node, value: Tensor) -> bool:
@@ -317,7 +308,7 @@ class FoldWriter:
 
     def _beside(self) -> set[fx.Node]:
         found: set[fx.Node] = set()
-        for node in self._source.nodes:
+        for node in self.source.nodes:
             layer = self.layer_of(node)
             sources = node.all_input_nodes[:1] if _is_cast(node) else node.all_input_nodes
             if isinstance(layer, WriteBlock):

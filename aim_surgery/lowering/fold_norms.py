@@ -9,19 +9,18 @@ two products stays one.
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from aim_surgery.capture.leaves import is_plain
+from aim_surgery.lowering.ownership import Ownership
 from aim_surgery.nn.graph_state import NOTE
+from aim_surgery.nn.layer_types import BATCH_NORM_TYPES, CONV_TRANSPOSE_TYPES, CONV_TYPES
 from aim_surgery.surgery.notes import SiteNote
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
-          nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CONVS = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES)
 
 
 def affine(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,33 +42,19 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
     Returns:
         How many were merged.
     """
-    calls = Counter(str(n.target) for n in graph.nodes if n.op == "call_module")
-    looked_at = {str(n.target) for n in graph.nodes if n.op == "get_attr" and n.users}
-    layers_looked_at = {path.rpartition(".")[0] for path in looked_at}
-    owners = Counter(
-        id(p)
-        for _, module in root.named_modules(remove_duplicate=False)
-        for p in module._parameters.values()
-        if p is not None
-    )
+    owned = Ownership(graph, root)
+    layers_looked_at = {path.rpartition(".")[0] for path in owned.looked_at}
 
     def alone(node: fx.Node) -> nn.modules.conv._ConvNd | None:
         """The convolution that a node calls, where nothing else has to do with its tensors."""
         layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(layer, _CONVS) or not is_plain(layer) or calls[str(node.target)] > 1:
-            return None
-        for name in ("weight", "bias"):
-            tensor = layer._parameters.get(name)
-            if getattr(layer, name) is not tensor or f"{node.target}.{name}" in looked_at:
-                return None
-            if tensor is not None and owners[id(tensor)] > 1:
-                return None
-        return layer
+        own = isinstance(layer, _CONVS) and owned.is_alone(node, "weight", "bias")
+        return layer if own else None  # type: ignore[return-value]
 
     merged = 0
     for node in list(graph.nodes):
         norm: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, _NORMS) or not is_plain(norm) or norm.training:
+        if not isinstance(norm, BATCH_NORM_TYPES) or not is_plain(norm) or norm.training:
             continue
         if norm.running_mean is None or not isinstance(node.args[0], fx.Node):
             continue
@@ -83,7 +68,7 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
             _scale(layer, scale, added)
         node.replace_all_uses_with(source)
         graph.erase_node(node)
-        if calls[str(node.target)] == 1 and node.target not in layers_looked_at:
+        if owned.calls[str(node.target)] == 1 and node.target not in layers_looked_at:
             root.delete_submodule(str(node.target))  # pyright: ignore[reportCallIssue]
         merged += 1
     return merged

@@ -25,21 +25,18 @@ from aim_surgery.lowering.fold_norms import affine
 from aim_surgery.lowering.fold_parts import Part
 from aim_surgery.lowering.products import write_product
 from aim_surgery.nn.folded import at_least, scaled_plus, within
+from aim_surgery.nn.layer_types import BATCH_NORM_TYPES, LAYER_TYPES
 from aim_surgery.nn.pointwise import sees_one_position
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of, called_name
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d,
-          nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
-_PRODUCTS = (*_CONVS, nn.Linear)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CLAMPS = (nn.ReLU, nn.ReLU6, nn.Hardtanh)
 _AVERAGES = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
              nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d)  # fmt: skip
 _LINEAR_TYPES = (*_AVERAGES, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle, nn.Flatten)
 _NOTHING = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
-_STOCK = (*_PRODUCTS, *_NORMS, *_CLAMPS, *_LINEAR_TYPES, *_NOTHING)
+_STOCK = (*LAYER_TYPES, *BATCH_NORM_TYPES, *_CLAMPS, *_LINEAR_TYPES, *_NOTHING)
 
 _LINEAR = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d,
            F.adaptive_avg_pool3d, torch.adaptive_avg_pool1d, F.interpolate, F.pixel_shuffle,
@@ -77,9 +74,9 @@ def _rule_of_layer(writer: FoldWriter, node: fx.Node, layer: nn.Module) -> Rule 
     alone = bool(node.args) and all(writer.known(n) for n in node.all_input_nodes[1:])
     if kind is None or not alone or not is_plain(layer):
         return None
-    if kind in _PRODUCTS:
+    if kind in LAYER_TYPES:
         return _layer_product
-    if kind in _NORMS:
+    if kind in BATCH_NORM_TYPES:
         fixed = not layer.training and layer.running_mean is not None
         return _batch_norm if fixed else None
     if kind in _CLAMPS:

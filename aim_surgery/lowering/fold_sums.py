@@ -12,9 +12,8 @@ import operator
 from torch import fx, nn
 
 from aim_surgery.nn.add_product import add_product, is_better
+from aim_surgery.nn.layer_types import CONV_TYPES
 from aim_surgery.surgery.modules import READS
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def add_products(graph: fx.Graph, root: nn.Module) -> bool:
@@ -37,7 +36,7 @@ def add_products(graph: fx.Graph, root: nn.Module) -> bool:
         layer = root.get_submodule(str(beside.target))
         if not _fits(layer) or len(beside.args) != 1 or beside.kwargs:
             continue
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        assert isinstance(layer, CONV_TYPES)
         options = (layer.stride, layer.padding, layer.dilation)
         with graph.inserting_before(node):
             weight = graph.get_attr(f"{beside.target}.weight")
@@ -53,9 +52,9 @@ def add_products(graph: fx.Graph, root: nn.Module) -> bool:
 
 def _fits(layer: nn.Module) -> bool:
     """Whether it is a plain convolution that `add_product` can stand for, and better."""
-    if type(layer) not in _CONVS or layer._forward_hooks or layer._forward_pre_hooks:
+    if type(layer) not in CONV_TYPES or layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    assert isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(layer, CONV_TYPES)
     plain = layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros"
     numbers = not isinstance(layer.padding, str)
     return plain and numbers and is_better(layer.in_channels, layer.out_channels, layer.kernel_size)

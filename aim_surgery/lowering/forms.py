@@ -20,7 +20,7 @@ from aim_surgery.lowering.inside import change_hooks
 from aim_surgery.lowering.join import join_sites
 from aim_surgery.lowering.split import split_sites
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -72,7 +72,7 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
     """
     check_form(form)
     plan = plan_of(gm)
-    graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
+    graphs = graphs_of(gm)
     reads = {read.site.name: read for read in plan.reads if read.site.widens}
     modified = change_hooks(gm, form)
     for graph in graphs:

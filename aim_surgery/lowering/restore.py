@@ -22,7 +22,7 @@ from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lowering.forms import rewrite_as
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.nn.inside import detach_reads
 from aim_surgery.planning import Plan
@@ -105,9 +105,8 @@ def restore(gm: _Model, example_inputs: Inputs | None = None, *, measure: bool =
         twin: Any = deep_copy(inner)
         rewrite_as(twin, "concat")
         separate(twin, "it is restored")
-        if isinstance(twin, AimGraphModule):
-            for graph in twin._distinct_graphs():
-                _take_memory_out(graph)
+        for graph in graphs_of(twin):
+            _take_memory_out(graph)
         detach_reads(twin)
         _drop_memory(twin)
     vars(twin)["restored"] = _lost(inner, twin, plan_of(inner), example_inputs, measure=measure)

@@ -86,23 +86,35 @@ class AimGraphModule(fx.GraphModule):
         dropped += ("_compiled_call_impl",)  # of `compile`: it calls this very module
         return {name: value for name, value in vars(self).items() if name not in dropped}
 
-    def _distinct_graphs(self) -> tuple[fx.Graph, ...]:
-        if self._graphs[True] is self._graphs[False]:
-            return (self._graphs[True],)
-        return (self._graphs[True], self._graphs[False])
-
     def __deepcopy__(self, memo: dict[int, Any]) -> AimGraphModule:
         twin = _bare()
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self._state(), memo))
-        twin._install(_by_mode([copy.deepcopy(graph) for graph in self._distinct_graphs()]))
+        twin._install(_by_mode([copy.deepcopy(graph) for graph in graphs_of(self)]))
         return twin
 
     def __copy__(self) -> AimGraphModule:
-        return _assembled(self._state(), [copy.deepcopy(g) for g in self._distinct_graphs()])
+        return _assembled(self._state(), [copy.deepcopy(g) for g in graphs_of(self)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (self._state(), [graph_state(g) for g in self._distinct_graphs()])
+        return _rebuild, (self._state(), [graph_state(g) for g in graphs_of(self)])
+
+
+def graphs_of(gm: nn.Module) -> tuple[fx.Graph, ...]:
+    """The graphs of a model: that for training and that for evaluation, or one that is both.
+
+    Args:
+        gm: An operated model; one that kept its class has none.
+    """
+    if not isinstance(gm, AimGraphModule):
+        return ()
+    both = gm._graphs[True], gm._graphs[False]
+    return both[:1] if both[0] is both[1] else both
+
+
+def use_graph(gm: AimGraphModule, graph: fx.Graph) -> None:
+    """Let one graph do for training and evaluation, and compile it."""
+    gm._install({True: graph, False: graph})
 
 
 def _restoring_grad_mode(forward: Callable[..., Any]) -> Callable[..., Any]:

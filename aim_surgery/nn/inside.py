@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from aim_surgery.nn.layer_types import CONV_TRANSPOSE_TYPES
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.stand_in import StandIn
@@ -218,7 +219,7 @@ class AddMemory(_Hook):
         if not dims:
             return output + self.beside(view).to(output.dtype)
         size = list(output.shape[-dims:])
-        if isinstance(self.beside, _TRANSPOSED) and _can_give(self.beside, view, size):
+        if isinstance(self.beside, CONV_TRANSPOSE_TYPES) and _can_give(self.beside, view, size):
             part = self.beside(view, output_size=size)
         else:
             part = self.beside(view)
@@ -255,9 +256,6 @@ class _Evaluating(_Hook):
 
     def __call__(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         layer.training = False
-
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def _can_give(layer: nn.modules.conv._ConvTransposeNd, view: Tensor, size: list[int]) -> bool:

@@ -19,9 +19,9 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from aim_surgery.capture import Capture
+from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.sites.graph import argument_of, attribute, is_call, is_float, weight_sources
 from aim_surgery.sites.layers import (
-    LAYER_TYPES,
     geometry_of,
     weights_of,
     why_beside,

@@ -24,11 +24,11 @@ from torch.utils._pytree import tree_leaves
 from aim_surgery.capture import Capture
 from aim_surgery.capture.copies import deep_copy, own_arguments, shared_state_kept
 from aim_surgery.errors import in_one_line
+from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.closed import are_closed
 from aim_surgery.sites.layers import (
     FROZEN,
-    LAYER_TYPES,
     geometry_of,
     matrix_of,
     weights_of,

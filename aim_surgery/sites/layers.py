@@ -11,11 +11,8 @@ from torch import nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.leaves import is_stock
+from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.sites.site import Kind
-
-CONV_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-CONV_TRANSPOSE_TYPES = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYER_TYPES = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES, nn.Linear)
 
 # What surgery may freeze or thaw without another plan; the other reasons are of the model's make.
 FROZEN = "its weight is frozen"

@@ -15,10 +15,10 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from aim_surgery.capture import Capture
+from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import attribute, is_call, weight_sources
-from aim_surgery.sites.layers import LAYER_TYPES
 from aim_surgery.sites.products import GROUPED
 from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip

@@ -9,13 +9,12 @@ from torch import fx, nn
 from torch.fx.node import Argument
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.planning import Read
 from aim_surgery.surgery.beside import input_of
 from aim_surgery.surgery.notes import SiteNote, noted_sites
 
-_KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear,
-          nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)  # fmt: skip
-_FORWARDS = frozenset(kind.forward for kind in _KINDS)
+_FORWARDS = frozenset(kind.forward for kind in LAYER_TYPES)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 

@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.aim_modules import aim_of, plan_of
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.inside import add_instead
@@ -53,7 +53,7 @@ def separate(gm: nn.Module, why: str) -> None:
     if not every:
         return
     widened = {name: read for name, read in every.items() if not read.site.inside}
-    graphs = gm._distinct_graphs() if isinstance(gm, AimGraphModule) else ()
+    graphs = graphs_of(gm)
     found = [pieces_of(graph, widened) for graph in graphs]
     _check_all_found(widened, found)
     layers = {read.site.layer: read for read in every.values()}

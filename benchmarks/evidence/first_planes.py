@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor, fx
 
-from aim_surgery.nn.graph_module import AimGraphModule
+from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.views import averaged
 
 
@@ -34,7 +34,7 @@ def read_first_planes(gm: AimGraphModule) -> int:
     Raises:
         ValueError: No read is averaged, or not all of them were found.
     """
-    graphs = gm._distinct_graphs()
+    graphs = graphs_of(gm)
     views = _averaged_views(gm)
     found = [node for graph in graphs for node in graph.nodes if node.target is averaged]
     if not views or len(found) != len(views) * len(graphs):
