@@ -176,7 +176,7 @@ class _Trial:
                 row.checked_on = checks.describe(samples)
             each = LIGHT_ACTIVATIONS * activations
             memory = self._needs(LIGHT_BYTES) + each * max(samples.batch, 1)
-            brief = steps > left or memory > self._memory or too_large
+            brief = steps > left or memory > self._memory
             kept = saved_on_disk(gm) if too_large else contextlib.nullcontext()
             self._enter("verifying")
             checks.check_light(
