@@ -3,7 +3,7 @@
 It stands in the metadata of safetensors files, and in `state_dict._metadata` of PyTorch's.
 """
 
-FORMAT_VERSION = "1"
+FILE_FORMAT = "1"
 
 FORMAT_KEY = "aim_surgery.format"  # which every such file has
 VERSION_KEY = "aim_surgery.version"  # of this package

@@ -146,6 +146,7 @@ def test_what_backward_needs_can_lie_on_disk() -> None:
     assert not folder.exists()
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
         assert parameter.grad is not None
+        assert gradient is not None
         assert torch.equal(parameter.grad, gradient)
 
 
@@ -175,7 +176,7 @@ def test_a_step_that_meets_the_limit_of_memory_is_tried_on_disk(
     assert row.ok
     assert row.step_seconds is None
     assert "a training step takes more than the 20.0 GiB" in row.notes
-    assert row.checks == ("full" if smaller else "brief")
+    assert row.checks == ("full" if smaller else "light")
     assert ("what the backward needs was kept on disk" in row.notes) is not smaller
 
 
@@ -192,6 +193,26 @@ def test_rows_of_processes_that_say_nothing_share_nothing(monkeypatch: pytest.Mo
 def _operated() -> tuple[nn.Module, AimGraphModule]:
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
     return model, aim_surgery.transform(model)
+
+
+class _Nothing(nn.Module):
+    """Gives no values at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(64, 64, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x)[:, :0]
+
+
+def test_light_checks_without_anything_to_judge_fail() -> None:
+    model = _Nothing().eval()
+    gm = aim_surgery.transform(model, torch.zeros(2, 64, 8, 8))
+    row = Row("timm", "nothing")
+    checks.check_light(model, gm, samples_for(model, gm.plan, None), model, row)
+    assert "light: in neither mode, the original gives what could be judged" in row.errors
+    assert not row.verified
 
 
 @pytest.mark.parametrize("brief", [False, True])

@@ -18,7 +18,7 @@ from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.reading.kinds import open_source
 from aim_surgery.checkpoint.reading.torch_file import entry_of
-from aim_surgery.checkpoint.save import layout_of, refuse_unknown, write_content
+from aim_surgery.checkpoint.save import kind_to_write, refuse_unknown, write_content
 from aim_surgery.checkpoint.writing.atomic import check_target, refuse_itself
 from aim_surgery.checkpoint.writing.exported_file import write_exported
 from aim_surgery.checkpoint.writing.layout import keeps_layout, left_behind, restored_layout
@@ -59,21 +59,21 @@ def restore_file(
         not; and notes for the user. Print both.
 
     Raises:
-        AimSurgeryError: See `load` and `restore`; the name asks for another layout, or the file
-            can't be written.
+        AimSurgeryError: See `load` and `restore`; the name asks for another kind of file, or the
+            file can't be written.
     """
     refuse_itself(checkpoint, output)
     check_target(output)
     refuse_unknown(output)
-    layout = layout_of(output)
-    if layout not in ("torch", "dcp", "safetensors"):
+    kind = kind_to_write(output)
+    if kind not in ("torch", "dcp", "safetensors"):
         raise CheckpointError(
             f"{output}: a restored model goes into a .safetensors or a .pt file, or a .dcp folder"
         )
     gm = load(checkpoint, model, key=key, ema=ema)
     source = open_source(checkpoint, key=key, ema=ema)
     base: Any = restore(gm, example_inputs)
-    if layout == "safetensors":
+    if kind == "safetensors":
         state = base.state_dict()
         entries = {name: entry_of(value) for name, value in state.items()}
         write_safetensors(output, entries, state.__getitem__, {})
@@ -113,10 +113,10 @@ def fold_file(
         What still reads the memory and why, and what the program doesn't take: notes for the user.
 
     Raises:
-        AimSurgeryError: See `load` and `fold`; the name asks for another layout, the model can't be
-            exported, or the file can't be written.
+        AimSurgeryError: See `load` and `fold`; the name asks for another kind of file, the model
+            can't be exported, or the file can't be written.
     """
-    if layout_of(output) != "exported":
+    if kind_to_write(output) != "exported":
         raise CheckpointError(
             f"{output}: no plan rebuilds a folded model, so it goes into a .pt2 file, as a program"
         )

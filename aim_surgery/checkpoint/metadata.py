@@ -17,9 +17,9 @@ from aim_surgery.config import Form
 from aim_surgery.errors import CheckpointError
 from aim_surgery.file_format import (
     ALIASES_KEY,
+    FILE_FORMAT,
     FORM_KEY,
     FORMAT_KEY,
-    FORMAT_VERSION,
     MODEL_KEY,
     PLAN_KEY,
     VERSION_KEY,
@@ -52,7 +52,7 @@ def metadata_of(
         CheckpointError: The arguments are no JSON.
     """
     found = {
-        FORMAT_KEY: FORMAT_VERSION,
+        FORMAT_KEY: FILE_FORMAT,
         VERSION_KEY: __version__,
         VERSIONS_KEY: json.dumps(_versions()),
         PLAN_KEY: plan.to_json(),
@@ -92,9 +92,9 @@ def plan_in(source: Source) -> Plan:
             f"{source.path}: not an aim-surgery file: it has weights but no plan. Load it into its "
             f"model and transform that"
         )
-    if version != FORMAT_VERSION:
+    if version != FILE_FORMAT:
         raise CheckpointError(
-            f"{source.path}: written in format {version}, this version reads {FORMAT_VERSION}; "
+            f"{source.path}: written in format {version}, this version reads {FILE_FORMAT}; "
             f"update aim-surgery"
         )
     return Plan.from_json(source.metadata[PLAN_KEY])

@@ -1,6 +1,6 @@
 """Operated models in files: the weights, and the plan that rebuilds the model around them.
 
-The name of a file tells its layout:
+The name of a file tells its kind:
 
     *.safetensors, or no suffix    safetensors
     *.index.json                   shards of safetensors
@@ -36,7 +36,7 @@ from aim_surgery.planning import inputs_of_plan
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
 
 
-def layout_of(path: Path) -> str:
+def kind_to_write(path: Path) -> str:
     """What a file's name asks for: "shards", "exported", "torch", "dcp" or "safetensors"."""
     suffix = path.suffix.lower()
     if path.name.endswith(".index.json"):
@@ -54,7 +54,7 @@ def refuse_unknown(path: Path) -> None:
     Raises:
         CheckpointError: The suffix is none of the module's table.
     """
-    if path.suffix.lower() not in ("", ".safetensors") and layout_of(path) == "safetensors":
+    if path.suffix.lower() not in ("", ".safetensors") and kind_to_write(path) == "safetensors":
         names = ", ".join((".safetensors", ".index.json", ".pt2", ".dcp", *TORCH_SUFFIXES))
         raise CheckpointError(f"{path}: {path.suffix} is no format that is written: use {names}")
 
@@ -114,7 +114,7 @@ def write_operated(
     carry_optimizer: CarryOptimizer | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> list[str]:
-    """Write an operated state dict in the layout that the file's name asks for.
+    """Write an operated state dict as the kind of file that its name asks for.
 
     Args:
         operated: What to write.
@@ -131,24 +131,24 @@ def write_operated(
         CheckpointError: See `save`.
     """
     refuse_unknown(path)
-    layout = layout_of(path)
-    laid_out = layout in ("torch", "dcp")
+    kind = kind_to_write(path)
+    laid_out = kind in ("torch", "dcp")
     aliases = {} if laid_out else operated.aliases
     form = form_of(operated.model)
     metadata = metadata_of(operated.plan, aliases, form, path, model_spec, model_args)
     if laid_out:
         placeholders = Placeholders()
         carry = carry_optimizer
-        if carry is not None and layout == "dcp":  # PyTorch's reader asks for all entries
+        if carry is not None and kind == "dcp":  # PyTorch's reader asks for all entries
             carry = functools.partial(carry, start_new=True)
         content, notes = operated_layout(operated, metadata, placeholders, carry)
         write_content(path, content, placeholders, metadata, progress)
         return notes
     notes: list[str] = []
-    if layout == "exported":
+    if kind == "exported":
         notes = _write_exported(operated, path, metadata)
     else:
-        write = write_shards if layout == "shards" else write_safetensors
+        write = write_shards if kind == "shards" else write_safetensors
         write(path, operated.entries, operated.tensor, metadata, progress)
     return notes + left_behind(None if operated.original is None else operated.original.source)
 
@@ -172,7 +172,7 @@ def write_content(
     Raises:
         CheckpointError: It can't be written.
     """
-    if layout_of(path) == "dcp":
+    if kind_to_write(path) == "dcp":
         from aim_surgery.checkpoint.writing.dcp_folder import write_dcp
 
         write_dcp(path, content, placeholders, metadata, progress)
@@ -196,6 +196,6 @@ def _with_values(operated: Operated) -> nn.Module:
     left = [n for n, b in (*gm.named_buffers(), *gm.named_parameters()) if b.is_meta]
     if left:
         raise CheckpointError(
-            f"{left[0]} is computed when the model is built: write another layout"
+            f"{left[0]} is computed when the model is built: write another kind of file"
         )
     return gm

@@ -20,7 +20,7 @@ from aim_surgery.checkpoint.reading.shards import SUFFIX as INDEX_SUFFIX
 from aim_surgery.checkpoint.reading.shards import read_index
 from aim_surgery.checkpoint.save import (
     TORCH_SUFFIXES,
-    layout_of,
+    kind_to_write,
     refuse_unknown,
     write_operated,
 )
@@ -116,7 +116,7 @@ def transform_checkpoint(
 
     Args:
         checkpoint: What to read; left unchanged.
-        output: What to write or replace; its name tells the layout.
+        output: What to write or replace; its name tells the kind of file.
         operation: What to do.
         reading: How to read.
         dry_run: Whether everything is done but the writing.
@@ -225,7 +225,7 @@ def outputs_in(folder: Path, checkpoints: Iterable[Path], form: Format) -> dict[
     Args:
         folder: The folder for them; made if it is missing.
         checkpoints: The checkpoints.
-        form: The layout to write.
+        form: The kind of file to write.
 
     Returns:
         The file to write for each checkpoint.
@@ -257,7 +257,7 @@ def output_for(checkpoint: Path, output: str, form: Format | None = None) -> Pat
     Args:
         checkpoint: The checkpoint.
         output: What stands after -o.
-        form: The layout to write into a folder; if left out, that of the checkpoint's own name.
+        form: The kind of file to write into a folder; if left out, that of the checkpoint.
 
     Raises:
         CheckpointError: The folder can't be made.
@@ -265,14 +265,14 @@ def output_for(checkpoint: Path, output: str, form: Format | None = None) -> Pat
     if not names_a_folder(output):
         return Path(output)
     alike: dict[str, Format] = {"torch": "pt", "dcp": "dcp"}
-    form = form or alike.get(layout_of(checkpoint), "safetensors")
+    form = form or alike.get(kind_to_write(checkpoint), "safetensors")
     return outputs_in(Path(output), [checkpoint], form)[checkpoint]
 
 
 def names_a_folder(output: str) -> bool:
     """Whether an output is meant as a folder to write into: it is one, or ends as one."""
     path = Path(output)
-    if layout_of(path) == "dcp":
+    if kind_to_write(path) == "dcp":
         return False
     return output.endswith(("/", os.sep)) or path.is_dir()
 
@@ -282,4 +282,4 @@ def names_a_file(output: str) -> bool:
     if names_a_folder(output):
         return False
     known, path = (*_CHECKPOINTS, ".json"), Path(output)
-    return path.suffix.lower() in known or layout_of(path) != "safetensors" or path.is_file()
+    return path.suffix.lower() in known or kind_to_write(path) != "safetensors" or path.is_file()

@@ -51,7 +51,7 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
         source = joined.get(source, source)
         varies = plan.varies(read.memory, read.version)
         with graph.inserting_before(total):
-            cat = write_joined(graph, source, view, None, read, note.layout, varies)
+            cat = write_joined(graph, source, view, None, read, note.memory_format, varies)
             if note.called:
                 size = pieces.output_size
                 site = graph.call_module(note.called, (cat,) if size is None else (cat, size))

@@ -9,7 +9,7 @@ from torch import nn
 
 from aim_surgery._version import __version__
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.file_format import FORM_KEY, FORMAT_KEY, FORMAT_VERSION, PLAN_KEY, VERSION_KEY
+from aim_surgery.file_format import FILE_FORMAT, FORM_KEY, FORMAT_KEY, PLAN_KEY, VERSION_KEY
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class AimModules(nn.Module):
         if self._told[0] is not self.plan:  # some scripts ask for a state dict each step
             self._told = (self.plan, self.plan.to_json())
         told = {
-            FORMAT_KEY: FORMAT_VERSION,
+            FORMAT_KEY: FILE_FORMAT,
             VERSION_KEY: __version__,
             PLAN_KEY: self._told[1],
             FORM_KEY: self.form,

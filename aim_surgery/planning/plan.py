@@ -19,7 +19,7 @@ from aim_surgery.planning.budget import available_by_layer
 from aim_surgery.planning.parts import Memory, Read, Write
 from aim_surgery.sites import Boundary, Site, Skip
 
-FORMAT_VERSION = 2
+PLAN_FORMAT = 2
 UNREAD = "no later site would read it"
 
 
@@ -286,7 +286,7 @@ class Plan:
 
     def to_json(self, indent: int | None = None) -> str:
         """The plan as JSON text, for `from_json`."""
-        return json.dumps({"format": FORMAT_VERSION, **dataclasses.asdict(self)}, indent=indent)
+        return json.dumps({"format": PLAN_FORMAT, **dataclasses.asdict(self)}, indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -301,8 +301,8 @@ class Plan:
             version = data.pop("format")
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as err:
             raise PlanError(f"this text is not a plan in JSON: {err!r}") from err
-        if version != FORMAT_VERSION:
-            raise PlanError(f"plan format {version!r}, this version reads {FORMAT_VERSION}")
+        if version != PLAN_FORMAT:
+            raise PlanError(f"plan format {version!r}, this version reads {PLAN_FORMAT}")
         try:
             reads = tuple(
                 Read(Site(**_tuples(read.pop("site"))), **read) for read in data.pop("reads")

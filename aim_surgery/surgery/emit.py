@@ -110,12 +110,12 @@ class GraphWriter:
         shape, view = self._seen(source, read, value, -2 if rows else -1)
         index, name = call.input_index, call.input_name
         features = call.product.features if call.product is not None else ()
-        layout = channels_last_format(value)
-        places = (index, name, rows, features, layout)
+        memory_format = channels_last_format(value)
+        places = (index, name, rows, features, memory_format)
         note = SiteNote(read.site.name, source.name, view.name, "", *places)
         if result is None:
             varies = self._plan.varies(read.memory, read.version)
-            joined = write_joined(self.graph, source, view, shape, read, layout, varies)
+            joined = write_joined(self.graph, source, view, shape, read, memory_format, varies)
             result = total = self.copy(node, copied)
             set_input(result, note, joined)
         elif call.table is not None:

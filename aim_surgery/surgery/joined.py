@@ -16,7 +16,7 @@ def write_joined(
     view: fx.Node,
     shape: fx.Node | None,
     read: Read,
-    layout: torch.memory_format | None,
+    memory_format: torch.memory_format | None,
     varies: bool,
 ) -> fx.Node:
     """Write cat[x, m] along the channels, group by group, at the graph's point of insertion.
@@ -27,7 +27,7 @@ def write_joined(
         view: The node m (see `SiteNote.view`).
         shape: The node of x's shape; None to write one.
         read: The site's read.
-        layout: The channels-last format of x, None where it is in another.
+        memory_format: The channels-last format of x, None where it is in another.
         varies: Whether m is another for each sample.
 
     Returns:
@@ -44,14 +44,14 @@ def write_joined(
         lead = call(operator.getitem, (shape, slice(None, axis)))
         size = call(operator.add, (lead, (-1,) * (dims + 1)))
         view = method("expand", (view, size))
-    if layout and groups == 1:
-        view = _laid_out(graph, view, layout)  # or `cat` would fall back to contiguous
+    if memory_format and groups == 1:
+        view = _laid_out(graph, view, memory_format)  # or `cat` would fall back to contiguous
     joined = call(torch.cat, ([source, view], axis))
     if groups > 1:
         joined = method("flatten", (joined, axis - 1, axis))
-        joined = _laid_out(graph, joined, layout) if layout else joined
+        joined = _laid_out(graph, joined, memory_format) if memory_format else joined
     return joined
 
 
-def _laid_out(graph: fx.Graph, node: fx.Node, layout: torch.memory_format) -> fx.Node:
-    return graph.call_method("clone", (node,), {"memory_format": layout})
+def _laid_out(graph: fx.Graph, node: fx.Node, memory_format: torch.memory_format) -> fx.Node:
+    return graph.call_method("clone", (node,), {"memory_format": memory_format})

@@ -31,7 +31,7 @@ class SiteNote(NamedTuple):
         input_name: Its keyword.
         rows: Whether it is a product W @ x of more than one column: features are rows.
         features: Sizes of the last axes of its output, where features are several; else ().
-        layout: The channels-last format of x, None where it is in another.
+        memory_format: The channels-last format of x, None where it is in another.
         called: Path of the layer whose call the node stands for, where it is a function of W_x
             that `split` wrote; "" elsewhere.
         sliced: Name of the node W_x, a slice of the widened weight, where `split` took it apart;
@@ -46,7 +46,7 @@ class SiteNote(NamedTuple):
     input_name: str
     rows: bool
     features: tuple[int, ...] = ()
-    layout: torch.memory_format | None = None
+    memory_format: torch.memory_format | None = None
     called: str = ""
     sliced: str = ""
 
