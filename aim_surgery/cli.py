@@ -48,7 +48,7 @@ from aim_surgery.cli_options import (
     refuse_beside_plan,
 )
 from aim_surgery.cli_output import line_of, progress_bar, tell_error, tell_written, told_of
-from aim_surgery.errors import AimSurgeryError
+from aim_surgery.errors import AimSurgeryError, CheckpointError
 
 if TYPE_CHECKING:
     from aim_surgery.checkpoint.transform import Outcome, Reading
@@ -375,8 +375,12 @@ def _target(checkpoint: Path, output: str, *form: Any) -> Path:
 
 
 def _refuse_itself(checkpoint: Path, output: Path) -> None:
-    if checkpoint.resolve() == output.resolve():
-        raise typer.BadParameter("is the checkpoint itself: name another file", param_hint="-o")
+    from aim_surgery.checkpoint.writing.atomic import refuse_itself
+
+    try:
+        refuse_itself(checkpoint, output)
+    except CheckpointError as err:
+        raise typer.BadParameter(str(err), param_hint="-o") from err
 
 
 @app.command("inspect")

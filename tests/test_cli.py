@@ -290,6 +290,8 @@ def test_wrong_usage_of_files(folder):
     ):
         assert "name it with --model" in usage_error_of(*words, "--model-args", '{"width": 4}')
     assert "is the checkpoint itself" in usage_error_of("transform", *SMALL, "-o", "./small.pt")
+    Path("link.pt").hardlink_to("small.pt")  # another name of the same file
+    assert "is the checkpoint itself" in usage_error_of("transform", *SMALL, "-o", "link.pt")
     out = ("-o", "aim.safetensors", "--plan", "plan.json")
     for option in ("--memory=9", "--budget=none", "--init=fresh", "--include=0", "--write=none",
         "--write-at=0", "--carry=state"):  # fmt: skip

@@ -58,7 +58,7 @@ from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
-from aim_surgery.surgery.outputs import floating_dtype, noise_like
+from aim_surgery.surgery.outputs import drawn_anew, floating_dtype
 from aim_surgery.surgery.pieces import pieces_of
 from aim_surgery.surgery.separate import separate
 
@@ -166,11 +166,11 @@ def _watched(
             "this model's example inputs hold objects that its plan can't store: pass "
             "example_inputs to fold"
         )
-    inputs = noise_like(_bound(graph, example), None)
+    inputs = drawn_anew(_bound(graph, example), None)
     try:
         return inputs, watch(graph, twin, inputs)
     except (RuntimeError, TypeError, ValueError):  # it may be of another dtype now
-        inputs = noise_like(inputs, floating_dtype(twin))
+        inputs = drawn_anew(inputs, floating_dtype(twin))
         return inputs, watch(graph, twin, inputs)
 
 

@@ -44,7 +44,7 @@ def difference_of(
         where = "on noise of the sizes that it was operated with"
         if inputs is None:
             raise Unmeasured("its plan can't store its example inputs: pass example_inputs")
-        args, kwargs = noise_like((inputs.args, dict(inputs.kwargs)), floating_dtype(one))
+        args, kwargs = drawn_anew((inputs.args, dict(inputs.kwargs)), floating_dtype(one))
         inputs = ExampleInputs(args, kwargs, inputs.source)
     try:
         with random_state_kept():
@@ -59,7 +59,7 @@ def difference_of(
     return max(found), where
 
 
-def noise_like(values: Any, dtype: torch.dtype | None) -> Any:
+def drawn_anew(values: Any, dtype: torch.dtype | None) -> Any:
     """Nested values with all floats in them drawn anew, in another dtype if one is given."""
     generator = torch.Generator().manual_seed(0)
 
