@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lowering.forms import form_of, rewrite_as
+from aim_surgery.lowering.forms import take_apart
 from aim_surgery.nn.aim_modules import BeforeFreezing, aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.inside import keep_in_evaluation
@@ -30,7 +30,6 @@ from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import AIM, memory_path, write_path
 from aim_surgery.surgery.outputs import evaluating
-from aim_surgery.surgery.separate import separate
 
 _Model = TypeVar("_Model", bound=nn.Module)
 _COUNTED = "num_batches_tracked"
@@ -110,14 +109,8 @@ def freeze_base(gm: _Model, *, statistics: bool = False) -> _Model:
             f"on the operated model first, and wrap it then"
         )
     kept = _modules_with_statistics(inner) if statistics else []
-    form = form_of(inner)
-    rewrite_as(inner, "concat")
-    try:
-        with torch.inference_mode(False):  # parameters made inside it could never be trained
-            separate(inner, "the base is frozen")
-    except AimSurgeryError:
-        rewrite_as(inner, form)
-        raise
+    with torch.inference_mode(False):  # parameters made inside it could never be trained
+        take_apart(inner, "the base is frozen")
     _note_before_freezing(inner, kept)
     for name, parameter in inner.named_parameters():
         parameter.requires_grad_(name.startswith(f"{AIM}."))

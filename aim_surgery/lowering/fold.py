@@ -44,7 +44,7 @@ from aim_surgery.lowering.fold_norms import fold_batch_norms
 from aim_surgery.lowering.fold_rules import rule_of
 from aim_surgery.lowering.fold_sums import add_products
 from aim_surgery.lowering.fold_watch import Watched, watch
-from aim_surgery.lowering.forms import rewrite_as
+from aim_surgery.lowering.forms import take_apart
 from aim_surgery.lowering.split import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
@@ -60,7 +60,6 @@ from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.surgery.outputs import drawn_anew, floating_dtype
 from aim_surgery.surgery.pieces import pieces_of
-from aim_surgery.surgery.separate import separate
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -105,8 +104,7 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
         )
     with torch.inference_mode(False):
         twin: Any = deep_copy(inner)
-        rewrite_as(twin, "concat")
-        separate(twin, "it is folded")
+        take_apart(twin, "it is folded")
         notes = fold_hooks(twin)
         if isinstance(twin, AimGraphModule):
             notes = (*notes, *_fold_graph(twin, example_inputs, batch_norm=batch_norm))

@@ -21,6 +21,7 @@ from aim_surgery.lowering.join import join_sites
 from aim_surgery.lowering.split import split_sites
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
+from aim_surgery.surgery.separate import separate
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -72,10 +73,9 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
     """
     check_form(form)
     plan = plan_of(gm)
-    graphs = graphs_of(gm)
     reads = {read.site.name: read for read in plan.reads if read.site.widens}
     modified = change_hooks(gm, form)
-    for graph in graphs:
+    for graph in graphs_of(gm):
         split = form == "split"
         changed = split_sites(graph, gm, plan, reads) if split else join_sites(graph, plan, reads)
         modified = changed or modified
@@ -84,6 +84,25 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
         gm.recompile()
     aim_of(gm).form = form
     return modified
+
+
+def take_apart(gm: nn.Module, why: str) -> None:
+    """Give each widened layer its own weight back, in whatever form the model is.
+
+    Args:
+        gm: An operated model; changed in place, and of form "concat" afterwards.
+        why: See `separate`.
+
+    Raises:
+        AimSurgeryError: See `separate`; the model is as it was.
+    """
+    form = form_of(gm)
+    rewrite_as(gm, "concat")
+    try:
+        separate(gm, why)
+    except AimSurgeryError:
+        rewrite_as(gm, form)
+        raise
 
 
 def check_form(form: object) -> None:

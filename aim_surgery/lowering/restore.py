@@ -2,7 +2,7 @@
 
     conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)  ->  conv(x, W_x)
 
-On a copy, layers are taken apart (`separate`), and then the second product is left out. What the
+On a copy, layers are taken apart (`take_apart`), and then the second product is left out. What the
 operation added is dropped: memories, update blocks, weights beside their layers, hooks. What was
 trained in W_x since stays trained. Nothing is lost where conv(m, W_m) is zero at every site: right
 after an operation with `init="preserve"`, with a memory of zeros, or inside `disable`. Elsewhere
@@ -20,7 +20,7 @@ from torch import fx, nn
 from aim_surgery.capture import Inputs
 from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.lowering.forms import rewrite_as
+from aim_surgery.lowering.forms import take_apart
 from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.graph_state import NOTE
@@ -29,7 +29,6 @@ from aim_surgery.planning import Plan
 from aim_surgery.surgery.modules import AIM, memory_path
 from aim_surgery.surgery.outputs import Unmeasured, difference_of
 from aim_surgery.surgery.pieces import pieces_of
-from aim_surgery.surgery.separate import separate
 from aim_surgery.surgery.state_dict import memory_in_use
 from aim_surgery.surgery.tidy import erase_unused
 
@@ -103,8 +102,7 @@ def restore(gm: _Model, example_inputs: Inputs | None = None, *, measure: bool =
     inner = operated_in(gm)
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         twin: Any = deep_copy(inner)
-        rewrite_as(twin, "concat")
-        separate(twin, "it is restored")
+        take_apart(twin, "it is restored")
         for graph in graphs_of(twin):
             _take_memory_out(graph)
         detach_reads(twin)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery.nn.add_product import CONVS, add_product, is_watched
+from aim_surgery.nn.layer_types import CONV_TYPES
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -94,7 +95,7 @@ _KINDS = {nn.Conv1d: Pointwise1d, nn.Conv2d: Pointwise2d, nn.Conv3d: Pointwise3d
 
 def sees_one_position(layer: nn.Module | None) -> bool:
     """Whether a layer is a convolution, in groups or not, that neither mixes positions nor pads."""
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+    if not isinstance(layer, CONV_TYPES):
         return False
     padded = isinstance(layer.padding, str) or any(layer.padding)
     return {*layer.kernel_size} == {1} and not padded

@@ -58,7 +58,7 @@ def separate(gm: nn.Module, why: str) -> None:
     _check_all_found(widened, found)
     layers = {read.site.layer: read for read in every.values()}
     for read in layers.values():
-        check_weight(gm, read)
+        _check_weight(gm, read)
     called = {
         widened[note.site].site.layer
         for pieces in found
@@ -116,7 +116,7 @@ def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[
 # The modules --------------------------------------------------------------------------------
 
 
-def check_weight(gm: nn.Module, read: Read) -> None:
+def _check_weight(gm: nn.Module, read: Read) -> None:
     """Make sure that a layer's weight is the widened one.
 
     Args:

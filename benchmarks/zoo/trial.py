@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import resource
@@ -177,7 +176,7 @@ class _Trial:
             each = LIGHT_ACTIVATIONS * activations
             memory = self._needs(LIGHT_BYTES) + each * max(samples.batch, 1)
             brief = steps > left or memory > self._memory
-            kept = saved_on_disk(gm) if too_large else contextlib.nullcontext()
+            kept = saved_on_disk(gm) if too_large else None
             self._enter("verifying")
             checks.check_light(
                 model, gm, samples, on_meta, row, detects=detects, brief=brief, kept=kept
