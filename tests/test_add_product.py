@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 
-from aim_surgery import AimConfig, lower, transform
 from aim_surgery.nn.add_product import add_product
 from tests.cases import assert_same
 
@@ -101,17 +100,3 @@ def test_under_torchscript() -> None:
     traced: Any = torch.jit.trace(function, tuple(given))
     others = [operand + 1 for operand in given]
     assert_same(traced(*others), function(*others))
-
-
-def test_split_uses_it_where_it_has_few_planes() -> None:
-    """Columns that are more than the result itself would be the larger part."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)]
-    x = torch.randn(2, 3, 8, 8)
-    config = AimConfig(budget=None, memory=64, write="sample", write_at=("1",), widths=(2,))
-    gm: Any = transform(nn.Sequential(*layers), x, config=config)
-    split = lower(gm, "split")
-    uses = [node.target for node in split.graph.nodes if node.target is add_product]
-    assert [read.planes for read in gm.plan.reads] == [1, 1, 2]
-    assert len(uses) == 1  # 9 numbers a position for 64 channels, and not 18 for 8
-    assert add_product not in [node.target for node in lower(split, "concat").graph.nodes]

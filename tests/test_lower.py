@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, transform
 from aim_surgery.lowering import lower
 from aim_surgery.lowering.forms import rewrite_as
 from aim_surgery.nn.inside import JoinMemory
-from aim_surgery.nn.pointwise import pointwise
 from aim_surgery.nn.split_memory import SplitMemory
 from aim_surgery.surgery.notes import noted_sites
 from tests.cases import CASES, Case, assert_rounds_alike, assert_same, conv_geometries
@@ -218,7 +218,7 @@ def test_what_a_pass_says_it_did() -> None:
 
 def test_fewer_operations() -> None:
     x = torch.randn(4, 6, 8, 8, dtype=torch.float64)
-    layers = [nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 6, 1)]
+    layers = [nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.ReLU(), nn.Conv2d(6, 6, 3)]
     gm = operated(nn.Sequential(*layers), x)
     split = lower(gm, "split")
     functions = [node.target for node in split.graph.nodes]
@@ -226,16 +226,17 @@ def test_fewer_operations() -> None:
     assert "expand" not in functions
     shapes: list[torch.Size] = []
 
-    class Watch(fx.Interpreter):
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            result = super().call_function(target, args, kwargs)
-            if target is F.conv2d:
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if func is F.conv2d:
                 shapes.append(result.shape)
-            if target is pointwise:
-                shapes.extend((result.shape, args[3].shape))
             return result
 
-    Watch(split).run(x)
+    with Watch(), torch.no_grad():
+        split(x)
     assert [len(shape) for shape in shapes] == [4, 3, 4, 3]  # the memory's part has no batch
 
 
@@ -277,8 +278,9 @@ def test_errors() -> None:
         lower(nn.Linear(2, 2), "split")
     with pytest.raises(AimSurgeryError, match="form must be"):
         lower(gm, "folded")  # type: ignore[arg-type]
-    split = lower(gm, "split")
-    node, _ = next(noted_sites(split.graph))
+    case = next(case for case in CASES if case.name == "functional")
+    split = lower(operated(case.build(), inputs_of(case)), "split")
+    *_, (node, _) = noted_sites(split.graph)
     total = next(iter(node.users))
     total.replace_all_uses_with(node, lambda user: user is not total)
     split.graph.erase_node(total)
@@ -288,6 +290,17 @@ def test_errors() -> None:
     node.meta["aim"] = note._replace(view="gone")
     with pytest.raises(AimSurgeryError, match="has been changed since surgery wrote it"):
         lower(gm, "split")
+
+
+def test_slices_are_taken_where_they_are_used() -> None:
+    """So that backward holds the gradients of one weight's slices at a time."""
+    case = next(case for case in CASES if case.name == "functional")
+    split = lower(operated(case.build(), inputs_of(case)), "split")
+    targets = [node.target for node in split.graph.nodes]
+    splits = [index for index, target in enumerate(targets) if target == "split"]
+    sums = [index for index, target in enumerate(targets) if target == "add_"]
+    assert len(splits) == len(sums) == 3
+    assert all(a < b for a, b in zip(sums, splits[1:], strict=False))
 
 
 def test_hooks_put_on_since() -> None:

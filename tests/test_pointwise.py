@@ -131,33 +131,6 @@ def test_under_transforms_and_compilers() -> None:
 
 
 @pytest.mark.parametrize("write", ["none", "sample"])
-def test_split_uses_it(write: Any) -> None:
-    """And the sums of linear layers go into their biases."""
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(True), nn.Conv2d(8, 8, 1, 2, bias=False), nn.ReLU(True),
-              nn.Conv2d(8, 8, 1, padding=1), nn.Conv2d(8, 8, 1, groups=2), nn.Flatten(),
-              nn.Linear(288, 5), nn.Linear(5, 5, bias=False)]  # fmt: skip
-    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
-    at = None if write == "none" else ("1",)
-    config = AimConfig(budget=None, memory=64, write=write, write_at=at, init="fresh")
-    gm: Any = transform(nn.Sequential(*layers).double(), x, config=config)
-    split = lower(gm, "split")
-    nodes = [node.target for node in split.graph.nodes]
-    assert nodes.count(pointwise) == 2
-    assert nodes.count(F.conv2d) == (4 if write == "none" else 2)
-    added = [node for node in split.graph.nodes if node.target == "add_"]
-    assert len(added) == 2  # linear layers where samples vary, other convolutions where not
-    assert_same(split(x), gm(x))
-    back = lower(split, "concat")
-    assert pointwise not in [node.target for node in back.graph.nodes]
-    assert_same(back(x), gm(x))
-    base = aim_surgery.restore(split, measure=False)
-    assert [tuple(p.shape) for p in base.parameters()] == [
-        tuple(p.shape) for p in nn.Sequential(*layers).parameters()
-    ]
-
-
-@pytest.mark.parametrize("write", ["none", "sample"])
 def test_whole_models_run_as_matrices(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs and all gradients, of wide layers and of one that is frozen, against concat."""
     calls = []
@@ -206,24 +179,12 @@ def test_what_is_frozen_holds_no_input() -> None:
 def test_other_precisions_of_products_are_left_to_convolutions() -> None:
     x = torch.randn(2, 3, 8, 8)
     weight, stride = torch.randn(4, 3, 1, 1), (1, 1)
-    assert module._as_matrices(x, (weight,), stride)
+    assert module._as_matrices(x, weight, (), stride)
     try:
         torch.set_float32_matmul_precision("medium")
-        assert not module._as_matrices(x, (weight,), stride)
+        assert not module._as_matrices(x, weight, (), stride)
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def test_slices_are_taken_where_they_are_used() -> None:
-    """So that backward holds the gradients of one layer's slices at a time."""
-    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)]
-    gm: Any = transform(nn.Sequential(*layers), torch.randn(2, 3, 12, 12), form="split",
-                        config=AimConfig(budget=None, memory=64, write="none"))  # fmt: skip
-    targets = [node.target for node in gm.graph.nodes]
-    splits = [index for index, target in enumerate(targets) if target == "split"]
-    sums = [index for index, target in enumerate(targets) if target == "add_"]
-    assert len(splits) == len(sums) == 3
-    assert all(a < b for a, b in zip(sums, splits[1:], strict=False))
 
 
 def test_fold_uses_it() -> None:

@@ -64,10 +64,27 @@ def write_product(
         options = (layer.stride, layer.padding, padding, groups, layer.dilation)
         function = getattr(F, f"conv_transpose{dims}d")
         return graph.call_function(function, (source, weight, bias, *options))
-    padding = layer.padding
-    if layer.padding_mode != "zeros":
-        around = tuple(layer._reversed_padding_repeated_twice)
-        source = graph.call_function(F.pad, (source, around), {"mode": layer.padding_mode})
-        padding = (0,) * dims
+    (source,), padding = write_padding(graph, layer, source)
     options = (layer.stride, padding, layer.dilation, groups)
     return graph.call_function(getattr(F, f"conv{dims}d"), (source, weight, bias, *options))
+
+
+def write_padding(
+    graph: Writer, layer: nn.modules.conv._ConvNd, *sources: Any
+) -> tuple[tuple[Any, ...], Any]:
+    """Pad what a convolution works on, where its mode of padding is not zeros.
+
+    Args:
+        graph: See `write_product`.
+        layer: The convolution.
+        sources: Nodes with its input's spatial size.
+
+    Returns:
+        The nodes to convolve, and the padding that is left for the convolution.
+    """
+    if layer.padding_mode == "zeros":
+        return sources, layer.padding
+    around = tuple(layer._reversed_padding_repeated_twice)
+    mode = {"mode": layer.padding_mode}
+    padded = (graph.call_function(F.pad, (source, around), mode) for source in sources)
+    return tuple(padded), (0,) * len(layer.kernel_size)

@@ -2,14 +2,15 @@
 
     conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
 
-W_x and W_m are slices of the widened weight, taken once a forward, right before they are used: so
-backward joins their gradients as soon as both are there, and never holds them all (in a graph that
-switches gradients off and on, at its beginning: a slice taken without them has none). A view of the
-memory that is the same for all samples has no batch, so its product is computed once a batch; of a
-linear layer it goes into the bias, of a pointwise convolution it is what the product starts from
-(`pointwise`), else it broadcasts in the sum. Where each sample has its own memory, the product is
-added as it is computed (`add_product`). Depthwise and grouped convolutions keep their own kernels.
-Products are added in place: nothing needs what a product was before.
+The call of a convolution or a linear layer becomes one of a function that is given x, m and W whole
+(`nn.widened`), and does what is least work for their sizes. Of transposed convolutions and of
+functions that are called with a weight, W_x and W_m are slices, taken once a forward, right before
+they are used: so backward joins their gradients as soon as both are there, and never holds them all
+(in a graph that switches gradients off and on, at its beginning: a slice taken without them has
+none). A view of the memory that is the same for all samples has no batch, so its product is
+computed once a batch and broadcasts in the sum. Where each sample has its own memory, the product
+is added as it is computed (`add_product`). Products are added in place: nothing needs what a
+product was before.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
-from aim_surgery.lowering.products import write_product
+from aim_surgery.lowering.products import write_padding, write_product
 from aim_surgery.nn.add_product import add_product, is_better
-from aim_surgery.nn.pointwise import is_pointwise, pointwise
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
+from aim_surgery.nn.widened import widened_conv, widened_linear
 from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.sites.graph import argument_of
@@ -61,22 +62,29 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
             continue
         read = reads[note.site]
         weight = read.site.weights[0]
-        if weight not in slices:
-            layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-            # a slice taken without gradients would have none wherever else it is used
-            with graph.inserting_before(first if switches else node):
-                slices[weight] = _slices(graph, weight, read, copied=not is_pointwise(layer))
-        own, memory = slices[weight]
-        source = sums.get(source, source)
-        varies = plan.varies(read.memory, read.version)
+        operands = sums.get(source, source), view
+        layer: Any = None
         if node.op == "call_module":
-            operands = (source, view), (own, memory)
-            product, beside = _of_layer(graph, root, node, *operands, varies=varies)
+            layer = root.get_submodule(str(node.target))
+            refuse_changed(layer, str(node.target))
             note = note._replace(called=str(node.target))
+        if layer is not None and not getattr(layer, "transposed", False):
+            with graph.inserting_before(node):
+                own = graph.get_attr(weight)
+                product, beside = _of_layer(graph, layer, str(node.target), operands, own)
         else:
-            product, beside = _of_function(graph, node, note, (source, view), (own, memory))
+            if weight not in slices:
+                # a slice taken without gradients would have none wherever else it is used
+                with graph.inserting_before(first if switches else node):
+                    slices[weight] = _slices(graph, weight, read)
+            own, memory = slices[weight]
+            if layer is not None:
+                product, beside = _of_transposed(graph, layer, node, operands, (own, memory))
+            else:
+                product, beside = _of_function(graph, node, note, operands, (own, memory))
         total = product
         if beside not in product.all_input_nodes:
+            varies = plan.varies(read.memory, read.version)
             with graph.inserting_before(beside.next):
                 wide = operator.attrgetter(weight)(root) if varies else None
                 total, beside = _sum(graph, product, beside, wide, read.planes)
@@ -84,14 +92,15 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
         if product is not node:
             graph.erase_node(node)
         sums[node] = total
-        note_site(product, note._replace(source=source.name, beside=beside.name, sliced=own.name))
-        erase_unused(joined, {source, view})
+        pieces = {"source": operands[0].name, "beside": beside.name, "sliced": own.name}
+        note_site(product, note._replace(**pieces))
+        erase_unused(joined, {operands[0], view})
         resize_where_needed(view)
         modified = True
     return modified
 
 
-def _slices(graph: fx.Graph, weight: str, read: Read, *, copied: bool) -> tuple[fx.Node, fx.Node]:
+def _slices(graph: fx.Graph, weight: str, read: Read) -> tuple[fx.Node, fx.Node]:
     """W_x and W_m of a widened weight."""
     site, planes = read.site, read.planes
     method, item = graph.call_method, operator.getitem
@@ -101,8 +110,7 @@ def _slices(graph: fx.Graph, weight: str, read: Read, *, copied: bool) -> tuple[
         parts = method("split", (wide, sizes, 1))
         own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
         # a convolution would copy the slice to work on it, and once more in backward
-        copied = copied and site.kind == "conv"
-        return method("clone", (own,)) if copied else own, memory
+        return method("clone", (own,)) if site.kind == "conv" else own, memory
     each = method("unflatten", (wide, 0, (site.groups, -1)))
     parts = method("split", (each, (site.in_channels // site.groups, planes), 1))
     own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
@@ -111,35 +119,34 @@ def _slices(graph: fx.Graph, weight: str, read: Read, *, copied: bool) -> tuple[
 
 
 def _of_layer(
+    graph: fx.Graph, layer: Any, path: str, operands: tuple[fx.Node, fx.Node], wide: fx.Node
+) -> tuple[fx.Node, fx.Node]:
+    """The sum of both products of a layer's call, and the operand of it that is the memory."""
+    bias = None if layer.bias is None else graph.get_attr(f"{path}.bias")
+    if isinstance(layer, nn.Linear):
+        source, view = operands
+        return graph.call_function(widened_linear, (source, wide, bias, view)), view
+    (source, view), padding = write_padding(graph, layer, *operands)
+    arguments = (source, wide, bias, view, layer.stride, padding, layer.dilation, layer.groups)
+    return graph.call_function(widened_conv, arguments), view
+
+
+def _of_transposed(
     graph: fx.Graph,
-    root: nn.Module,
+    layer: Any,
     node: fx.Node,
     operands: tuple[fx.Node, fx.Node],
     weights: tuple[fx.Node, fx.Node],
-    *,
-    varies: bool,
 ) -> tuple[fx.Node, fx.Node]:
-    """Both products of a site that is the call of a layer; the call itself is left to be erased.
-
-    The first works on the second where it is their sum already; of a pointwise convolution, on the
-    memory itself.
-    """
-    layer: Any = root.get_submodule(str(node.target))
-    refuse_changed(layer, str(node.target))
+    """Both products of a transposed convolution's call, which is left to be erased."""
     size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-    groups = getattr(layer, "groups", 1)
     (source, view), (own, memory) = operands, weights
     with graph.inserting_before(node):
         bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
-        if is_pointwise(layer):
-            arguments = (source, own, bias, view, memory, layer.stride)
-            return graph.call_function(pointwise, arguments), view
-        if isinstance(layer, nn.Linear) and not varies:
-            beside = graph.call_function(F.linear, (view, memory, bias))
-            return graph.call_function(F.linear, (source, own, beside)), beside
-        product = write_product(graph, layer, source, own, bias, groups=groups, output_size=size)
-        beside = write_product(graph, layer, view, memory, None, groups=1, output_size=size)
-    return product, beside
+        options = {"groups": layer.groups, "output_size": size}
+        product = write_product(graph, layer, source, own, bias, **options)
+        options["groups"] = 1
+        return product, write_product(graph, layer, view, memory, None, **options)
 
 
 def _of_function(

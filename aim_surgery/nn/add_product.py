@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from aim_surgery.nn.eager import is_watched
 
 CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -82,15 +83,6 @@ def _columns(
         view, kernel = view.unsqueeze(2), (1, *kernel)
         stride, padding, dilation = (1, *stride), (0, *padding), (1, *dilation)
     return F.unfold(view, (*kernel,), (*dilation,), (*padding,), (*stride,))
-
-
-def is_watched() -> bool:
-    """Whether somebody looks on who doesn't know `_AddProduct`: compilers, exporters, `func`."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    if torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad._current_level >= 0
 
 
 class _AddProduct(torch.autograd.Function):

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_surgery.nn.add_product import CONVS, add_product, is_watched
+from aim_surgery.nn.add_product import CONVS, add_product
+from aim_surgery.nn.eager import are_plain
 from aim_surgery.nn.layer_types import CONV_TYPES
 
 _TYPES = (torch.float32, torch.float64)
@@ -50,7 +51,7 @@ def pointwise(
     Returns:
         The sum, a tensor of its own.
     """
-    if _as_matrices(x, (weight, bias, view, beside), stride):
+    if _as_matrices(x, weight, (bias, view, beside), stride):
         found: Any = _AsMatrices.apply(x, weight, bias, view, beside, tuple(stride))
         return found
     dims = len(stride)
@@ -122,19 +123,17 @@ def use_matrices(layer: nn.Module | None) -> bool:
     return False
 
 
-def _as_matrices(x: Tensor, others: Sequence[Tensor | None], stride: Sequence[int]) -> bool:
-    if is_watched() or x.ndim != len(stride) + 2 or len(x) == 1 or not x.is_contiguous():
+def _as_matrices(
+    x: Tensor, weight: Tensor, others: Sequence[Tensor | None], stride: Sequence[int]
+) -> bool:
+    if x.ndim != len(stride) + 2 or not are_plain(x, weight, *others):
         return False
-    operands = (x, *(t for t in others if t is not None))
-    if any(type(t) not in (Tensor, nn.Parameter) or t.device.type != "cpu" for t in operands):
+    if len(x) == 1 or not x.is_contiguous() or x.dtype not in _TYPES:
         return False
-    if x.dtype not in _TYPES or any(t.dtype != x.dtype for t in operands):
-        return False
-    rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-    if rounded or torch.is_autocast_enabled("cpu"):  # which a convolution would not be
-        return False
+    if x.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return False  # rounded, as a convolution would not be
     positions = math.prod(-(-size // step) for size, step in zip(x.shape[2:], stride, strict=True))
-    return wide(len(x), x.shape[1], len(operands[1]), positions)
+    return wide(len(x), x.shape[1], len(weight), positions)
 
 
 def _columns(x: Tensor, stride: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from aim_surgery.nn.inside import View
 from aim_surgery.nn.stand_in import StandIn, called_with
+from aim_surgery.nn.widened import widened_linear
 
 
 class SplitMemory(StandIn):
@@ -26,6 +27,8 @@ class SplitMemory(StandIn):
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Both products of a call; the memory's has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
+        if isinstance(layer, nn.Linear):
+            return widened_linear(x, layer.weight, layer.bias, self.view.for_input(x))
         rest = args[1:], {key: value for key, value in kwargs.items() if key != self.name}
         own, memory = self._slices(layer)
         product = called_with(layer, {"weight": own}, x, *rest[0], **rest[1])

@@ -26,16 +26,16 @@ class SiteNote(NamedTuple):
             device. (k, *S) where it is the same for all samples, else (*lead, k, *S); of a linear
             site (k,), or (.., N, .., k), which broadcasts against the input.
         beside: Name of the node conv(m, W_m), whose sum with the site's node is what others use;
-            "" where the site's node works on cat[x, m].
+            of m itself, where the site's node is that sum; "" where it works on cat[x, m].
         input_index: Position of the input among the node's arguments.
         input_name: Its keyword.
         rows: Whether it is a product W @ x of more than one column: features are rows.
         features: Sizes of the last axes of its output, where features are several; else ().
         memory_format: The channels-last format of x, None where it is in another.
-        called: Path of the layer whose call the node stands for, where it is a function of W_x
-            that `split` wrote; "" elsewhere.
-        sliced: Name of the node W_x, a slice of the widened weight, where `split` took it apart;
-            "" elsewhere.
+        called: Path of the layer whose call the node stands for, where it is a function that
+            `split` wrote; "" elsewhere.
+        sliced: Name of the node that the site's is given by `split` for a weight: W_x, a slice, or
+            W, where it takes that apart itself; "" elsewhere.
     """
 
     site: str

@@ -1,0 +1,34 @@
+"""Tells whether operations are what they seem: carried out at once, on plain tensors of a CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+
+def is_watched() -> bool:
+    """Whether somebody looks on who doesn't know our functions: compilers, exporters, `func`."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    if torch._C._are_functorch_transforms_active():
+        return True
+    return forward_ad._current_level >= 0
+
+
+def are_plain(first: Tensor, *others: Tensor | None) -> bool:
+    """Whether functions of our own may work on tensors: nobody looks on, and nothing converts them.
+
+    Args:
+        first: One of them.
+        others: The others; None for none.
+    """
+    if is_watched() or torch.is_autocast_enabled("cpu"):
+        return False
+    tensors = (first, *(tensor for tensor in others if tensor is not None))
+    return all(
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.dtype == first.dtype
+        for tensor in tensors
+    )

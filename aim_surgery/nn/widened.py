@@ -1,0 +1,153 @@
+"""Calls of widened layers in split form: x W_x + m W_m, where [W_x ; W_m] is one parameter W.
+
+Of several samples a convolution is the sum of two: the memory's part is computed once, and the
+input is copied nowhere. Of one sample there is nothing to save, so it is the convolution of
+cat[x, m], which saves slices of W and, in backward, putting their gradients together.
+
+A linear layer has few inputs and may have many weights: putting two gradients of slices together
+would take longer than all the rest of its backward. So the gradients of W_x and of W_m are written
+right into the gradient of W. Whoever looks on (compilers, exporters, `torch.func`), other devices
+and other types get slices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from aim_surgery.nn.add_product import CONVS, add_product, is_better
+from aim_surgery.nn.eager import are_plain, is_watched
+from aim_surgery.nn.pointwise import pointwise
+
+
+def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor) -> Tensor:
+    """Call a widened linear layer on input and memory.
+
+    Shapes:
+        x (*, I), weight (O, I + k), bias (O,), view (k,) or (.., N, .., k) -> (*, O)
+
+    Args:
+        x: What the layer works on.
+        weight: W.
+        bias: Of the layer, if it has one.
+        view: What it sees of the memory: the same for all, or broadcast against `x`.
+
+    Returns:
+        x W_x^T + (m W_m^T + b), a tensor of its own.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad and are_plain(x, weight, bias, view):
+        found: Any = _Linear.apply(x, weight, bias, view)
+        return found
+    own, memory = weight.split((weight.shape[1] - view.shape[-1], view.shape[-1]), 1)
+    beside = F.linear(view, memory, bias)
+    return F.linear(x, own, beside) if view.ndim == 1 else F.linear(x, own).add_(beside)
+
+
+def widened_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    view: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int] | str,
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Call a widened convolution on input and memory.
+
+    Shapes:
+        x (N, I, *S), weight (O, I/g + k, *K), bias (O,), view (k, *S) or (N, k, *S) ->
+        (N, O, *S'); N may be missing
+
+    Args:
+        x: What the layer works on.
+        weight: W.
+        bias: Of the layer, if it has one.
+        view: The memory as planes; with batch, where each sample has its own.
+        stride: For each axis.
+        padding: Zeros at both ends of each axis, or "same" or "valid".
+        dilation: For each axis.
+        groups: Of W_x; each sees all planes.
+
+    Returns:
+        The sum of both products, a tensor of its own.
+    """
+    dims = len(stride)
+    convolve: Any = CONVS[dims]
+    options = stride, padding, dilation
+    if groups == 1 and not is_watched() and x.ndim == dims + 2 and len(x) == 1:
+        return convolve(_joined(x, view), weight, bias, *options)
+    planes = view.shape[-dims - 1]
+    own, memory = weight.split((weight.shape[1] - planes, planes), 1)
+    kernel, zeros = weight.shape[2:], None if isinstance(padding, str) else padding
+    if groups == 1 and math.prod(kernel) == 1 and zeros is not None and not any(zeros):
+        return pointwise(x, own, bias, view, memory, stride)
+    # a convolution would copy the slice to work on it, and once more in backward
+    t = convolve(x, own.clone(), bias, *options, groups)
+    if zeros is not None and view.ndim == t.ndim and is_better(planes, len(weight), kernel):
+        return add_product(t, view, memory, stride, zeros, dilation)
+    return t.add_(convolve(view, memory, None, *options))
+
+
+def _joined(x: Tensor, view: Tensor) -> Tensor:
+    """cat[x, m] of one sample, laid out as x is."""
+    view = view.view(1, *view.shape[-x.ndim + 1 :])
+    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        view = view.contiguous(memory_format=torch.channels_last)
+    return torch.cat([x, view], 1)
+
+
+class _Linear(torch.autograd.Function):
+    """The result is no view, so that what follows may change it in place."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, view)
+        inputs = x.shape[-1]
+        beside = F.linear(view, weight[:, inputs:], bias)
+        out = x.new_empty(*x.shape[:-1], len(weight))
+        rows, own = out.view(-1, len(weight)), weight[:, :inputs].t()
+        if view.ndim == 1:
+            torch.addmm(beside, x.reshape(-1, inputs), own, out=rows)
+            return out
+        torch.mm(x.reshape(-1, inputs), own, out=rows)
+        return out.add_(beside)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, view = ctx.saved_tensors
+        of_x, of_weight, of_bias, of_view = ctx.needs_input_grad
+        inputs, outputs = x.shape[-1], len(weight)
+        of_beside = grad.sum_to_size(*view.shape[:-1], outputs)
+        found: list[Tensor | None] = [None] * 4
+        if of_x:
+            found[0] = grad @ weight[:, :inputs]
+        if of_weight:
+            factors = (
+                (grad.reshape(-1, outputs).t(), x.reshape(-1, inputs)),
+                (of_beside.reshape(-1, outputs).t(), view.reshape(-1, view.shape[-1])),
+            )
+            found[1] = _side_by_side(factors, weight)
+        if of_bias:
+            found[2] = of_beside.reshape(-1, outputs).sum(0)
+        if of_view:
+            found[3] = of_beside @ weight[:, inputs:]
+        return tuple(found)
+
+
+def _side_by_side(factors: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
+    """Products of matrices with as many rows, written into one matrix, column after column."""
+    if torch.is_grad_enabled():  # the gradient is going to be derived, too
+        return torch.cat([left @ right for left, right in factors], 1)
+    found = torch.empty_like(like, memory_format=torch.contiguous_format)
+    widths = [right.shape[1] for _, right in factors]
+    for (left, right), columns in zip(factors, found.split(widths, 1), strict=True):
+        torch.mm(left, right, out=columns)
+    return found
