@@ -23,6 +23,7 @@ import aim_surgery
 from aim_surgery import AimConfig
 from aim_surgery.errors import in_one_line
 from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.verification.differences import difference
 from aim_surgery.verification.samples import samples_for
 from benchmarks import measure
 from benchmarks.measure import Report, Row, Section
@@ -135,8 +136,8 @@ def _compared(name: str, model: nn.Module, inputs: Any, write: Any) -> Iterator[
             if path.startswith("aim.memory"):
                 parameter.zero_()
         without = _difference(run(gm), expected)
-    for form, difference in found.items():
-        measured = difference if without > LIMIT else float("inf")
+    for form, measured in found.items():
+        measured = measured if without > LIMIT else float("inf")
         note = f"memory changes {without:.1e}"
         yield Row(f"{name}, write={write}: {form}", measured, LIMIT, None, note)
 
@@ -147,7 +148,7 @@ def _in_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 def _difference(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
     pairs = zip(actual, expected, strict=True)
-    return max(float((a - e).abs().max() / e.abs().max().clamp_min(1e-30)) for a, e in pairs)
+    return max(float(difference(e, a, 0.0)) for a, e in pairs)
 
 
 if __name__ == "__main__":

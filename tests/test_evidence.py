@@ -227,6 +227,11 @@ def test_lora_is_as_large_as_memory_and_the_base_stays_frozen(name: str) -> None
     memory, lora = counts["memory-head"] - head, counts["lora"] - head
     assert abs(lora / memory - 1) <= 0.01
     assert head < counts["bias"] < counts["memory-head"] < counts["full"]
+    plans = {arm: plan_of(made[f"{arm}-head"]) for arm in ("memory", "no-writes", "carried")}
+    assert len({tuple(read.planes for read in plan.reads) for plan in plans.values()}) == 1
+    assert [bool(plan.writes) for plan in plans.values()] == [True, False, True]
+    assert [bool(plan.memory.carry == "state") for plan in plans.values()] == [False, False, True]
+    assert counts["carried-head"] == counts["memory-head"] > counts["no-writes-head"] > head
     frozen = {
         arm: {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         for arm, model in made.items()
@@ -445,9 +450,30 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     both = {s.name: s for s in (study, dataclasses.replace(shared, networks=("mlp",)))}
     text = page.write(tmp_path / "alone", "digits", alone, both).read_text()
     assert "memory, no writes" in text
-    assert "above" not in text
+    assert "above memory" not in text
     empty = page.write(tmp_path / "empty", "digits", {}, {study.name: study}).read_text()
     assert "No run has finished yet." in empty
+
+
+def test_defaults_give_way_to_what_is_above_them_somewhere_and_below_nowhere(
+    tmp_path: Path,
+) -> None:
+    arms = ("per-sample", "no-writes", "carried", "first-planes")
+    study = dataclasses.replace(STUDIES["ablations"], arms=arms, grid=(1e-3,))
+    gains = {"per-sample": 0.0, "no-writes": 0.02, "carried": 0.02, "first-planes": 0.0}
+    rows = made_rows(study, gains)
+    for row in rows.values():
+        if (row.config["arm"], row.config["network"]) == ("carried", "vgg"):
+            row.test = (row.test or 0.0) - 0.05
+        if (row.config["arm"], row.config["network"]) == ("no-writes", "mlp"):
+            row.test = (row.test or 0.0) - 0.02 * (1 + 0.1 * (row.config["seed"] % 2))
+    text = page.write(tmp_path, "digits", rows, {study.name: study}).read_text()
+    chosen = text.split("Arms of that kind:")[1].split("![")[0].strip().splitlines()
+    assert len(chosen) == 1  # carried memory is below on one network, first planes nowhere above
+    assert chosen[0].startswith("* memory, no writes: resnet +2.10 [")
+    none = page.write(tmp_path, "digits", made_rows(study, dict.fromkeys(arms, 0.0)),
+                      {study.name: study}).read_text()  # fmt: skip
+    assert "Arms of that kind:\n\n* none" in none
 
 
 def test_a_mosaic_has_every_float_once() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -42,7 +42,7 @@ def linear_operands(case: Any) -> tuple[Any, ...]:
     """x, W, bias, view."""
     torch.manual_seed(0)
     lead, seen, biased = case
-    return noise(*lead, 4), noise(3, 6), noise(3) if biased else None, noise(*seen, 2)
+    return noise(*lead, 4), noise(7, 6), noise(7) if biased else None, noise(*seen, 2)
 
 
 def linear_plainly(x: Tensor, weight: Tensor, bias: Any, view: Tensor) -> Tensor:
@@ -74,39 +74,6 @@ def gradients(function: Callable[..., Tensor], given: tuple[Any, ...]) -> tuple[
     return output, *torch.autograd.grad((output * by_name).sum(), tensors)
 
 
-@pytest.mark.parametrize("plain", [True, False], ids=["plain", "watched"])
-@pytest.mark.parametrize("case", LINEAR, ids=str)
-def test_linear(case: Any, plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    given = linear_operands(case)
-    if not plain:
-        monkeypatch.setattr(module, "are_plain", lambda *_: False)
-    output, *ours = gradients(widened_linear, given)
-    assert ("_Linear" in str(widened_linear(*given).grad_fn)) == plain
-    for a, e in zip((output, *ours), gradients(linear_plainly, given), strict=True):
-        assert a.shape == e.shape
-        assert_same(a, e) if e.numel() else None
-
-
-@pytest.mark.parametrize("case", CONV, ids=str)
-def test_conv(case: Any) -> None:
-    given = conv_operands(case)
-    for a, e in zip(gradients(widened_conv, given), gradients(conv_plainly, given), strict=True):
-        assert a.shape == e.shape
-        assert_same(a, e) if e.numel() else None
-
-
-@pytest.mark.parametrize("case", [((3,), (), True), ((2, 5), (2, 1), False)], ids=str)
-def test_second_derivatives(case: Any) -> None:
-    x, weight, bias, view = linear_operands(case)
-    tensors = [t for t in (x, weight, view, bias) if t is not None]
-
-    def function(x: Tensor, weight: Tensor, view: Tensor, bias: Any = None) -> Tensor:
-        return widened_linear(x, weight, bias, view).sin()
-
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(function, tensors)
-
-
 class Operations(TorchDispatchMode):
     """Notes down what is carried out, and the largest result of each."""
 
@@ -122,7 +89,53 @@ class Operations(TorchDispatchMode):
         return result
 
 
-def test_gradients_of_a_linear_weight_are_not_put_together() -> None:
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even few inputs are joined."""
+    monkeypatch.setattr(module, "FEW", -1)
+
+
+@pytest.mark.parametrize("way", ["joined", "apart", "slices"])
+@pytest.mark.parametrize("case", LINEAR, ids=str)
+def test_linear(case: Any, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = linear_operands(case)
+    if way != "joined":
+        monkeypatch.setattr(module, "FEW", -1)
+    if way == "slices":
+        monkeypatch.setattr(module, "are_plain", lambda *_: False)
+    with Operations() as operations:
+        ours = gradients(widened_linear, given)
+    one = given[0].shape[:-1].numel() == 1
+    apart = way == "apart" and not one
+    assert ("_Linear" in str(widened_linear(*given).grad_fn)) == apart
+    joins = operations.largest.get("cat") == given[0].numel() // 4 * 6
+    assert joins == (way == "joined" or one)
+    for a, e in zip(ours, gradients(linear_plainly, given), strict=True):
+        assert a.shape == e.shape
+        assert_same(a, e) if e.numel() else None
+
+
+@pytest.mark.parametrize("case", CONV, ids=str)
+def test_conv(case: Any) -> None:
+    given = conv_operands(case)
+    for a, e in zip(gradients(widened_conv, given), gradients(conv_plainly, given), strict=True):
+        assert a.shape == e.shape
+        assert_same(a, e) if e.numel() else None
+
+
+@pytest.mark.parametrize("case", [((3,), (), True), ((2, 5), (2, 1), False)], ids=str)
+def test_second_derivatives(case: Any, apart: None) -> None:
+    x, weight, bias, view = linear_operands(case)
+    tensors = [t for t in (x, weight, view, bias) if t is not None]
+
+    def function(x: Tensor, weight: Tensor, view: Tensor, bias: Any = None) -> Tensor:
+        return widened_linear(x, weight, bias, view).sin()
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors)
+
+
+def test_gradients_of_a_linear_weight_are_not_put_together(apart: None) -> None:
     """Written where they belong: no tensor of the weight's size is made but its gradient."""
     given = linear_operands(((3,), (), True))
     with Operations() as ours:
@@ -145,12 +158,13 @@ def test_one_sample_is_joined() -> None:
     with Operations() as two:
         widened_conv(*conv_operands((2, 3, 1, 1, 2, False)))
     assert "cat" not in two.largest
-    last = given[0].detach().contiguous(memory_format=torch.channels_last)
-    result = widened_conv(last, *given[1:])
-    assert result.is_contiguous(memory_format=torch.channels_last)
+    for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
+        x, *rest = conv_operands((dims, 3, 1, 1, 1, False))
+        result = widened_conv(x.detach().contiguous(memory_format=last), *rest)
+        assert result.is_contiguous(memory_format=last)
 
 
-def test_what_is_frozen_has_no_gradient() -> None:
+def test_what_is_frozen_has_no_gradient(apart: None) -> None:
     x, weight, bias, view = linear_operands(((3,), (3,), True))
     widened_linear(x.detach(), weight, bias.detach(), view.detach()).sum().backward()
     assert weight.grad is not None
@@ -161,7 +175,7 @@ def test_what_is_frozen_has_no_gradient() -> None:
         assert_same(widened_linear(x, weight, bias, view), frozen)
 
 
-def test_autocast_and_other_types() -> None:
+def test_autocast_and_other_types(apart: None) -> None:
     x, weight, bias, view = (t.detach().float() for t in linear_operands(((3,), (), True)))
     weight.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
@@ -193,6 +207,19 @@ def test_under_transforms_and_compilers(samples: int) -> None:
     compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x, image), function(x, image))
     torch._dynamo.reset()
+
+
+def test_fx_records_them_as_they_are() -> None:
+    """Who traces a split model anew gets its sites, at any batch size."""
+    layers = [nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 5)]
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    config = AimConfig(budget=None, memory=64, write="none", init="fresh")
+    gm: Any = transform(nn.Sequential(*layers).double(), x, config=config, form="split")
+    traced: Any = fx.symbolic_trace(gm)
+    targets = [node.target for node in traced.graph.nodes]
+    assert (targets.count(widened_conv), targets.count(widened_linear)) == (1, 1)
+    for given in (x, x[:1]):
+        assert_same(traced(given), gm(given))
 
 
 @pytest.mark.parametrize("write", ["none", "sample"])

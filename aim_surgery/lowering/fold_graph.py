@@ -29,7 +29,7 @@ from aim_surgery.nn.folded import at_least, chosen, plus, spread, within
 from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.sites.calls import CONV_FUNCTIONS
-from aim_surgery.sites.graph import argument_of
+from aim_surgery.sites.graph import argument_of, called_by
 
 _LARGEST = 4.0  # times the value itself: t = T - o has as many digits less than T
 
@@ -121,7 +121,7 @@ class FoldWriter:
 
     def layer_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a node calls."""
-        return self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return called_by(node, self.root)
 
     def offset(self, node: Any) -> Part | None:
         """The offset of what an argument became; None where there is none."""

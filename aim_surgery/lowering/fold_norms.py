@@ -18,6 +18,7 @@ from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lowering.ownership import Ownership
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.nn.layer_types import BATCH_NORM_TYPES, CONV_TRANSPOSE_TYPES, CONV_TYPES
+from aim_surgery.sites.graph import called_by
 from aim_surgery.surgery.notes import SiteNote
 
 _CONVS = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES)
@@ -47,13 +48,13 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
 
     def alone(node: fx.Node) -> nn.modules.conv._ConvNd | None:
         """The convolution that a node calls, where nothing else has to do with its tensors."""
-        layer = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        layer = called_by(node, root)
         own = isinstance(layer, _CONVS) and owned.is_alone(node, "weight", "bias")
         return layer if own else None  # type: ignore[return-value]
 
     merged = 0
     for node in list(graph.nodes):
-        norm: Any = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        norm: Any = called_by(node, root)
         if not isinstance(norm, BATCH_NORM_TYPES) or not is_plain(norm) or norm.training:
             continue
         if norm.running_mean is None or not isinstance(node.args[0], fx.Node):

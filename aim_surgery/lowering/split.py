@@ -30,7 +30,7 @@ from aim_surgery.nn.views import resized
 from aim_surgery.nn.widened import widened_conv, widened_linear
 from aim_surgery.planning import Plan, Read
 from aim_surgery.sites.calls import CONV_FUNCTIONS
-from aim_surgery.sites.graph import argument_of
+from aim_surgery.sites.graph import argument_of, called_by
 from aim_surgery.surgery.beside import convolve_alone, set_input
 from aim_surgery.surgery.notes import SiteNote, note_site
 from aim_surgery.surgery.pieces import pieces_of, refuse_changed
@@ -63,9 +63,8 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
         read = reads[note.site]
         weight = read.site.weights[0]
         operands = sums.get(source, source), view
-        layer: Any = None
-        if node.op == "call_module":
-            layer = root.get_submodule(str(node.target))
+        layer: Any = called_by(node, root)
+        if layer is not None:
             refuse_changed(layer, str(node.target))
             note = note._replace(called=str(node.target))
         if layer is not None and not getattr(layer, "transposed", False):

@@ -2,12 +2,13 @@
 
 Of several samples a convolution is the sum of two: the memory's part is computed once, and the
 input is copied nowhere. Of one sample there is nothing to save, so it is the convolution of
-cat[x, m], which saves slices of W and, in backward, putting their gradients together.
+cat[x, m], which saves slices of W and, in backward, putting their gradients together. Likewise a
+linear layer of so few inputs that copying them takes less than another call.
 
-A linear layer has few inputs and may have many weights: putting two gradients of slices together
-would take longer than all the rest of its backward. So the gradients of W_x and of W_m are written
-right into the gradient of W. Whoever looks on (compilers, exporters, `torch.func`), other devices
-and other types get slices.
+Of more inputs, a linear layer may still have many more weights: putting two gradients of slices
+together would take longer than all the rest of its backward. So the gradients of W_x and of W_m are
+written right into the gradient of W. Whoever looks on (compilers, exporters, `torch.func`), other
+devices and other types get slices.
 """
 
 from __future__ import annotations
@@ -19,10 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from aim_surgery.nn.add_product import CONVS, add_product, is_better
 from aim_surgery.nn.eager import are_plain, is_watched
 from aim_surgery.nn.pointwise import pointwise
+from aim_surgery.nn.spatial import channels_last_format
+
+FEW = 2**15  # numbers: 128 KiB in float32
 
 
 def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor) -> Tensor:
@@ -40,6 +45,12 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
     Returns:
         x W_x^T + (m W_m^T + b), a tensor of its own.
     """
+    given = x, weight, bias, view
+    if has_torch_function(given):  # such as proxies of fx
+        return handle_torch_function(widened_linear, given, *given)
+    rows = math.prod(x.shape[:-1])
+    if not is_watched() and (rows == 1 or rows * weight.shape[1] <= FEW):
+        return F.linear(torch.cat([x, view.expand(*x.shape[:-1], -1)], -1), weight, bias)
     if torch.is_grad_enabled() and weight.requires_grad and are_plain(x, weight, bias, view):
         found: Any = _Linear.apply(x, weight, bias, view)
         return found
@@ -77,6 +88,10 @@ def widened_conv(
     Returns:
         The sum of both products, a tensor of its own.
     """
+    given = x, weight, bias, view
+    if has_torch_function(given):
+        options = stride, padding, dilation, groups
+        return handle_torch_function(widened_conv, given, *given, *options)
     dims = len(stride)
     convolve: Any = CONVS[dims]
     options = stride, padding, dilation
@@ -97,8 +112,9 @@ def widened_conv(
 def _joined(x: Tensor, view: Tensor) -> Tensor:
     """cat[x, m] of one sample, laid out as x is."""
     view = view.view(1, *view.shape[-x.ndim + 1 :])
-    if x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        view = view.contiguous(memory_format=torch.channels_last)
+    last = channels_last_format(x)
+    if last is not None:
+        view = view.contiguous(memory_format=last)  # or `cat` would fall back to contiguous
     return torch.cat([x, view], 1)
 
 

@@ -56,6 +56,11 @@ def attribute(capture: Capture, qualname: str) -> Any:
     return getattr(capture.modules[path], name)
 
 
+def called_by(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module that a node calls; None where it calls none."""
+    return root.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
 def argument_of(node: fx.Node, index: int, *names: str, default: Any = None) -> Any:
     """An argument of a call, by position or by one of its names."""
     if index < len(node.args):

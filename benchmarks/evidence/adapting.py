@@ -10,6 +10,7 @@ pass through what the base took for five other things.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from benchmarks.evidence.arms import DEFAULT
 from benchmarks.evidence.networks import Network
 
 HEAD = "head"
+Make = Callable[[nn.Module, Network, int], nn.Module]
 _AROUND = 2  # ranks of a layer above or below the common one
 
 
@@ -41,7 +43,7 @@ class Method:
 
     title: str
     what: str
-    make: Callable[[nn.Module, Network, int], nn.Module]
+    make: Make
     training: bool = False
 
 
@@ -88,12 +90,32 @@ def _memory(model: nn.Module, network: Network, seed: int) -> nn.Module:
     return aim_surgery.freeze_base(gm, statistics=True)
 
 
-def _memory_head(model: nn.Module, network: Network, seed: int) -> nn.Module:
-    _new_head(model, network, seed)
-    gm = _memory(model, network, seed)
-    gm.get_parameter(f"{HEAD}.weight").requires_grad_(True)
-    gm.get_parameter(f"{HEAD}.bias").requires_grad_(True)
-    return gm
+def _no_writes(model: nn.Module, network: Network, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    plan = aim_surgery.plan(model, network.example(), config=DEFAULT).without_writes("*")
+    return aim_surgery.freeze_base(
+        aim_surgery.apply(model, plan, network.example()), statistics=True
+    )
+
+
+def _carried(model: nn.Module, network: Network, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    config = dataclasses.replace(DEFAULT, carry="state")
+    gm = aim_surgery.transform(model, network.example(), config=config)
+    return aim_surgery.freeze_base(gm, statistics=True)
+
+
+def _and_head(memory: Make) -> Make:
+    """A new head besides a memory."""
+
+    def make(model: nn.Module, network: Network, seed: int) -> nn.Module:
+        _new_head(model, network, seed)
+        gm = memory(model, network, seed)
+        gm.get_parameter(f"{HEAD}.weight").requires_grad_(True)
+        gm.get_parameter(f"{HEAD}.bias").requires_grad_(True)
+        return gm
+
+    return make
 
 
 def _lora(model: nn.Module, network: Network, seed: int) -> nn.Module:
@@ -166,6 +188,14 @@ METHODS = {
     "bias": Method("bias only", "a new head and all biases, batch norm's among them", _bias),
     "lora": Method("LoRA", "a new head, and low-rank updates as large as the memory", _lora),
     "memory": Method("memory only", "the memory, behind it the old head", _memory),
-    "memory-head": Method("memory and head", "a new head and the memory", _memory_head),
+    "memory-head": Method("memory and head", "a new head and the memory", _and_head(_memory)),
+    "no-writes-head": Method(
+        "memory without writes, and head",
+        "a new head, and memory and reads of the same plan",
+        _and_head(_no_writes),
+    ),
+    "carried-head": Method(
+        "carried memory, and head", 'a new head and the memory, carry="state"', _and_head(_carried)
+    ),
     "full": Method("full fine-tuning", "a new head and everything else", _full, training=True),
 }

@@ -102,6 +102,10 @@ def _study(
     if contrasts:
         header = ("question", "difference", *found)
         parts += ["### Pairs that answer a question", table(header, contrasts)]
+    if study.rule:
+        chosen = tables.candidates(study, found) or ["none"]
+        parts += ["### What the defaults should be", study.rule, "Arms of that kind:"]
+        parts.append(_bullets(chosen))
     for caption, path in figures.draw(study, found, folder / FIGURES):
         parts.append(f"![{caption}]({FIGURES}/{path.name})\n\n*{caption}.*")
     arms = [f"**{what[arm].title}** (`{arm}`): {what[arm].what}" for arm in study.arms]

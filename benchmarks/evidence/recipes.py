@@ -101,6 +101,7 @@ class Study:
         seeds: Of the runs that count.
         tuning_seeds: Of the runs that choose the learning rate.
         grid: Learning rates to choose from, the same for all arms.
+        rule: How defaults follow from it; "" where none do.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Study:
     seeds: tuple[int, ...] = SEEDS
     tuning_seeds: tuple[int, ...] = TUNING_SEEDS
     grid: tuple[float, ...] = GRID
+    rule: str = ""
 
     def tuning(self, data: str) -> list[Config]:
         """The runs that choose learning rates; none where there is only one."""
@@ -202,7 +204,16 @@ STUDIES = {
             "A network has learned half of the classes; what adapts it to the other half, at which "
             "price?",
             "methods",
-            ("probe", "bias", "lora", "memory", "memory-head", "full"),
+            (
+                "probe",
+                "bias",
+                "lora",
+                "memory",
+                "memory-head",
+                "no-writes-head",
+                "carried-head",
+                "full",
+            ),
             Adapting(epochs=20),
             grid=(1e-3, 3e-3, 1e-2, 3e-2),
         ),
@@ -226,6 +237,11 @@ STUDIES = {
                 "carried",
             ),
             Recipe(epochs=20),
+            rule="The default gives way to an arm that is above it on one network and below it on "
+            "none (95 % intervals). Of several that exclude each other, the one with the fewest "
+            "parameters, unless another is above that one, by the same rule. Study B is asked "
+            "likewise about the arms that it has. (Written when the write modes, which study A "
+            "has, were known, and before any other of these runs that count had been looked at.)",
         ),
     )
 }

@@ -27,6 +27,9 @@ CONTRASTS = {
     "methods": (
         ("memory-head", "lora", "memory or LoRA, at equal parameters?"),
         ("memory-head", "bias", "memory or biases?"),
+        ("memory-head", "no-writes-head", "do writes matter?"),
+        ("carried-head", "memory-head", "does a carried state matter?"),
+        ("no-writes-head", "lora", "memory without writes or LoRA?"),
         ("memory-head", "memory", "what does a new head add?"),
         ("full", "memory-head", "what does training everything add?"),
     ),
@@ -167,6 +170,23 @@ def sorted_by_side(study: Study, found: Mapping[str, Cell]) -> list[str]:
         0: f"not told apart from {reference.title} (the interval holds zero)",
     }
     return [f"{texts[side]}: {'; '.join(arms)}" for side, arms in sides.items() if arms]
+
+
+def candidates(study: Study, by_network: Mapping[str, Mapping[str, Cell]]) -> list[str]:
+    """Sentences: arms that are above the first one on some network, and below it on none."""
+    found = []
+    for arm in study.arms[1:]:
+        against = {
+            network: paired(cells_[arm].test, cells_[study.arms[0]].test)
+            for network, cells_ in by_network.items()
+            if {arm, study.arms[0]} <= cells_.keys()
+        }
+        known = {network: pair for network, pair in against.items() if pair is not None}
+        sides = {pair.side for pair in known.values()}
+        if 1 in sides and -1 not in sides:
+            each = ", ".join(f"{network} {points(pair)}" for network, pair in known.items())
+            found.append(f"{title_of(study, arm)}: {each}")
+    return found
 
 
 def contrast_rows(

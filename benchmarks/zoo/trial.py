@@ -155,7 +155,7 @@ class _Trial:
             row.notes.append(f"a training step takes more than the {self._memory:.1f} GiB")
         if too_large:
             row.notes.append("what the backward needs was kept on disk")
-            samples = samples.take(1) if samples.batch else samples
+            samples = _one_of(samples)
         row.checked_on = checks.describe(samples)
         memory = self._needs(FULL_BYTES) + FULL_ACTIVATIONS * activations
         if memory > self._memory and not self._alone and not self._light:
@@ -285,12 +285,17 @@ def seconds_of_step(model: nn.Module, samples: Samples) -> float:
     Returns:
         Seconds of one core: of a slow model its first step, of others the least of three more.
     """
-    one = samples.take(1) if samples.batch else samples
+    one = _one_of(samples)
     first = _step(model, one)
     try:
         return first if first > _QUICK else min(_step(model, one) for _ in range(3))
     except RuntimeError:  # a model that keeps a part of its graph has no second backward
         return first
+
+
+def _one_of(samples: Samples) -> Samples:
+    """The first of several; what they are where they can't be told apart."""
+    return samples.take(1) if samples.batch else samples
 
 
 def _step(model: nn.Module, samples: Samples) -> float:
