@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from aim_surgery.nn.add_product import CONVS, add_product, is_better
 from aim_surgery.nn.eager import are_plain, is_watched
@@ -45,9 +44,6 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
     Returns:
         x W_x^T + (m W_m^T + b), a tensor of its own.
     """
-    given = x, weight, bias, view
-    if has_torch_function(given):  # such as proxies of fx
-        return handle_torch_function(widened_linear, given, *given)
     rows = math.prod(x.shape[:-1])
     if not is_watched() and (rows == 1 or rows * weight.shape[1] <= FEW):
         return F.linear(torch.cat([x, view.expand(*x.shape[:-1], -1)], -1), weight, bias)
@@ -88,10 +84,6 @@ def widened_conv(
     Returns:
         The sum of both products, a tensor of its own.
     """
-    given = x, weight, bias, view
-    if has_torch_function(given):
-        options = stride, padding, dilation, groups
-        return handle_torch_function(widened_conv, given, *given, *options)
     dims = len(stride)
     convolve: Any = CONVS[dims]
     options = stride, padding, dilation
