@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import aim_surgery
 from aim_surgery import AimConfig, lower, transform
 from aim_surgery.nn import pointwise as module
+from aim_surgery.nn import widened
 from aim_surgery.nn.pointwise import Pointwise2d, pointwise, wide
 from tests.cases import assert_same
 
@@ -128,6 +130,43 @@ def test_under_transforms_and_compilers() -> None:
     compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x), function(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("write", ["none", "sample"])
+def test_split_uses_it(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of layers of any stride without padding and groups; the way back is whole, too."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 1), nn.ReLU(True), nn.Conv2d(8, 8, 1, 2, bias=False), nn.ReLU(True),
+              nn.Conv2d(8, 8, 1, padding=1), nn.Conv2d(8, 8, 1, groups=2), nn.Flatten(),
+              nn.Linear(288, 5), nn.Linear(5, 5, bias=False)]  # fmt: skip
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    at = None if write == "none" else ("1",)
+    config = AimConfig(budget=None, memory=64, write=write, write_at=at, init="fresh")
+    gm: Any = transform(nn.Sequential(*layers).double(), x, config=config)
+    split = lower(gm, "split")
+    expected, calls = gm(x), []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(
+        widened, "pointwise", lambda *a: (calls.append(pointwise), pointwise(*a))[1]
+    )
+    with Watch():
+        assert_same(split(x), expected)
+    assert calls.count(pointwise) == 2
+    blocks = len(gm.plan.writes)  # each convolves once
+    assert calls.count(F.conv2d) == (4 if write == "none" else 2 + blocks)
+    back = lower(split, "concat")
+    assert_same(back(x), expected)
+    base = aim_surgery.restore(split, measure=False)
+    assert [tuple(p.shape) for p in base.parameters()] == [
+        tuple(p.shape) for p in nn.Sequential(*layers).parameters()
+    ]
 
 
 @pytest.mark.parametrize("write", ["none", "sample"])

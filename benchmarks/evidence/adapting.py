@@ -21,6 +21,7 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery.checkpoint.models.torchvision_ops import import_torchvision
+from aim_surgery.config import Carry
 from benchmarks.evidence.arms import DEFAULT
 from benchmarks.evidence.networks import Network
 
@@ -84,10 +85,15 @@ def _full(model: nn.Module, network: Network, seed: int) -> nn.Module:
     return model
 
 
-def _memory(model: nn.Module, network: Network, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    gm = aim_surgery.transform(model, network.example(), config=DEFAULT)
-    return aim_surgery.freeze_base(gm, statistics=True)
+def _memory(carry: Carry = "weights") -> Make:
+    config = dataclasses.replace(DEFAULT, carry=carry)
+
+    def make(model: nn.Module, network: Network, seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        gm = aim_surgery.transform(model, network.example(), config=config)
+        return aim_surgery.freeze_base(gm, statistics=True)
+
+    return make
 
 
 def _no_writes(model: nn.Module, network: Network, seed: int) -> nn.Module:
@@ -96,13 +102,6 @@ def _no_writes(model: nn.Module, network: Network, seed: int) -> nn.Module:
     return aim_surgery.freeze_base(
         aim_surgery.apply(model, plan, network.example()), statistics=True
     )
-
-
-def _carried(model: nn.Module, network: Network, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    config = dataclasses.replace(DEFAULT, carry="state")
-    gm = aim_surgery.transform(model, network.example(), config=config)
-    return aim_surgery.freeze_base(gm, statistics=True)
 
 
 def _and_head(memory: Make) -> Make:
@@ -187,15 +186,17 @@ METHODS = {
     "probe": Method("linear probe", "a new head", _probe),
     "bias": Method("bias only", "a new head and all biases, batch norm's among them", _bias),
     "lora": Method("LoRA", "a new head, and low-rank updates as large as the memory", _lora),
-    "memory": Method("memory only", "the memory, behind it the old head", _memory),
-    "memory-head": Method("memory and head", "a new head and the memory", _and_head(_memory)),
+    "memory": Method("memory only", "the memory, behind it the old head", _memory()),
+    "memory-head": Method("memory and head", "a new head and the memory", _and_head(_memory())),
     "no-writes-head": Method(
         "memory without writes, and head",
         "a new head, and memory and reads of the same plan",
         _and_head(_no_writes),
     ),
     "carried-head": Method(
-        "carried memory, and head", 'a new head and the memory, carry="state"', _and_head(_carried)
+        "carried memory, and head",
+        'a new head and the memory, carry="state"',
+        _and_head(_memory("state")),
     ),
     "full": Method("full fine-tuning", "a new head and everything else", _full, training=True),
 }
