@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import aim_surgery
 from aim_surgery import AimConfig, CaptureError
 from aim_surgery.capture import capture
-from aim_surgery.sites import find_sites
+from aim_surgery.sites import find_calls, find_sites
 from tests.cases import assert_same
 
 LITERAL = AimConfig(memory=8, budget=None)
@@ -126,6 +126,24 @@ def test_every_mask(call: Any, masks: tuple[torch.Tensor, ...]) -> None:
 @pytest.mark.parametrize("call", [to_itself, without_weights])
 def test_every_option(call: Any, options: dict[str, Any], inputs: Any) -> None:
     assert len(operated(Attention(call, **options), *inputs).plan.reads) == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "keys", "options"),
+    [
+        (to_itself, None, {}),
+        (without_weights, None, {"bias": False}),
+        (to_another, 8, {}),
+        (to_another, 4, {"kdim": 4, "vdim": 4}),
+    ],
+)
+def test_inputs_are_projected_before_tokens_come_first(call: Any, keys: Any, options: Any) -> None:
+    inputs = (X,) if keys is None else (X, torch.randn(5, 6, keys, dtype=F64))
+    model = Attention(call, batch_first=True, **options)
+    operated(model, *inputs)
+    captured = capture(model, inputs)
+    calls = [c for c in find_calls(captured, captured.graph) if "out_proj" not in c.site.name]
+    assert {call.node.args[0].op for call in calls} == {"placeholder"}
 
 
 def test_one_graph_serves_both_modes_unless_there_is_dropout() -> None:

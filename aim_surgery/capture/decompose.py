@@ -77,7 +77,8 @@ def _open_attention(
         tokens = source.reshape(query.shape[0], query.shape[1], x.aim_value.shape[-1])
         return _Rows(F.linear(tokens, w, b))
 
-    twin = _twin(function, _in_projection_packed=_in_projection, linear=linear)
+    instead = {"_in_projection_packed": _packed_projection, "_in_projection": _projection}
+    twin = _twin(function, **instead, linear=linear)
     if given["dropout_p"] == 0:
         given["training"] = False  # else it would be asked for nothing, and both modes traced
     return lambda: twin(**given)
@@ -100,14 +101,41 @@ class _Rows:
         return self._tokens
 
 
-def _in_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:
+def _packed_projection(q: Any, k: Any, v: Any, w: Any, b: Any = None) -> Any:
     """As torch's, with W in thirds where keys are the values and queries are not.
 
     Torch would split W by a size of the input, and what depends on the input is no weight.
     """
     if k is v and q is not k and type(v) is ValueProxy:
         v = ValueProxy(v.node, v.tracer, v.aim_value)
-    return vars(F)["_in_projection_packed"](q, k, v, w, b)
+    return _projection(q, k, v, w, b, name="_in_projection_packed")
+
+
+def _projection(q: Any, k: Any, v: Any, *weights: Any, name: str = "_in_projection") -> Any:
+    """As torch's, with inputs projected as they were before samples and tokens changed places.
+
+    Torch would copy them, or multiply token by token.
+    """
+    packed = q is k is v
+
+    def linear(x: Any, w: Any, b: Any = None) -> Any:
+        before = _before_transpose(x)
+        if before is None:
+            return F.linear(x, w, b)
+        projected = F.linear(before, w, b).transpose(0, 1)
+        return projected if packed else projected.contiguous()  # as what views it expects
+
+    return _twin(vars(F)[name], linear=linear)(q, k, v, *weights)
+
+
+def _before_transpose(x: Any) -> Any:
+    """What samples and tokens of which are exchanged; None where they are not, or in no batch."""
+    if type(x) is not ValueProxy or x.aim_value.ndim != 3 or x.node.target != "transpose":
+        return None
+    source, *axes = x.node.args
+    if x.node.kwargs or sorted(axes) != [0, 1]:
+        return None
+    return ValueProxy(source, x.tracer, source.meta["val"])
 
 
 def _twin(function: types.FunctionType, **instead: Any) -> types.FunctionType:
