@@ -297,6 +297,49 @@ def test_features_may_change_in_place(per: str, planes: int, dims: int) -> None:
     assert_same(gradients[0], gradients[1])
 
 
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("dims", [0, 2])
+def test_features_and_view_are_as_if_side_by_side(
+    dims: int, kernel_size: int, samples: int
+) -> None:
+    write: Any = (conv_write if dims else token_write)(kernel_size=kernel_size)
+    seen: list[Tensor] = []
+    joined = copy.deepcopy(write)
+    joined.block[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    features = normal(3, 3, 6, 6) if dims else normal(3, 9, 3)
+    for many in (samples, 1):
+        view = normal(many, 2, 2, 2) if dims else normal(many, 2)
+        given = features[:samples]
+        results = []
+        for block in (write, joined):
+            inputs = [x.clone().requires_grad_() for x in (given, view, normal(1, 10))]
+            weights = [*inputs, *block.parameters()]
+            result = block(*inputs)
+            results.append((result, *torch.autograd.grad(result.square().sum(), weights)))
+        assert_same(results[0], results[1])
+    assert len(seen) == 2
+    assert all(x.shape[1] == 5 for x in seen)
+
+
+def test_features_are_copied_for_gradients_alone() -> None:
+    write, features, view = conv_write(), normal(4, 3, 6, 6), normal(4, 2, 6, 6)
+
+    def copies() -> list[str]:
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            write(features, view, normal(1, 10))
+        events = profiler.key_averages(group_by_input_shape=True)
+        whole = [[*features.shape], []]  # a `cat` does not say of what
+        clones = [e.key for e in events if e.key == "aten::clone" and e.input_shapes == whole]
+        return clones + [e.key for e in events if e.key == "aten::cat"]
+
+    assert copies() == ["aten::clone"]
+    with torch.no_grad():
+        assert copies() == []
+    write.block[0].register_forward_hook(lambda *_: None)
+    assert copies() == ["aten::cat"]
+
+
 # Write block: per batch
 
 
@@ -434,10 +477,14 @@ def test_channels_last_stays() -> None:
     write = conv_write()
     features = normal(2, 3, 4, 4).to(memory_format=torch.channels_last)
     seen: list[Tensor] = []
-    write.block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hooked = conv_write()
+    for module in (hooked.block, write.block[1]):
+        module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     for planes in (normal(2, 4, 4), normal(2, 2, 4, 4)):
-        write(features, planes, normal(1, 10))
-        assert seen.pop().is_contiguous(memory_format=torch.channels_last)
+        for block, channels in ((hooked, 5), (write, 4)):
+            block(features, planes, normal(1, 10))
+            assert seen[-1].shape[1] == channels
+            assert seen.pop().is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("per", ["sample", "batch"])

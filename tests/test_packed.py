@@ -143,7 +143,7 @@ def test_inputs_are_projected_before_tokens_come_first(call: Any, keys: Any, opt
     operated(model, *inputs)
     captured = capture(model, inputs)
     calls = [c for c in find_calls(captured, captured.graph) if "out_proj" not in c.site.name]
-    assert {call.node.args[0].op for call in calls} == {"placeholder"}
+    assert {call.node.all_input_nodes[0].op for call in calls} == {"placeholder"}
 
 
 def test_one_graph_serves_both_modes_unless_there_is_dropout() -> None:

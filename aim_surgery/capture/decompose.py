@@ -132,8 +132,9 @@ def _before_transpose(x: Any) -> Any:
     """What samples and tokens of which are exchanged; None where they are not, or in no batch."""
     if type(x) is not ValueProxy or x.aim_value.ndim != 3 or x.node.target != "transpose":
         return None
-    source, *axes = x.node.args
-    if x.node.kwargs or sorted(axes) != [0, 1]:
+    given: Any = x.node.args
+    source, *axes = given
+    if x.node.kwargs or {*axes} != {0, 1}:
         return None
     return ValueProxy(source, x.tracer, source.meta["val"])
 

@@ -12,7 +12,7 @@ import operator
 from torch import fx, nn
 
 from aim_surgery.nn.add_product import add_product, is_better
-from aim_surgery.nn.layer_types import CONV_TYPES
+from aim_surgery.nn.layer_types import CONV_TYPES, is_its_product
 from aim_surgery.surgery.modules import READS
 
 
@@ -52,9 +52,8 @@ def add_products(graph: fx.Graph, root: nn.Module) -> bool:
 
 def _fits(layer: nn.Module) -> bool:
     """Whether it is a plain convolution that `add_product` can stand for, and better."""
-    if type(layer) not in CONV_TYPES or layer._forward_hooks or layer._forward_pre_hooks:
+    if not isinstance(layer, CONV_TYPES) or not is_its_product(layer):
         return False
-    assert isinstance(layer, CONV_TYPES)
     plain = layer.groups == 1 and layer.bias is None and layer.padding_mode == "zeros"
     numbers = not isinstance(layer.padding, str)
     return plain and numbers and is_better(layer.in_channels, layer.out_channels, layer.kernel_size)

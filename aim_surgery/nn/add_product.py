@@ -60,8 +60,11 @@ def add_product(
     pointwise = set(weight.shape[2:]) == {1} and not any(padding)
     if t.ndim != dims + 2 or (dims == 3 and not pointwise) or is_watched():
         return t.add_(CONVS[dims](view, weight, None, stride, padding, dilation))
-    columns = _columns(view, weight, stride, padding, dilation, pointwise=pointwise)
-    found: Any = _AddProduct.apply(t, weight.flatten(1).to(t.dtype), columns.to(t.dtype))
+    columns = _columns(view, weight, stride, padding, dilation, pointwise=pointwise).to(t.dtype)
+    matrix = weight.flatten(1).to(t.dtype)
+    if not torch.is_grad_enabled():
+        return _add_in_place(t, matrix, columns)
+    found: Any = _AddProduct.apply(t, matrix, columns)
     return found
 
 
@@ -85,6 +88,12 @@ def _columns(
     return F.unfold(view, (*kernel,), (*dilation,), (*padding,), (*stride,))
 
 
+def _add_in_place(t: Tensor, matrix: Tensor, columns: Tensor) -> Tensor:
+    whole = t.view(*t.shape[:2], math.prod(t.shape[2:]))  # never a copy
+    whole.baddbmm_(matrix.expand(len(columns), -1, -1), columns)
+    return t
+
+
 class _AddProduct(torch.autograd.Function):
     """In place without a copy: of a view that is changed in place, autograd copies the gradient."""
 
@@ -92,9 +101,7 @@ class _AddProduct(torch.autograd.Function):
     def forward(ctx: Any, t: Tensor, weight: Tensor, columns: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(weight, columns)
         ctx.mark_dirty(t)
-        whole = t.view(*t.shape[:2], math.prod(t.shape[2:]))  # never a copy
-        whole.baddbmm_(weight.expand(len(columns), -1, -1), columns)
-        return t
+        return _add_in_place(t, weight, columns)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]

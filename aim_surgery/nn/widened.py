@@ -88,7 +88,7 @@ def widened_conv(
     convolve: Any = CONVS[dims]
     options = stride, padding, dilation
     if groups == 1 and not is_watched() and x.ndim == dims + 2 and len(x) == 1:
-        return convolve(_joined(x, view), weight, bias, *options)
+        return convolve(joined(x, view), weight, bias, *options)
     planes = view.shape[-dims - 1]
     own, memory = weight.split((weight.shape[1] - planes, planes), 1)
     kernel, zeros = weight.shape[2:], None if isinstance(padding, str) else padding
@@ -101,9 +101,20 @@ def widened_conv(
     return t.add_(convolve(view, memory, None, *options))
 
 
-def _joined(x: Tensor, view: Tensor) -> Tensor:
-    """cat[x, m] of one sample, laid out as x is."""
-    view = view.view(1, *view.shape[-x.ndim + 1 :])
+def joined(x: Tensor, view: Tensor) -> Tensor:
+    """cat[x, m], laid out as x is.
+
+    Shapes:
+        x (N, I, *S), view (k, *S) or (N, k, *S) -> (N, I + k, *S)
+
+    Args:
+        x: A map with its channels second.
+        view: The memory as planes of the same size.
+
+    Returns:
+        Both, in a tensor of their own.
+    """
+    view = view.expand(x.shape[0], *view.shape[-x.ndim + 1 :])
     last = channels_last_format(x)
     if last is not None:
         view = view.contiguous(memory_format=last)  # or `cat` would fall back to contiguous

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ from aim_surgery.nn.block_layers import (
     block_layers,
     block_parameters,
 )
+from aim_surgery.nn.layer_types import is_hooked, is_its_product
 from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
-from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CHANNELS_LAST
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
+from aim_surgery.nn.widened import joined, widened_conv, widened_linear
 
 __all__ = ["WriteBlock", "block_parameters"]
 
@@ -189,35 +191,62 @@ class WriteBlock(nn.Module):
 
     def _update(self, features: Tensor, view: Tensor | None) -> Tensor:
         """What the features say, (N, M)."""
-        x = self._with_view(features, view)
-        self._refuse_single_value(x)
+        self._refuse_single_value(features)
+        x = self._through_block(features, view)
         if self.dims:
             size = self.home if len(self.home) == self.dims else (1,) * self.dims
-            pooled = ADAPTIVE_POOLS[self.dims](self.block(x), size).flatten(2).mT
+            pooled = ADAPTIVE_POOLS[self.dims](x, size).flatten(2).mT
         else:
-            samples, tokens, _ = x.shape
-            x = self.block(x.flatten(0, 1)).unflatten(0, (samples, tokens))
-            pooled = x.mean(1, keepdim=True)
+            pooled = x.unflatten(0, features.shape[:2]).mean(1, keepdim=True)
         planes = self.out(pooled).mT  # (N, C_m, positions of home, or one)
         return planes.expand(-1, -1, math.prod(self.home)).flatten(1)[:, : self.floats]
 
-    def _with_view(self, features: Tensor, view: Tensor | None) -> Tensor:
-        """Features and view side by side, in a tensor of their own: the features may change."""
+    def _through_block(self, features: Tensor, view: Tensor | None) -> Tensor:
+        """What the block says of features and view side by side: (N, C, *S), or tokens (N·T, C).
+
+        Autograd keeps features of its own: these may be changed in place.
+        """
         if not _autocasts(features.device.type):
             features = features.to(self._dtype)
         if view is None or self.planes == 0:
-            return features.clone()
-        view = view.to(features)
-        samples, size = features.shape[0], features.shape[2:]
+            x = features.clone() if torch.is_grad_enabled() else features
+            return self.block(x if self.dims else x.flatten(0, 1))
+        view = self._fitted(view.to(features), features)
+        if not self._is_as_built():
+            return self.block(self._side_by_side(features, view))
+        first, *rest = cast("list[Any]", [*self.block])
+        if torch.is_grad_enabled():
+            features = features.clone()
+        if self.dims:
+            options = first.stride, first.padding, first.dilation, first.groups
+            x = widened_conv(features, first.weight, first.bias, view, *options)
+        else:
+            x = widened_linear(features, first.weight, first.bias, view).flatten(0, 1)
+        for layer in rest:
+            x = layer(x)
+        return x
+
+    def _is_as_built(self) -> bool:
+        """Whether the first layer may be called as a function."""
+        if type(self.block) is not nn.Sequential or is_hooked(self.block):
+            return False
+        return is_its_product(self.block[0])
+
+    def _fitted(self, view: Tensor, features: Tensor) -> Tensor:
+        """The view where the features are: (k, *S) or (N, k, *S); of tokens (k,) or (N, 1, k)."""
         if not self.dims:
-            view = view.reshape(-1, 1, self.planes).expand(samples, features.shape[1], -1)
-            return torch.cat([features, view], 2)
-        view = view.unsqueeze(0) if view.ndim == self.dims + 1 else view
-        view = resized(view, size).expand(samples, -1, *size)
-        layout = CHANNELS_LAST.get(self.dims, torch.contiguous_format)
-        if features.is_contiguous(memory_format=layout) and not features.is_contiguous():
-            view = view.contiguous(memory_format=layout)  # else `cat` would change the features'
-        return torch.cat([features, view], 1)
+            once = view.numel() == self.planes
+            return view.reshape(-1) if once else view.reshape(-1, 1, self.planes)
+        if view.ndim > self.dims + 1 and view.shape[0] == 1:
+            view = view.squeeze(0)
+        return resized(view, features.shape[2:])
+
+    def _side_by_side(self, features: Tensor, view: Tensor) -> Tensor:
+        """For a block that hooks look at, or that somebody changed."""
+        if self.dims:
+            return joined(features, view)
+        view = view.expand(*features.shape[:2], self.planes)
+        return torch.cat([features, view], 2).flatten(0, 1)
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -9,13 +9,12 @@ from torch import fx, nn
 from torch.fx.node import Argument
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.layer_types import LAYER_TYPES
+from aim_surgery.nn.layer_types import HOOKS, LAYER_TYPES
 from aim_surgery.planning import Read
 from aim_surgery.surgery.beside import input_of
 from aim_surgery.surgery.notes import SiteNote, noted_sites
 
 _FORWARDS = frozenset(kind.forward for kind in LAYER_TYPES)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Pieces(NamedTuple):
@@ -94,7 +93,7 @@ def refuse_changed(layer: nn.Module, path: str) -> None:
     Raises:
         AimSurgeryError: Hooks would see one product only, or nothing at all.
     """
-    found = next((name for name in _HOOKS if getattr(layer, name)), None)
+    found = next((name for name in HOOKS if getattr(layer, name)), None)
     what = f"has {found[1:].replace('_', ' ')}" if found else ""
     if type(layer).forward not in _FORWARDS or "forward" in vars(layer):
         what = f"has a forward of its own ({type(layer).__name__})"
