@@ -235,6 +235,35 @@ def test_split_uses_them(write: Any) -> None:
     assert_same(exported(x), gm(x))
 
 
+class Functional(nn.Module):
+    """Calls functions with its weights; one option is a number that depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False)
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.conv2d(x, self.first.weight, bias=self.first.bias, stride=2, padding="valid").relu()
+        x = F.conv2d(x, self.second.weight, None, 1, (x.shape[-1] // 2, 1)).relu()
+        return F.linear(x.mean((2, 3)), self.last.weight, self.last.bias)
+
+
+def test_functions_are_whole_calls_unless_options_are_computed() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    config = AimConfig(budget=None, memory=64, write="none", init="fresh")
+    gm: Any = transform(Functional().double(), x, config=config)
+    split: Any = lower(gm, "split")
+    back: Any = lower(split, "concat")
+    targets = [[node.target for node in model.graph.nodes] for model in (gm, split, back)]
+    kinds = (widened_conv, widened_linear, "split", F.conv2d, F.linear)
+    counts = [[found.count(kind) for kind in kinds] for found in targets]
+    assert counts == [[0, 0, 0, 2, 1], [1, 1, 1, 2, 0], [0, 0, 0, 2, 1]]
+    for model in (split, back):
+        assert_same(model(x), gm(x))
+
+
 def test_memory_of_few_planes_is_added_as_it_is_computed() -> None:
     """Columns that are more than the result itself would be the larger part."""
     torch.manual_seed(0)

@@ -77,7 +77,7 @@ def rewrite_as(gm: nn.Module, form: Form) -> bool:
     modified = change_hooks(gm, form)
     for graph in graphs_of(gm):
         split = form == "split"
-        changed = split_sites(graph, gm, plan, reads) if split else join_sites(graph, plan, reads)
+        changed = split_sites(graph, gm, reads) if split else join_sites(graph, plan, reads)
         modified = changed or modified
         graph.lint()
     if isinstance(gm, AimGraphModule) and modified:

@@ -6,11 +6,14 @@ conv(x, W_x) + conv(m, W_m)  ->  conv(cat[x, m], [W_x ; W_m])
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.add_product import CONVS
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
@@ -57,10 +60,14 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
                 site = graph.call_module(note.called, (cat,) if size is None else (cat, size))
             else:
                 weight = graph.get_attr(read.site.weights[0])
-                site = graph.node_copy(node)
-                site.meta = {}
-                set_input(site, note, cat)
-                site.replace_input_with(nodes[note.sliced], weight)
+                if node is total:
+                    site = _of_function(graph, node, cat, weight)
+                    note = note._replace(input_index=0)
+                else:
+                    site = graph.node_copy(node)
+                    site.meta = {}
+                    set_input(site, note, cat)
+                    site.replace_input_with(nodes[note.sliced], weight)
         total.replace_all_uses_with(site)
         joined[total] = site
         plain = note._replace(source=source.name, beside="", called="", sliced="")
@@ -69,6 +76,16 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
         _always_resize(view, len(read.site.spatial))
         modified = True
     return modified
+
+
+def _of_function(graph: fx.Graph, total: fx.Node, cat: fx.Node, weight: fx.Node) -> fx.Node:
+    """The call of the function that a sum of both products stands for."""
+    _, _, bias, _, *options = total.args
+    function: Any = F.linear
+    if options:
+        strides = cast("tuple[int, ...]", options[0])
+        function = CONVS[len(strides)]
+    return graph.call_function(function, (cat, weight, bias, *options))
 
 
 def _always_resize(view: fx.Node, dims: int) -> None:

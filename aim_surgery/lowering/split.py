@@ -2,15 +2,14 @@
 
     conv(cat[x, m], [W_x ; W_m])  ->  conv(x, W_x) + conv(m, W_m)
 
-The call of a convolution or a linear layer becomes one of a function that is given x, m and W whole
-(`nn.widened`), and does what is least work for their sizes. Of transposed convolutions and of
-functions that are called with a weight, W_x and W_m are slices, taken once a forward, right before
-they are used: so backward joins their gradients as soon as both are there, and never holds them all
-(in a graph that switches gradients off and on, at its beginning: a slice taken without them has
-none). A view of the memory that is the same for all samples has no batch, so its product is
-computed once a batch and broadcasts in the sum. Where each sample has its own memory, the product
-is added as it is computed (`add_product`). Products are added in place: nothing needs what a
-product was before.
+The call of a convolution or a linear layer, or of their functions, becomes one of a function that
+is given x, m and W whole (`nn.widened`), and does what is least work for their sizes. Of transposed
+convolutions, and where options of a function are computed, W_x and W_m are slices, taken once a
+forward, right before they are used: so backward joins their gradients as soon as both are there,
+and never holds them all (in a graph that switches gradients off and on, at its beginning: a slice
+taken without them has none). A view of the memory that is the same for all samples has no batch, so
+its product is computed once a batch and broadcasts in the sum. Products are added in place: nothing
+needs what a product was before.
 """
 
 from __future__ import annotations
@@ -21,15 +20,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from aim_surgery.lowering.products import write_padding, write_product
-from aim_surgery.nn.add_product import add_product, is_better
+from aim_surgery.nn.add_product import CONVS
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
 from aim_surgery.nn.widened import widened_conv, widened_linear
-from aim_surgery.planning import Plan, Read
-from aim_surgery.sites.calls import CONV_FUNCTIONS
+from aim_surgery.planning import Read
 from aim_surgery.sites.graph import argument_of, called_by
 from aim_surgery.surgery.beside import convolve_alone, set_input
 from aim_surgery.surgery.notes import SiteNote, note_site
@@ -37,13 +35,12 @@ from aim_surgery.surgery.pieces import pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
 
 
-def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str, Read]) -> bool:
+def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> bool:
     """Take the sites of one graph apart.
 
     Args:
         graph: The emitted graph; changed in place.
         root: The module that it belongs to; left unchanged.
-        plan: What it was operated by.
         reads: The reads whose layers are widened, by site.
 
     Returns:
@@ -60,33 +57,31 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
     for node, note, source, view, joined, _ in pieces_of(graph, reads):
         if joined is None:
             continue
-        read = reads[note.site]
-        weight = read.site.weights[0]
+        weight = reads[note.site].site.weights[0]
         operands = sums.get(source, source), view
         layer: Any = called_by(node, root)
         if layer is not None:
             refuse_changed(layer, str(node.target))
             note = note._replace(called=str(node.target))
-        if layer is not None and not getattr(layer, "transposed", False):
-            with graph.inserting_before(node):
-                own = graph.get_attr(weight)
-                product, beside = _of_layer(graph, layer, str(node.target), operands, own)
+        with graph.inserting_before(node):
+            own = graph.get_attr(weight)
+            whole = _whole(graph, node, layer, operands, own)
+        if whole is not None:
+            total, beside = whole
+            product = total
         else:
+            graph.erase_node(own)
             if weight not in slices:
                 # a slice taken without gradients would have none wherever else it is used
                 with graph.inserting_before(first if switches else node):
-                    slices[weight] = _slices(graph, weight, read)
+                    slices[weight] = _slices(graph, weight, reads[note.site])
             own, memory = slices[weight]
             if layer is not None:
                 product, beside = _of_transposed(graph, layer, node, operands, (own, memory))
             else:
                 product, beside = _of_function(graph, node, note, operands, (own, memory))
-        total = product
-        if beside not in product.all_input_nodes:
-            varies = plan.varies(read.memory, read.version)
             with graph.inserting_before(beside.next):
-                wide = operator.attrgetter(weight)(root) if varies else None
-                total, beside = _sum(graph, product, beside, wide, read.planes)
+                total = graph.call_method("add_", (product, beside))
         node.replace_all_uses_with(total, lambda user, own=total: user is not own)
         if product is not node:
             graph.erase_node(node)
@@ -97,6 +92,54 @@ def split_sites(graph: fx.Graph, root: nn.Module, plan: Plan, reads: Mapping[str
         resize_where_needed(view)
         modified = True
     return modified
+
+
+def _whole(
+    graph: fx.Graph, node: fx.Node, layer: Any, operands: tuple[fx.Node, fx.Node], wide: fx.Node
+) -> tuple[fx.Node, fx.Node] | None:
+    """The sum of both products as one call that is given W, and the operand that is the memory.
+
+    None where there is no such call.
+    """
+    source, view = operands
+    if layer is None:
+        bias = argument_of(node, 2, "bias")
+        if node.target is F.linear:
+            return graph.call_function(widened_linear, (source, wide, bias, view)), view
+        options = _options(node)
+        if options is None:
+            return None
+        return graph.call_function(widened_conv, (source, wide, bias, view, *options)), view
+    if getattr(layer, "transposed", False):
+        return None
+    bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
+    if isinstance(layer, nn.Linear):
+        return graph.call_function(widened_linear, (source, wide, bias, view)), view
+    (source, view), padding = write_padding(graph, layer, source, view)
+    options = (layer.stride, padding, layer.dilation, layer.groups)
+    return graph.call_function(widened_conv, (source, wide, bias, view, *options)), view
+
+
+def _options(node: fx.Node) -> tuple[Any, ...] | None:
+    """Stride, padding, dilation and groups of a functional convolution, where they are literals."""
+    dims = next((dims for dims, function in CONVS.items() if node.target is function), None)
+    if dims is None:
+        return None
+    names = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+    options = [argument_of(node, at, name, default=default) for at, name, default in names]
+    options = [(value,) * dims if isinstance(value, int) else value for value in options]
+    groups = argument_of(node, 6, "groups", default=1)
+    if not isinstance(groups, int) or not all(_is_literal(value, dims) for value in options):
+        return None
+    return (*(value if isinstance(value, str) else tuple(value) for value in options), groups)
+
+
+def _is_literal(option: Any, dims: int) -> bool:
+    if isinstance(option, str):
+        return True
+    if not isinstance(option, tuple | list) or len(option) != dims:
+        return False
+    return all(isinstance(number, int) for number in option)
 
 
 def _slices(graph: fx.Graph, weight: str, read: Read) -> tuple[fx.Node, fx.Node]:
@@ -115,19 +158,6 @@ def _slices(graph: fx.Graph, weight: str, read: Read) -> tuple[fx.Node, fx.Node]
     own, memory = (graph.call_function(item, (parts, index)) for index in (0, 1))
     turned = method("transpose", (memory, 0, 1))
     return method("flatten", (own, 0, 1)), method("flatten", (turned, 1, 2))
-
-
-def _of_layer(
-    graph: fx.Graph, layer: Any, path: str, operands: tuple[fx.Node, fx.Node], wide: fx.Node
-) -> tuple[fx.Node, fx.Node]:
-    """The sum of both products of a layer's call, and the operand of it that is the memory."""
-    bias = None if layer.bias is None else graph.get_attr(f"{path}.bias")
-    if isinstance(layer, nn.Linear):
-        source, view = operands
-        return graph.call_function(widened_linear, (source, wide, bias, view)), view
-    (source, view), padding = write_padding(graph, layer, *operands)
-    arguments = (source, wide, bias, view, layer.stride, padding, layer.dilation, layer.groups)
-    return graph.call_function(widened_conv, arguments), view
 
 
 def _of_transposed(
@@ -162,39 +192,7 @@ def _of_function(
     node.replace_input_with(wide, own)
     erase_unused(wide)
     with graph.inserting_before(node.next):
-        if node.target in CONV_FUNCTIONS:
-            return node, convolve_alone(graph, node, view, memory)
-        return node, graph.call_function(F.linear, (view, memory))
-
-
-def _sum(
-    graph: fx.Graph, product: fx.Node, beside: fx.Node, wide: Tensor | None, planes: int
-) -> tuple[fx.Node, fx.Node]:
-    """Both products added in place, and the operand that is the memory's.
-
-    Of samples that have a memory each, a convolution is added without being written out, unless its
-    columns (k·K numbers a position) would be more than its result.
-    """
-    convolves = beside.target in (F.conv1d, F.conv2d, F.conv3d)
-    if wide is None or not convolves or not is_better(planes, len(wide), wide.shape[2:]):
-        return graph.call_method("add_", (product, beside)), beside
-    names = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
-    options = [argument_of(beside, at, name, default=default) for at, name, default in names]
-    dims = wide.ndim - 2
-    options = [(option,) * dims if isinstance(option, int) else option for option in options]
-    numbers = all(
-        isinstance(option, tuple | list)
-        and len(option) == dims
-        and all(isinstance(number, int) for number in option)
-        for option in options
-    )
-    if not numbers:
-        return graph.call_method("add_", (product, beside)), beside
-    view, memory = argument_of(beside, 0, "input"), argument_of(beside, 1, "weight")
-    assert isinstance(view, fx.Node)
-    total = graph.call_function(add_product, (product, view, memory, *map(tuple, options)))
-    graph.erase_node(beside)
-    return total, view
+        return node, convolve_alone(graph, node, view, memory)
 
 
 def resize_where_needed(view: fx.Node) -> None:
