@@ -395,7 +395,7 @@ def test_known_numbers() -> None:
 def test_what_resumes_is_what_has_no_row(tmp_path: Path) -> None:
     study = STUDIES["low-data"]
     configs = study.tuning("digits")
-    assert len({config.digest for config in configs}) == len(configs) == 3 * 10 * 2 * 3
+    assert len({config.digest for config in configs}) == len(configs) == 3 * 10 * 2 * 4
     assert not {c.seed for c in configs} & set(study.seeds)
     assert {c.seed for c in configs} == set(TUNING_SEEDS)
     path = tmp_path / "rows" / "low-data.jsonl"
@@ -414,14 +414,39 @@ def test_rates_are_chosen_on_validation_and_only_when_all_are_there() -> None:
     study = dataclasses.replace(STUDIES["low-data"], networks=("mlp",), arms=("base",))
     configs = study.tuning("digits")
     rows = {c.digest: Row(c.digest, {}, validation=0.8 if c.rate == 3e-3 else 0.7) for c in configs}
-    assert tables.chosen_rates(study, "digits", rows) == {("mlp", "base"): 3e-3}
+    assert tables.finalists(study, "digits", rows) == {("mlp", "base"): (3e-3, 1e-3)}
     rows.pop(configs[0].digest)
-    assert tables.chosen_rates(study, "digits", rows) == {}
+    assert tables.finalists(study, "digits", rows) == {}
+
+
+def test_of_two_rates_the_seeds_that_count_choose_by_validation() -> None:
+    study = dataclasses.replace(STUDIES["low-data"], networks=("mlp",), arms=("base", "widened"))
+    rows = {c.digest: Row(c.digest, {}, validation=-c.rate) for c in study.tuning("digits")}
+    rates = tables.finalists(study, "digits", rows)
+    assert rates["mlp", "base"] == (1e-3, 3e-3)
+    for config in study.final("digits", rates):
+        better = config.rate == (3e-3 if config.arm == "base" else 1e-3)
+        row = Row(config.digest, dataclasses.asdict(config), parameters=7)
+        row.validation, row.test = 0.5 + 0.1 * better, 0.9 - 0.2 * better - 0.01 * config.seed
+        rows[config.digest] = row
+    found = tables.cells(study, "digits", "mlp", rows)
+    assert {name: cell.rate for name, cell in found.items()} == {"base": 3e-3, "widened": 1e-3}
+    assert found["base"].test == pytest.approx({seed: 0.7 - 0.01 * seed for seed in range(10)})
+    assert tables.rate_header(study, found) == ("", "0.001", "0.003")
+    (title, *differences), *_ = tables.rate_rows(study, found)
+    assert (title, [text.split()[0] for text in differences]) == (
+        found["widened"].title, ["-20.00", "+20.00"]
+    )  # fmt: skip
+    gone = next(c for c in study.final("digits", rates) if (c.seed, c.rate) == (4, 3e-3))
+    rows.pop(gone.digest)
+    assert sorted(tables.cells(study, "digits", "mlp", rows)["base"].test) == [
+        0, 1, 2, 3, 5, 6, 7, 8, 9
+    ]  # fmt: skip
 
 
 def made_rows(study: Study, gains: dict[str, float]) -> dict[str, Row]:
     """Final rows with known accuracies."""
-    rates = dict.fromkeys(((n, a) for n in study.networks for a in study.arms), study.grid[0])
+    rates = dict.fromkeys(((n, a) for n in study.networks for a in study.arms), study.grid[:1])
     rows = {}
     for config in study.final("digits", rates):
         accuracy = 0.8 + 0.001 * config.seed + gains[config.arm] * (1 + 0.1 * (config.seed % 2))

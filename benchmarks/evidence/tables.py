@@ -46,8 +46,9 @@ class Cell:
         parameters: Of the model.
         trained: Those that are trained.
         rate: Learning rate.
-        test: Accuracy by seed.
-        rows: The runs; none for a derived row.
+        at_rates: Accuracy by rate and seed.
+        rows: The runs at its rate; none for a derived row.
+        others: Those at other rates.
     """
 
     arm: str
@@ -55,8 +56,14 @@ class Cell:
     parameters: int
     trained: int
     rate: float
-    test: dict[int, float] = field(default_factory=dict)
+    at_rates: dict[float, dict[int, float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
+    others: list[Row] = field(default_factory=list)
+
+    @property
+    def test(self) -> dict[int, float]:
+        """Accuracy by seed, at its rate."""
+        return self.at_rates[self.rate]
 
     @property
     def mean(self) -> float:
@@ -69,8 +76,10 @@ def title_of(study: Study, arm: str) -> str:
     return (ARMS if study.group == "arms" else METHODS)[arm].title
 
 
-def chosen_rates(study: Study, data: str, rows: Mapping[str, Row]) -> dict[tuple[str, str], float]:
-    """The learning rate of each network and arm: best mean validation accuracy in tuning.
+def finalists(
+    study: Study, data: str, rows: Mapping[str, Row]
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """The learning rates that each network and arm is run with on all seeds.
 
     Args:
         study: The study.
@@ -78,48 +87,70 @@ def chosen_rates(study: Study, data: str, rows: Mapping[str, Row]) -> dict[tuple
         rows: Rows by digest.
 
     Returns:
-        Rates by network and arm, where all tuning runs are done; the smaller of two equal ones.
+        Rates by network and arm, where all tuning runs are done: those of the best mean validation
+        accuracy, best first; the smaller of two equal ones.
     """
     if len(study.grid) == 1:
-        return {(n, a): study.grid[0] for n in study.networks for a in study.arms}
+        return {(n, a): study.grid for n in study.networks for a in study.arms}
     found: dict[tuple[str, str], dict[float, list[float]]] = {}
-    wanted = study.tuning(data)
-    for config in wanted:
+    for config in study.tuning(data):
         by_rate = found.setdefault((config.network, config.arm), {})
         values = by_rate.setdefault(config.rate, [])
         if config.digest in rows:
             values.append(rows[config.digest].validation)
     count = len(study.tuning_seeds)
     return {
-        key: max(sorted(by_rate), key=lambda rate: std.mean(by_rate[rate]))
+        key: tuple(sorted(by_rate, key=lambda rate: (-std.mean(by_rate[rate]), rate)))[
+            : study.finalists
+        ]
         for key, by_rate in found.items()
         if all(len(values) == count for values in by_rate.values())
     }
 
 
 def cells(study: Study, data: str, network: str, rows: Mapping[str, Row]) -> dict[str, Cell]:
-    """The arms of one network that have final runs, by name, zeroed ones after their arms."""
+    """The arms of one network that have final runs, by name, zeroed ones after their arms.
+
+    Seeds count that an arm has run with all its rates. Its rate is the one with the best mean
+    validation accuracy over them, the smaller of two equal ones.
+    """
+    runs: dict[str, dict[float, dict[int, Row]]] = {}
+    for config in study.final(data, finalists(study, data, rows)):
+        if config.network == network:
+            by_seed = runs.setdefault(config.arm, {}).setdefault(config.rate, {})
+            row = rows.get(config.digest)
+            if row is not None and row.test is not None:
+                by_seed[config.seed] = row
     found: dict[str, Cell] = {}
-    for config in study.final(data, chosen_rates(study, data, rows)):
-        row = rows.get(config.digest)
-        if config.network != network or row is None or row.test is None:
-            continue
-        title = title_of(study, config.arm)
-        made = Cell(config.arm, title, row.parameters, row.trained_parameters, config.rate)
-        cell = found.setdefault(config.arm, made)
-        cell.test[config.seed] = row.test
-        cell.rows.append(row)
-        zeroed = ARMS[config.arm].zeroed if study.group == "arms" else ""
-        if zeroed and row.test_zeroed is not None:
-            title += ", zeroed at evaluation"
-            made = Cell(zeroed, title, row.parameters, row.trained_parameters, config.rate)
-            found.setdefault(zeroed, made).test[config.seed] = row.test_zeroed
-    order = [
-        name
-        for arm in study.arms
-        for name in (arm, ARMS[arm].zeroed if study.group == "arms" else "")
-    ]
-    return {name: found[name] for name in order if name in found}
+    for arm in study.arms:
+        by_rate = runs.get(arm, {})
+        seeds = set.intersection(*({*by_seed} for by_seed in by_rate.values())) if by_rate else ()
+        if seeds:
+            whole = {rate: [by_rate[rate][seed] for seed in sorted(seeds)] for rate in by_rate}
+            found |= _cells_of(study, arm, whole)
+    return found
+
+
+def _cells_of(study: Study, arm: str, by_rate: Mapping[float, Sequence[Row]]) -> dict[str, Cell]:
+    """Of one arm, and of the same with its memory zeroed, from rows by rate."""
+    rate = max(sorted(by_rate), key=lambda rate: std.mean(row.validation for row in by_rate[rate]))
+    rows = list(by_rate[rate])
+    others = [row for other in by_rate if other != rate for row in by_rate[other]]
+    sizes = (rows[0].parameters, rows[0].trained_parameters, rate)
+    title = title_of(study, arm)
+    tests = {
+        at: {row.seed: row.test for row in made if row.test is not None}
+        for at, made in by_rate.items()
+    }
+    found = {arm: Cell(arm, title, *sizes, tests, rows, others)}
+    zeroed = ARMS[arm].zeroed if study.group == "arms" else ""
+    tests = {
+        at: {row.seed: row.test_zeroed for row in made if row.test_zeroed is not None}
+        for at, made in by_rate.items()
+    }
+    if zeroed and tests[rate]:
+        found[zeroed] = Cell(zeroed, f"{title}, zeroed at evaluation", *sizes, tests)
+    return found
 
 
 def table_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]:
@@ -189,6 +220,28 @@ def candidates(study: Study, by_network: Mapping[str, Mapping[str, Cell]]) -> li
     return found
 
 
+def rate_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]:
+    """Differences to the first arm where both have the same rate, with `rate_header`."""
+    reference = found.get(study.arms[0])
+    if reference is None:
+        return []
+    rows = []
+    for arm in study.arms[1:]:
+        if arm in found:
+            at = found[arm].at_rates
+            pairs = (
+                paired(at.get(rate, {}), reference.at_rates[rate])
+                for rate in sorted(reference.at_rates)
+            )
+            rows.append((found[arm].title, *("-" if p is None else points(p) for p in pairs)))
+    return rows
+
+
+def rate_header(study: Study, found: Mapping[str, Cell]) -> tuple[str, ...]:
+    """Of `rate_rows`."""
+    return ("", *(f"{rate:g}" for rate in sorted(found[study.arms[0]].at_rates)))
+
+
 def contrast_rows(
     study: Study, by_network: Mapping[str, Mapping[str, Cell]]
 ) -> list[tuple[str, ...]]:
@@ -214,14 +267,16 @@ def tuning_seconds(study: Study, data: str, rows: Mapping[str, Row]) -> float:
 
 def final_seconds(found: Iterable[Mapping[str, Cell]]) -> float:
     """Of all runs that count."""
-    return _seconds(row for cells_ in found for cell in cells_.values() for row in cell.rows)
+    every = (cell for cells_ in found for cell in cells_.values())
+    return _seconds(row for cell in every for row in (*cell.rows, *cell.others))
 
 
 def used_rows(
     study: Study, data: str, found: Iterable[Mapping[str, Cell]], rows: Mapping[str, Row]
 ) -> list[Row]:
     """All rows behind a study's tables."""
-    final = [row for cells_ in found for cell in cells_.values() for row in cell.rows]
+    every = (cell for cells_ in found for cell in cells_.values())
+    final = [row for cell in every for row in (*cell.rows, *cell.others)]
     assert all(row.config["phase"] == FINAL for row in final)
     tuned = [rows[c.digest] for c in study.tuning(data) if c.digest in rows]
     assert all(row.config["phase"] == TUNING for row in tuned)
