@@ -292,6 +292,21 @@ def test_errors() -> None:
         lower(gm, "split")
 
 
+def test_a_site_right_after_a_widened_one() -> None:
+    """What it works on is another node in split form; W_m lies beside, as W is computed."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU()]
+    x = torch.randn(3, 8, dtype=torch.float64)
+    gm = operated(nn.Sequential(*layers), x)
+    assert [read.site.widens for read in gm.plan.reads] == [True, False]
+    split = lower(gm, "split")
+    back = lower(split, "concat")
+    for model in (split, back, lower(back, "split")):
+        assert_one_function(model, gm, x)
+        assert_same(aim_surgery.fold(copy.deepcopy(model).eval())(x), gm.eval()(x))
+        aim_surgery.restore(model, measure=False)
+
+
 def test_slices_are_taken_where_they_are_used() -> None:
     """So that backward holds the gradients of one weight's slices at a time."""
     layers = [nn.ConvTranspose2d(4, 4, 3) for _ in range(3)]

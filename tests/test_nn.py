@@ -50,6 +50,13 @@ def normal(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
+@pytest.fixture(params=[-1, 2**15], ids=["apart", "joined"])
+def few(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """From how many numbers on a linear layer takes features and view apart."""
+    monkeypatch.setattr("aim_surgery.nn.widened.FEW", request.param)
+    return request.param
+
+
 def parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
@@ -280,7 +287,7 @@ def test_gradients(per: str, norm: str, dims: int) -> None:
 @pytest.mark.parametrize("per", ["sample", "batch"])
 @pytest.mark.parametrize("planes", [0, 2])
 @pytest.mark.parametrize("dims", [0, 2])
-def test_features_may_change_in_place(per: str, planes: int, dims: int) -> None:
+def test_features_may_change_in_place(per: str, planes: int, dims: int, few: int) -> None:
     write = (conv_write if dims else token_write)(per=per, planes=planes)
     leaf = normal(3, 3, 2, 2) if dims else normal(3, 4, 3)
     view = normal(1, planes, *((2, 2) if dims else ())) if planes else None
@@ -301,7 +308,7 @@ def test_features_may_change_in_place(per: str, planes: int, dims: int) -> None:
 @pytest.mark.parametrize("kernel_size", [1, 3])
 @pytest.mark.parametrize("dims", [0, 2])
 def test_features_and_view_are_as_if_side_by_side(
-    dims: int, kernel_size: int, samples: int
+    dims: int, kernel_size: int, samples: int, few: int
 ) -> None:
     write: Any = (conv_write if dims else token_write)(kernel_size=kernel_size)
     seen: list[Tensor] = []
@@ -320,6 +327,15 @@ def test_features_and_view_are_as_if_side_by_side(
         assert_same(results[0], results[1])
     assert len(seen) == 2
     assert all(x.shape[1] == 5 for x in seen)
+
+
+def test_a_block_that_was_changed_is_called_as_it_is() -> None:
+    write, features, view = conv_write(norm="none"), normal(4, 3, 6, 6), normal(4, 2, 6, 6)
+    torch.manual_seed(0)
+    write.block[0] = first = nn.Conv2d(5, 4, 3, padding=1, padding_mode="circular").double()
+    x = first(torch.cat([features, view], 1)).relu()
+    pooled = write.out(F.adaptive_avg_pool2d(x, (2, 2)).flatten(2).mT).mT.flatten(1)[:, :10]
+    assert_same(write(features, view, torch.zeros(1, 10).double()), pooled)
 
 
 def test_features_are_copied_for_gradients_alone() -> None:

@@ -57,6 +57,18 @@ def causal(attention: nn.Module, x: torch.Tensor, mask: torch.Tensor) -> Any:
     return attention(x, x, x, attn_mask=mask, is_causal=True, need_weights=False)[0]
 
 
+def transposed_to_itself(attention: Any, x: torch.Tensor) -> Any:
+    """With weights of their own for queries, keys and values, as in WavLM."""
+    x = x.transpose(0, 1)
+    return F.multi_head_attention_forward(
+        x, x, x, 8, 2, None, attention.in_proj_bias, None, None, False, 0.0,
+        attention.out_proj.weight, attention.out_proj.bias,
+        need_weights=False, use_separate_proj_weight=True,
+        q_proj_weight=attention.in_proj_weight[:8], k_proj_weight=attention.in_proj_weight[8:16],
+        v_proj_weight=attention.in_proj_weight[16:],
+    )[0]  # fmt: skip
+
+
 def to_another(attention: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Any:
     return attention(x, y, y)
 
@@ -135,12 +147,14 @@ def test_every_option(call: Any, options: dict[str, Any], inputs: Any) -> None:
         (without_weights, None, {"bias": False}),
         (to_another, 8, {}),
         (to_another, 4, {"kdim": 4, "vdim": 4}),
+        (transposed_to_itself, None, {"batch_first": False}),
     ],
 )
 def test_inputs_are_projected_before_tokens_come_first(call: Any, keys: Any, options: Any) -> None:
     inputs = (X,) if keys is None else (X, torch.randn(5, 6, keys, dtype=F64))
-    model = Attention(call, batch_first=True, **options)
-    operated(model, *inputs)
+    model = Attention(call, **{"batch_first": True, **options})
+    gm = operated(model, *inputs)
+    assert aim_surgery.verify(model, gm, inputs).ok
     captured = capture(model, inputs)
     calls = [c for c in find_calls(captured, captured.graph) if "out_proj" not in c.site.name]
     assert {call.node.all_input_nodes[0].op for call in calls} == {"placeholder"}

@@ -15,6 +15,7 @@ import aim_surgery
 from aim_surgery import AimConfig, lower, transform
 from aim_surgery.nn import pointwise as module
 from aim_surgery.nn import widened
+from aim_surgery.nn.add_product import add_product
 from aim_surgery.nn.pointwise import Pointwise2d, pointwise, wide
 from tests.cases import assert_same
 
@@ -130,6 +131,27 @@ def test_under_transforms_and_compilers() -> None:
     compiled: Any = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_same(compiled(x), function(x))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("added", [False, True])
+def test_batched_gradients(added: bool, stride: int) -> None:
+    torch.manual_seed(0)
+    x, view = (torch.randn(3, n, 24, 24, dtype=torch.float64) for n in (4, 2))
+    weight, beside = (torch.randn(4, n, 1, 1, dtype=torch.float64) for n in (4, 2))
+    operands = [t.requires_grad_() for t in (x, weight, view, beside)]
+    strides = (stride, stride)
+    if added:
+        product = F.conv2d(x, weight, stride=stride)
+        total = add_product(product, view, beside, strides, (0, 0), (1, 1))
+    else:
+        total = pointwise(x, weight, None, view, beside, strides)
+    assert str(total.grad_fn).startswith(f"<torch.autograd.function.{'_Add' if added else '_AsM'}")
+    directions = torch.randn(2, *total.shape, dtype=total.dtype)
+    batched = torch.autograd.grad(total, operands, directions, True, is_grads_batched=True)
+    for index, direction in enumerate(directions):
+        alone = torch.autograd.grad(total, operands, direction, True)
+        assert_same([gradient[index] for gradient in batched], list(alone))
 
 
 @pytest.mark.parametrize("write", ["none", "sample"])

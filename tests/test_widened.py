@@ -165,9 +165,9 @@ def test_one_sample_is_joined() -> None:
 
 def test_what_is_frozen_has_no_gradient(apart: None) -> None:
     x, weight, bias, view = linear_operands(((3,), (3,), True))
-    widened_linear(x.detach(), weight, bias.detach(), view.detach()).sum().backward()
-    assert weight.grad is not None
-    assert x.grad is bias.grad is view.grad is None
+    found = widened_linear(x.detach(), weight, bias.detach(), view.detach()).grad_fn
+    gradients = module._Linear.backward(found, torch.ones(3, len(weight), dtype=x.dtype))
+    assert [gradient is None for gradient in gradients] == [True, False, True, True]
     frozen = widened_linear(x, weight.detach(), bias, view)
     assert "_Linear" not in str(frozen.grad_fn)
     with torch.no_grad():
@@ -182,6 +182,16 @@ def test_autocast_and_other_types(apart: None) -> None:
     halves = [t.detach().bfloat16().requires_grad_() for t in (x, weight, bias, view)]
     widened_linear(*halves).sum().backward()
     assert all(t.grad is not None and t.grad.dtype == torch.bfloat16 for t in halves)
+
+
+def test_batched_gradients(apart: None) -> None:
+    operands = linear_operands(((3,), (3,), True))
+    total = widened_linear(*operands)
+    directions = torch.randn(4, *total.shape, dtype=total.dtype)
+    batched = torch.autograd.grad(total, operands, directions, True, is_grads_batched=True)
+    for index, direction in enumerate(directions):
+        alone = torch.autograd.grad(total, operands, direction, True)
+        assert_same([gradient[index] for gradient in batched], list(alone))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func's own imports

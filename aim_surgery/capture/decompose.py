@@ -116,7 +116,7 @@ def _projection(q: Any, k: Any, v: Any, *weights: Any, name: str = "_in_projecti
 
     Torch would copy them, or multiply token by token.
     """
-    packed = q is k is v
+    packed = name == "_in_projection_packed" and q is k is v  # made contiguous there
 
     def linear(x: Any, w: Any, b: Any = None) -> Any:
         before = _before_transpose(x)
@@ -130,7 +130,9 @@ def _projection(q: Any, k: Any, v: Any, *weights: Any, name: str = "_in_projecti
 
 def _before_transpose(x: Any) -> Any:
     """What samples and tokens of which are exchanged; None where they are not, or in no batch."""
-    if type(x) is not ValueProxy or x.aim_value.ndim != 3 or x.node.target != "transpose":
+    if type(x) is not ValueProxy or x.aim_value.ndim != 3:
+        return None
+    if x.node.op != "call_method" or x.node.target != "transpose":
         return None
     given: Any = x.node.args
     source, *axes = given

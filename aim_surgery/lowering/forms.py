@@ -32,7 +32,8 @@ def lower(gm: _Model, form: Form) -> _Model:
     Both forms are one function of the same parameters, in training and in evaluation; "split"
     does less work. Models of a class of their own (`emit="module"`) are taken, too. Layers whose
     memory weights live beside them (of a frozen base; shared, quantized or packed ones) are apart
-    in either form, and stay as they are.
+    in either form, and stay as they are. In split form, widened layers are not called, so what is
+    put on them (hooks, pruning) has no effect there.
 
     Args:
         gm: An operated model; left unchanged.

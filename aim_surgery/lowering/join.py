@@ -13,8 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.add_product import CONVS
-from aim_surgery.nn.spatial import ADAPTIVE_POOLS
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CONVS
 from aim_surgery.nn.views import resized
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input
@@ -44,6 +43,8 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
     for pieces in pieces_of(graph, reads):
         node, note, source, view, _, _ = pieces
         if not note.sliced:
+            if source in joined:
+                note_site(node, note._replace(source=joined[source].name))
             continue
         read, total = reads[note.site], pieces.total()
         if note.sliced not in nodes:

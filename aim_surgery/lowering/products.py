@@ -14,6 +14,7 @@ from torch import nn
 
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.output_padding import output_padding
+from aim_surgery.nn.spatial import CONVS
 
 
 class Writer(Protocol):
@@ -66,7 +67,7 @@ def write_product(
         return graph.call_function(function, (source, weight, bias, *options))
     (source,), padding = write_padding(graph, layer, source)
     options = (layer.stride, padding, layer.dilation, groups)
-    return graph.call_function(getattr(F, f"conv{dims}d"), (source, weight, bias, *options))
+    return graph.call_function(CONVS[dims], (source, weight, bias, *options))
 
 
 def write_padding(

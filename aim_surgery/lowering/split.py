@@ -23,8 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from aim_surgery.lowering.products import write_padding, write_product
-from aim_surgery.nn.add_product import CONVS
-from aim_surgery.nn.spatial import ADAPTIVE_POOLS
+from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CONVS
 from aim_surgery.nn.views import resized
 from aim_surgery.nn.widened import widened_conv, widened_linear
 from aim_surgery.planning import Read
@@ -56,6 +55,8 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
     modified = False
     for node, note, source, view, joined, _ in pieces_of(graph, reads):
         if joined is None:
+            if source in sums:
+                note_site(node, note._replace(source=sums[source].name))
             continue
         weight = reads[note.site].site.weights[0]
         operands = sums.get(source, source), view
@@ -84,7 +85,7 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
                 total = graph.call_method("add_", (product, beside))
         node.replace_all_uses_with(total, lambda user, own=total: user is not own)
         if product is not node:
-            graph.erase_node(node)
+            erase_unused(node, {operands[0], view})
         sums[node] = total
         pieces = {"source": operands[0].name, "beside": beside.name, "sliced": own.name}
         note_site(product, note._replace(**pieces))

@@ -18,8 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from aim_surgery.nn.eager import is_watched
-
-CONVS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from aim_surgery.nn.spatial import CONVS
 
 
 def is_better(planes: int, outputs: int, kernel: Sequence[int]) -> bool:
@@ -88,6 +87,12 @@ def _columns(
     return F.unfold(view, (*kernel,), (*dilation,), (*padding,), (*stride,))
 
 
+def positions_last(grad: Tensor) -> Tensor:
+    """A gradient (N, O, *S) as (N, O, positions)."""
+    # not by `flatten`, which gradients that stand for several do not know
+    return grad.reshape(*grad.shape[:2], math.prod(grad.shape[2:]))
+
+
 def _add_in_place(t: Tensor, matrix: Tensor, columns: Tensor) -> Tensor:
     whole = t.view(*t.shape[:2], math.prod(t.shape[2:]))  # never a copy
     whole.baddbmm_(matrix.expand(len(columns), -1, -1), columns)
@@ -106,7 +111,7 @@ class _AddProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, columns = ctx.saved_tensors
-        whole, of_weight, of_columns = grad.flatten(2), None, None
+        whole, of_weight, of_columns = positions_last(grad), None, None
         if ctx.needs_input_grad[1]:
             of_weight = torch.bmm(whole, columns.mT).sum(0)
         if ctx.needs_input_grad[2]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 
@@ -14,6 +15,11 @@ def is_watched() -> bool:
     if torch._C._are_functorch_transforms_active():
         return True
     return forward_ad._current_level >= 0
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether a gradient stands for several (`torch.autograd.grad(.., is_grads_batched=True)`)."""
+    return is_legacy_batchedtensor(gradient)
 
 
 def are_plain(first: Tensor, *others: Tensor | None) -> bool:

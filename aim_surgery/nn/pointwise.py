@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from aim_surgery.nn.add_product import CONVS, add_product
+from aim_surgery.nn.add_product import add_product, positions_last
 from aim_surgery.nn.eager import are_plain
 from aim_surgery.nn.layer_types import CONV_TYPES
+from aim_surgery.nn.spatial import CONVS
 
 _TYPES = (torch.float32, torch.float64)
 
@@ -184,7 +185,7 @@ class _AsMatrices(torch.autograd.Function):
         x, weight, view, beside = ctx.saved_tensors
         of_x, of_weight, of_bias, of_view, of_beside, _ = ctx.needs_input_grad
         found: list[Tensor | None] = [None] * 6
-        whole = grad.flatten(2)
+        whole = positions_last(grad)
         if of_x:
             found[0] = _spread(_from_left(weight, whole), ctx.shape, ctx.stride)
         if of_weight:

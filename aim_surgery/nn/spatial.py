@@ -1,4 +1,4 @@
-"""Spatial axes, one to three of them: pools, and memory formats."""
+"""Spatial axes, one to three of them: convolutions, pools, and memory formats."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ ADAPTIVE_POOLS: dict[int, Callable[..., Tensor]] = {
     2: F.adaptive_avg_pool2d,
     3: F.adaptive_avg_pool3d,
 }
+CONVS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 

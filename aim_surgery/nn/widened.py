@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from aim_surgery.nn.add_product import CONVS, add_product, is_better
-from aim_surgery.nn.eager import are_plain, is_watched
+from aim_surgery.nn.add_product import add_product, is_better
+from aim_surgery.nn.eager import are_plain, is_batched, is_watched
 from aim_surgery.nn.pointwise import pointwise
-from aim_surgery.nn.spatial import channels_last_format
+from aim_surgery.nn.spatial import CONVS, channels_last_format
 
 FEW = 2**15  # numbers: 128 KiB in float32
 
@@ -163,7 +163,7 @@ class _Linear(torch.autograd.Function):
 
 def _side_by_side(factors: Sequence[tuple[Tensor, Tensor]], like: Tensor) -> Tensor:
     """Products of matrices with as many rows, written into one matrix, column after column."""
-    if torch.is_grad_enabled():  # the gradient is going to be derived, too
+    if torch.is_grad_enabled() or is_watched() or is_batched(factors[0][0]):
         return torch.cat([left @ right for left, right in factors], 1)
     found = torch.empty_like(like, memory_format=torch.contiguous_format)
     widths = [right.shape[1] for _, right in factors]

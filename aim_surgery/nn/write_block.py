@@ -29,7 +29,7 @@ from aim_surgery.nn.block_layers import (
     block_layers,
     block_parameters,
 )
-from aim_surgery.nn.layer_types import is_hooked, is_its_product
+from aim_surgery.nn.layer_types import CONV_TYPES, is_hooked, is_its_product
 from aim_surgery.nn.samples import mean_over_samples, nothing_to_average
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 from aim_surgery.nn.views import resized
@@ -230,7 +230,10 @@ class WriteBlock(nn.Module):
         """Whether the first layer may be called as a function."""
         if type(self.block) is not nn.Sequential or is_hooked(self.block):
             return False
-        return is_its_product(self.block[0])
+        first = self.block[0]
+        wanted = CONV_TYPES[self.dims - 1] if self.dims else nn.Linear
+        zeros = getattr(first, "padding_mode", "zeros") == "zeros"
+        return type(first) is wanted and zeros and is_its_product(first)
 
     def _fitted(self, view: Tensor, features: Tensor) -> Tensor:
         """The view where the features are: (k, *S) or (N, k, *S); of tokens (k,) or (N, 1, k)."""

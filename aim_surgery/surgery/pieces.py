@@ -11,6 +11,7 @@ from torch.fx.node import Argument
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.nn.layer_types import HOOKS, LAYER_TYPES
 from aim_surgery.planning import Read
+from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.beside import input_of
 from aim_surgery.surgery.notes import SiteNote, noted_sites
 
@@ -48,7 +49,8 @@ class Pieces(NamedTuple):
     @property
     def output_size(self) -> Argument | None:
         """What a split call of a transposed convolution turned into an output padding."""
-        added = self.node.args[5] if len(self.node.args) > 7 else None
+        transposed = CONV_FUNCTIONS.get(self.node.target) == "conv_transpose"
+        added = self.node.args[5] if transposed and len(self.node.args) > 5 else None
         return added.args[1] if isinstance(added, fx.Node) else None
 
 
@@ -100,5 +102,5 @@ def refuse_changed(layer: nn.Module, path: str) -> None:
     if what:
         raise AimSurgeryError(
             f"{path}: this layer {what} that it did not have when it was operated, and that would "
-            f"see another product than now: take it off, or put it on afterwards"
+            f"see another product than now: take it off, or put it on before the operation"
         )
