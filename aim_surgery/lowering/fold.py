@@ -45,7 +45,7 @@ from aim_surgery.lowering.fold_rules import rule_of
 from aim_surgery.lowering.fold_sums import add_products
 from aim_surgery.lowering.fold_watch import Watched, watch
 from aim_surgery.lowering.forms import take_apart
-from aim_surgery.lowering.split import resize_where_needed
+from aim_surgery.lowering.resizing import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of, use_graph

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CONVS
-from aim_surgery.nn.views import resized
+from aim_surgery.lowering.resizing import always_resize
+from aim_surgery.nn.spatial import CONVS
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input
 from aim_surgery.surgery.joined import write_joined
@@ -74,7 +73,7 @@ def join_sites(graph: fx.Graph, plan: Plan, reads: Mapping[str, Read]) -> bool:
         plain = note._replace(source=source.name, beside="", called="", sliced="")
         note_site(site, plain)
         erase_unused(total)
-        _always_resize(view, len(read.site.spatial))
+        always_resize(view, len(read.site.spatial))
         modified = True
     return modified
 
@@ -87,11 +86,3 @@ def _of_function(graph: fx.Graph, total: fx.Node, cat: fx.Node, weight: fx.Node)
         strides = cast("tuple[int, ...]", options[0])
         function = CONVS[len(strides)]
     return graph.call_function(function, (cat, weight, bias, *options))
-
-
-def _always_resize(view: fx.Node, dims: int) -> None:
-    node = view
-    while node.target in ("to", "reshape", torch.repeat_interleave):
-        node = node.all_input_nodes[0]
-    if node.target is resized:
-        node.target = ADAPTIVE_POOLS[dims]

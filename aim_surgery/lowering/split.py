@@ -23,8 +23,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from aim_surgery.lowering.products import write_padding, write_product
-from aim_surgery.nn.spatial import ADAPTIVE_POOLS, CONVS
-from aim_surgery.nn.views import resized
+from aim_surgery.lowering.resizing import resize_where_needed
+from aim_surgery.nn.spatial import CONVS
 from aim_surgery.nn.widened import widened_conv, widened_linear
 from aim_surgery.planning import Read
 from aim_surgery.sites.graph import argument_of, called_by
@@ -194,16 +194,3 @@ def _of_function(
     erase_unused(wide)
     with graph.inserting_before(node.next):
         return node, convolve_alone(graph, node, view, memory)
-
-
-def resize_where_needed(view: fx.Node) -> None:
-    """Let planes that have a site's size be seen as they are.
-
-    Args:
-        view: What a site sees of the memory; the graph changes in place.
-    """
-    node = view
-    while node.target in ("to", "reshape", torch.repeat_interleave):
-        node = node.all_input_nodes[0]
-    if node.target in ADAPTIVE_POOLS.values() and isinstance(node.args[1], fx.Node):
-        node.target = resized
