@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -65,13 +65,11 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
             refuse_changed(layer, str(node.target))
             note = note._replace(called=str(node.target))
         with graph.inserting_before(node):
-            own = graph.get_attr(weight)
-            whole = _whole(graph, node, layer, operands, own)
-        if whole is not None:
-            total, beside = whole
+            total = _whole(graph, node, layer, operands, weight)
+        if total is not None:
             product = total
+            own, beside = (cast("fx.Node", total.args[place]) for place in (1, 3))
         else:
-            graph.erase_node(own)
             if weight not in slices:
                 # a slice taken without gradients would have none wherever else it is used
                 with graph.inserting_before(first if switches else node):
@@ -96,29 +94,26 @@ def split_sites(graph: fx.Graph, root: nn.Module, reads: Mapping[str, Read]) -> 
 
 
 def _whole(
-    graph: fx.Graph, node: fx.Node, layer: Any, operands: tuple[fx.Node, fx.Node], wide: fx.Node
-) -> tuple[fx.Node, fx.Node] | None:
-    """The sum of both products as one call that is given W, and the operand that is the memory.
-
-    None where there is no such call.
-    """
-    source, view = operands
+    graph: fx.Graph, node: fx.Node, layer: Any, operands: tuple[fx.Node, fx.Node], weight: str
+) -> fx.Node | None:
+    """The sum of both products as one call (x, W, bias, m, *options); None where there is none."""
     if layer is None:
-        bias = argument_of(node, 2, "bias")
-        if node.target is F.linear:
-            return graph.call_function(widened_linear, (source, wide, bias, view)), view
-        options = _options(node)
-        if options is None:
-            return None
-        return graph.call_function(widened_conv, (source, wide, bias, view, *options)), view
-    if getattr(layer, "transposed", False):
+        linear, bias = node.target is F.linear, argument_of(node, 2, "bias")
+        options = () if linear else _options(node)
+    elif getattr(layer, "transposed", False):
         return None
-    bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
-    if isinstance(layer, nn.Linear):
-        return graph.call_function(widened_linear, (source, wide, bias, view)), view
-    (source, view), padding = write_padding(graph, layer, source, view)
-    options = (layer.stride, padding, layer.dilation, layer.groups)
-    return graph.call_function(widened_conv, (source, wide, bias, view, *options)), view
+    else:
+        linear = isinstance(layer, nn.Linear)
+        bias = None if layer.bias is None else graph.get_attr(f"{node.target}.bias")
+        options = ()
+        if not linear:
+            operands, padding = write_padding(graph, layer, *operands)
+            options = (layer.stride, padding, layer.dilation, layer.groups)
+    if options is None:
+        return None
+    source, view = operands
+    function = widened_linear if linear else widened_conv
+    return graph.call_function(function, (source, graph.get_attr(weight), bias, view, *options))
 
 
 def _options(node: fx.Node) -> tuple[Any, ...] | None:

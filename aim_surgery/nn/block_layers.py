@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aim_surgery.nn.layer_types import CONV_TYPES
+
 ACTIVATIONS = {
     "relu": nn.ReLU,
     "sigmoid": nn.Sigmoid,
@@ -18,7 +20,6 @@ ACTIVATIONS = {
     "gelu": nn.GELU,
     "silu": nn.SiLU,
 }
-_CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _BATCH_NORMS = {0: nn.BatchNorm1d, 1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 # Not `nn.SyncBatchNorm`, which they may be converted to: it sees other ranks' values too.
 SINGLE_VALUE_NORMS = frozenset(_BATCH_NORMS.values())
@@ -59,7 +60,9 @@ def block_layers(
     for width in widths:
         if dims:
             layers.append(
-                _CONVS[dims](inputs, width, kernel_size, padding=kernel_size // 2, **factory)
+                CONV_TYPES[dims - 1](
+                    inputs, width, kernel_size, padding=kernel_size // 2, **factory
+                )
             )
         else:
             layers.append(nn.Linear(inputs, width, **factory))

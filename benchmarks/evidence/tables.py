@@ -267,20 +267,23 @@ def tuning_seconds(study: Study, data: str, rows: Mapping[str, Row]) -> float:
 
 def final_seconds(found: Iterable[Mapping[str, Cell]]) -> float:
     """Of all runs that count."""
-    every = (cell for cells_ in found for cell in cells_.values())
-    return _seconds(row for cell in every for row in (*cell.rows, *cell.others))
+    return _seconds(_final_rows(found))
 
 
 def used_rows(
     study: Study, data: str, found: Iterable[Mapping[str, Cell]], rows: Mapping[str, Row]
 ) -> list[Row]:
     """All rows behind a study's tables."""
-    every = (cell for cells_ in found for cell in cells_.values())
-    final = [row for cell in every for row in (*cell.rows, *cell.others)]
+    final = _final_rows(found)
     assert all(row.config["phase"] == FINAL for row in final)
     tuned = [rows[c.digest] for c in study.tuning(data) if c.digest in rows]
     assert all(row.config["phase"] == TUNING for row in tuned)
     return final + tuned
+
+
+def _final_rows(found: Iterable[Mapping[str, Cell]]) -> list[Row]:
+    every = (cell for cells_ in found for cell in cells_.values())
+    return [row for cell in every for row in (*cell.rows, *cell.others)]
 
 
 def _seconds(rows: Iterable[Row]) -> float:
