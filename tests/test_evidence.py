@@ -432,8 +432,8 @@ def test_of_two_rates_the_seeds_that_count_choose_by_validation() -> None:
     found = tables.cells(study, "digits", "mlp", rows)
     assert {name: cell.rate for name, cell in found.items()} == {"base": 3e-3, "widened": 1e-3}
     assert found["base"].test == pytest.approx({seed: 0.7 - 0.01 * seed for seed in range(10)})
-    assert tables.rate_header(study, found) == ("", "0.001", "0.003")
-    (title, *differences), *_ = tables.rate_rows(study, found)
+    header, ((title, *differences), *_) = tables.rate_table(study, found)
+    assert header == ("", "0.001", "0.003")
     assert (title, [text.split()[0] for text in differences]) == (
         found["widened"].title, ["-20.00", "+20.00"]
     )  # fmt: skip

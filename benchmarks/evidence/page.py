@@ -16,7 +16,7 @@ from benchmarks.evidence import dogs, figures, tables, timing
 from benchmarks.evidence.adapting import METHODS
 from benchmarks.evidence.arms import ARMS
 from benchmarks.evidence.recipes import STUDIES, Adapting, Study
-from benchmarks.evidence.rows import Row
+from benchmarks.evidence.rows import FOLDER, Row
 from benchmarks.zoo.summary import table
 
 FIGURES = "figures"
@@ -70,7 +70,7 @@ def write(
         if any(found[name].values()):
             parts += _study(study, data, rows, found[name], folder)
             used += tables.used_rows(study, data, found[name].values(), rows)
-    parts += _step_time(folder / "rows" / timing.FILE) + dogs.report(folder / "rows")
+    parts += _step_time(folder / FOLDER / timing.FILE) + dogs.report(folder / FOLDER)
     parts += ["## Method", _bullets(METHOD), "## Reach", _bullets(_reach(used))]
     facts = [(key, str(value)) for key, value in measure.environment().items()]
     parts += ["## Environment", table(("", ""), facts), _versions(used)]
@@ -124,13 +124,13 @@ def _study(
 
 
 def _at_equal_rates(study: Study, cells: Mapping[str, Any]) -> list[str]:
-    rows = tables.rate_rows(study, cells)
+    header, rows = tables.rate_table(study, cells)
     if len(study.grid) == 1 or not rows:
         return []
     reference = cells[study.arms[0]].title
     return [
         f"At the rates of {reference}, where an arm was run with the same:",
-        table(tables.rate_header(study, cells), rows),
+        table(header, rows),
     ]
 
 

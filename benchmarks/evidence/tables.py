@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics as std
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.evidence.adapting import METHODS
@@ -138,19 +138,22 @@ def _cells_of(study: Study, arm: str, by_rate: Mapping[float, Sequence[Row]]) ->
     others = [row for other in by_rate if other != rate for row in by_rate[other]]
     sizes = (rows[0].parameters, rows[0].trained_parameters, rate)
     title = title_of(study, arm)
-    tests = {
-        at: {row.seed: row.test for row in made if row.test is not None}
-        for at, made in by_rate.items()
-    }
-    found = {arm: Cell(arm, title, *sizes, tests, rows, others)}
+    found = {arm: Cell(arm, title, *sizes, _by_rate(by_rate, lambda row: row.test), rows, others)}
     zeroed = ARMS[arm].zeroed if study.group == "arms" else ""
-    tests = {
-        at: {row.seed: row.test_zeroed for row in made if row.test_zeroed is not None}
-        for at, made in by_rate.items()
-    }
+    tests = _by_rate(by_rate, lambda row: row.test_zeroed)
     if zeroed and tests[rate]:
         found[zeroed] = Cell(zeroed, f"{title}, zeroed at evaluation", *sizes, tests)
     return found
+
+
+def _by_rate(
+    by_rate: Mapping[float, Sequence[Row]], accuracy: Callable[[Row], float | None]
+) -> dict[float, dict[int, float]]:
+    """An accuracy of rows, by rate and seed; rows without it are left out."""
+    return {
+        rate: {row.seed: value for row in rows if (value := accuracy(row)) is not None}
+        for rate, rows in by_rate.items()
+    }
 
 
 def table_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]:
@@ -220,26 +223,25 @@ def candidates(study: Study, by_network: Mapping[str, Mapping[str, Cell]]) -> li
     return found
 
 
-def rate_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]:
-    """Differences to the first arm where both have the same rate, with `rate_header`."""
+def rate_table(
+    study: Study, found: Mapping[str, Cell]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Differences to the first arm where both have the same rate.
+
+    Returns:
+        Header and rows: a column for each rate of the first arm; none where it has no runs.
+    """
     reference = found.get(study.arms[0])
     if reference is None:
-        return []
+        return (), []
+    rates = sorted(reference.at_rates)
     rows = []
     for arm in study.arms[1:]:
         if arm in found:
             at = found[arm].at_rates
-            pairs = (
-                paired(at.get(rate, {}), reference.at_rates[rate])
-                for rate in sorted(reference.at_rates)
-            )
+            pairs = (paired(at.get(rate, {}), reference.at_rates[rate]) for rate in rates)
             rows.append((found[arm].title, *("-" if p is None else points(p) for p in pairs)))
-    return rows
-
-
-def rate_header(study: Study, found: Mapping[str, Cell]) -> tuple[str, ...]:
-    """Of `rate_rows`."""
-    return ("", *(f"{rate:g}" for rate in sorted(found[study.arms[0]].at_rates)))
+    return ("", *(f"{rate:g}" for rate in rates)), rows
 
 
 def contrast_rows(
