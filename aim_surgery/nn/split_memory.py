@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from aim_surgery.nn.inside import View
 from aim_surgery.nn.stand_in import StandIn, called_with
-from aim_surgery.nn.widened import widened_linear
+from aim_surgery.nn.widened import slices, widened_linear
 
 
 class SplitMemory(StandIn):
@@ -30,19 +30,15 @@ class SplitMemory(StandIn):
         if isinstance(layer, nn.Linear):
             return widened_linear(x, layer.weight, layer.bias, self.view.for_input(x))
         rest = args[1:], {key: value for key, value in kwargs.items() if key != self.name}
-        own, memory = self._slices(layer)
+        own, memory = slices(
+            cast("Tensor", layer.weight),
+            self.view.planes,
+            transposed=bool(getattr(layer, "transposed", False)),
+            groups=self.groups,
+        )
         product = called_with(layer, {"weight": own}, x, *rest[0], **rest[1])
         alone = {"weight": memory, "bias": None, "groups": 1}
         view = self.view.for_input(x)
         sizes = [size[-len(self.view.spatial) :] if size is not None else None for size in rest[0]]
         named = {key: size and size[-len(self.view.spatial) :] for key, size in rest[1].items()}
         return product.add_(called_with(layer, alone, view, *sizes, **named))
-
-    def _slices(self, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """W_x and W_m (see `split_weight`)."""
-        weight: Any = layer.weight
-        if not getattr(layer, "transposed", False):
-            return weight.split((weight.shape[1] - self.view.planes, self.view.planes), 1)
-        each = weight.unflatten(0, (self.groups, -1))
-        own, memory = each.split((each.shape[1] - self.view.planes, self.view.planes), 1)
-        return own.flatten(0, 1), memory.transpose(0, 1).flatten(1, 2)

@@ -50,7 +50,7 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
     if torch.is_grad_enabled() and weight.requires_grad and are_plain(x, weight, bias, view):
         found: Any = _Linear.apply(x, weight, bias, view)
         return found
-    own, memory = weight.split((weight.shape[1] - view.shape[-1], view.shape[-1]), 1)
+    own, memory = slices(weight, view.shape[-1])
     beside = F.linear(view, memory, bias)
     return F.linear(x, own, beside) if view.ndim == 1 else F.linear(x, own).add_(beside)
 
@@ -90,7 +90,7 @@ def widened_conv(
     if groups == 1 and not is_watched() and x.ndim == dims + 2 and len(x) == 1:
         return convolve(joined(x, view), weight, bias, *options)
     planes = view.shape[-dims - 1]
-    own, memory = weight.split((weight.shape[1] - planes, planes), 1)
+    own, memory = slices(weight, planes)
     kernel, zeros = weight.shape[2:], None if isinstance(padding, str) else padding
     if groups == 1 and math.prod(kernel) == 1 and zeros is not None and not any(zeros):
         return pointwise(x, own, bias, view, memory, stride)
@@ -99,6 +99,34 @@ def widened_conv(
     if zeros is not None and view.ndim == t.ndim and is_better(planes, len(weight), kernel):
         return add_product(t, view, memory, stride, zeros, dilation)
     return t.add_(convolve(view, memory, None, *options))
+
+
+def slices(
+    weight: Tensor, planes: int, *, transposed: bool = False, groups: int = 1
+) -> tuple[Tensor, Tensor]:
+    """W_x and W_m of a widened weight.
+
+    W_m is that of a layer with one group, because each group of W_x gets all k planes:
+
+        conv            (C_out, C_in/g + k, *kernel)    ->  (C_out, k, *kernel)
+        conv_transpose  (C_in + g·k, C_out/g, *kernel)  ->  (k, C_out, *kernel)
+        linear          (out, in + k)                   ->  (out, k)
+
+    Args:
+        weight: W.
+        planes: k.
+        transposed: Whether it is a transposed convolution's.
+        groups: g.
+
+    Returns:
+        Both; views, but of a transposed convolution with several groups.
+    """
+    if not transposed:
+        own, memory = weight.split((weight.shape[1] - planes, planes), 1)
+        return own, memory
+    each = weight.unflatten(0, (groups, -1))
+    own, memory = each.split((each.shape[1] - planes, planes), 1)
+    return own.flatten(0, 1), memory.transpose(0, 1).flatten(1, 2)
 
 
 def joined(x: Tensor, view: Tensor) -> Tensor:

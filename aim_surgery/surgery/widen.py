@@ -19,6 +19,7 @@ from torch import nn
 
 from aim_surgery.config import Init
 from aim_surgery.nn.spatial import channels_last_format
+from aim_surgery.nn.widened import slices
 from aim_surgery.planning import Read
 from aim_surgery.sites import Kind
 
@@ -67,11 +68,8 @@ def split_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Take a widened weight apart: [W_x ; W_m] -> W_x, W_m. The inverse of `widen_weight`.
 
-    W_m is that of a layer with one group, because each group of W_x gets all k planes:
-
-        conv            (C_out, C_in/g + k, *kernel)    ->  (C_out, k, *kernel)
-        conv_transpose  (C_in + g·k, C_out/g, *kernel)  ->  (k, C_out, *kernel)
-        linear          (out, in + k)                   ->  (out, k)
+    Shapes:
+        See `slices`.
 
     Args:
         weight: The widened weight; left unchanged.
@@ -89,13 +87,7 @@ def split_weight(
         (torch.Size([8, 3, 5, 5]), torch.Size([8, 2, 5, 5]))
     """
     with torch.no_grad():
-        if kind == "conv_transpose":
-            rows = weight.shape[0] // groups - planes
-            each = weight.unflatten(0, (groups, -1))
-            old, new = each.split((rows, planes), dim=1)
-            old, new = old.flatten(0, 1), new.transpose(0, 1).flatten(1, 2)
-        else:
-            old, new = weight.split((weight.shape[1] - planes, planes), dim=1)
+        old, new = slices(weight, planes, transposed=kind == "conv_transpose", groups=groups)
         own = _empty_like(weight, tuple(old.shape)).copy_(old)
         return own, new.clone(memory_format=torch.contiguous_format)
 
