@@ -33,7 +33,7 @@ zoo: $(READY)
 
 # Does memory help? All studies that need no GPU: hours. Runs that have a row are kept.
 evidence: $(READY)
-	for study in low-data adapting ablations full-data step-time; do \
+	for study in low-data adapting ablations confirmation full-data step-time; do \
 		$(BIN)/python -m benchmarks.evidence --study $$study --jobs 2 --resume || exit 1; \
 	done
 

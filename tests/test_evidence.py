@@ -227,11 +227,11 @@ def test_lora_is_as_large_as_memory_and_the_base_stays_frozen(name: str) -> None
     memory, lora = counts["memory-head"] - head, counts["lora"] - head
     assert abs(lora / memory - 1) <= 0.01
     assert head < counts["bias"] < counts["memory-head"] < counts["full"]
-    plans = {arm: plan_of(made[f"{arm}-head"]) for arm in ("memory", "no-writes", "carried")}
+    plans = {arm: plan_of(made[f"{arm}-head"]) for arm in ("memory", "no-writes", "state")}
     assert len({tuple(read.planes for read in plan.reads) for plan in plans.values()}) == 1
     assert [bool(plan.writes) for plan in plans.values()] == [True, False, True]
     assert [bool(plan.memory.carry == "state") for plan in plans.values()] == [False, False, True]
-    assert counts["carried-head"] == counts["memory-head"] > counts["no-writes-head"] > head
+    assert counts["state-head"] == counts["memory-head"] > counts["no-writes-head"] > head
     frozen = {
         arm: {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
         for arm, model in made.items()
@@ -246,6 +246,8 @@ def test_lora_is_as_large_as_memory_and_the_base_stays_frozen(name: str) -> None
                 assert torch.equal(parameter, frozen[arm][n]), (arm, n)
         moved = [n for n, b in model.named_buffers() if n in buffers and not b.equal(buffers[n])]
         assert bool(moved) == (arm == "full" and name != "mlp"), arm
+        states = [b for n, b in model.named_buffers() if n.endswith("memory.state")]
+        assert [bool(state.any()) for state in states] == [True] * (arm == "state-head"), arm
     assert not frozen["full"]
 
 

@@ -1,8 +1,8 @@
 """Methods: from a network that has learned half of the classes to what learns the other half.
 
 Everything that is not trained stays as it is, running statistics included; only full fine-tuning
-lets batch norm work in training mode. LoRA gets ranks, layer by layer, that make it as large as the
-memory to within 1 %.
+lets the base's batch norm work in training mode. LoRA gets ranks, layer by layer, that make it as
+large as the memory to within 1 %.
 
 "memory" alone keeps the old head, whose outputs stand for the new classes then: what it learns must
 pass through what the base took for five other things.
@@ -39,7 +39,7 @@ class Method:
         what: What is trained, in one sentence.
         make: From the trained base, the network and a seed to a module whose parameters that ask
             for gradients are the ones to train.
-        training: Whether the base's batch norm works in training mode.
+        training: Whether the module is trained in training mode.
     """
 
     title: str
@@ -193,10 +193,12 @@ METHODS = {
         "a new head, and memory and reads of the same plan",
         _and_head(_no_writes),
     ),
-    "carried-head": Method(
+    "state-head": Method(
         "carried memory, and head",
-        'a new head and the memory, carry="state"',
+        'a new head and the memory, carry="state"; a state is carried on in training mode only, so '
+        "it works in that, where the frozen base's norms stay as they are",
         _and_head(_memory("state")),
+        training=True,
     ),
     "full": Method("full fine-tuning", "a new head and everything else", _full, training=True),
 }

@@ -215,7 +215,7 @@ STUDIES = {
                 "memory",
                 "memory-head",
                 "no-writes-head",
-                "carried-head",
+                "state-head",
                 "full",
             ),
             Adapting(epochs=20),
@@ -246,6 +246,20 @@ STUDIES = {
             "likewise about the arms that it has. (Written when the write modes, which study A "
             "has, were known, and before any other of these runs that count had been looked at. "
             "Since then all were run at a second rate, see Method.)",
+        ),
+        Study(
+            "confirmation",
+            "C, again: a smaller memory, on ten other seeds",
+            "One of study C's arms was above the default on one network. Is it again, on seeds "
+            "that had no part in that?",
+            "arms",
+            ("per-sample", "memory-quarter"),
+            Recipe(epochs=20),
+            seeds=tuple(range(10, 20)),
+            rule="Study C compares eleven arms on three networks; of thirty-three true zeros, one "
+            "or two are expected to miss zero. So an arm that its rule finds must be above the "
+            "default on one network and below it on none here as well, and then the default gives "
+            "way. (Written after study C was known, and before any of these runs.)",
         ),
     )
 }

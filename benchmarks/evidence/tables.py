@@ -28,7 +28,7 @@ CONTRASTS = {
         ("memory-head", "lora", "memory or LoRA, at equal parameters?"),
         ("memory-head", "bias", "memory or biases?"),
         ("memory-head", "no-writes-head", "do writes matter?"),
-        ("carried-head", "memory-head", "does a carried state matter?"),
+        ("state-head", "memory-head", "does a carried state matter?"),
         ("no-writes-head", "lora", "memory without writes or LoRA?"),
         ("memory-head", "memory", "what does a new head add?"),
         ("full", "memory-head", "what does training everything add?"),
