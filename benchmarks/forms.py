@@ -60,11 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = {name: getattr(options, name)
                 for name in ("library", "only", "parameters", "threads")}  # fmt: skip
     rows: list[Row] = []
-    left_out: list[tuple[str, str]] = []
-    for name in fnmatch.filter(LIBRARIES[options.library].names(), options.only):
+    names = fnmatch.filter(LIBRARIES[options.library].names(), options.only)
+    sizes = measure.in_fresh_process(sizes_of, options.library, names)
+    large = [name for name in names if sizes[name] > options.parameters * 1e6]
+    left_out = [(name, f"{sizes[name] / 1e6:.0f} M parameters") for name in large]
+    for name in sorted(sizes.keys() - large, key=lambda name: (sizes[name], name)):
         measure.progress(name)
-        asked = options.library, name, options.parameters, options.threads
-        found, why = measure.in_fresh_process(rows_of, *asked)
+        found, why = measure.in_fresh_process(rows_of, options.library, name, options.threads)
         rows += found
         left_out += [(name, why)] if why else []
         report = Report(
@@ -82,13 +84,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*row.cells(), sep=" | ")
 
 
-def rows_of(library: str, name: str, most: float, threads: int) -> tuple[list[Row], str]:
+def sizes_of(library: str, names: Sequence[str]) -> dict[str, int]:
+    """Count parameters by name of the model, without values where a model can be built so."""
+    return {name: _size(library, name) for name in names}
+
+
+def _size(library: str, name: str) -> int:
+    try:
+        model, _ = build(library, name, "meta")
+    except Exception:
+        model, _ = build(library, name)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def rows_of(library: str, name: str, threads: int) -> tuple[list[Row], str]:
     """Compare the forms of one model; to be called in a fresh process.
 
     Args:
         library: Of the zoo.
         name: Of the model.
-        most: Parameters, in millions, above which it is left out.
         threads: For torch.
 
     Returns:
@@ -96,10 +110,7 @@ def rows_of(library: str, name: str, most: float, threads: int) -> tuple[list[Ro
     """
     torch.set_num_threads(threads)
     torch.manual_seed(measure.SEED)
-    model, inputs = build(library, name, "cpu")
-    count = sum(parameter.numel() for parameter in model.parameters())
-    if count > most * 1e6:
-        return [], f"{count / 1e6:.0f} M parameters"
+    model, inputs = build(library, name)
     try:
         samples = samples_for(model, aim_surgery.plan(model, inputs), inputs)
         args, kwargs = tree_map_only(torch.Tensor, _in_float64, (samples.args, samples.kwargs))

@@ -15,8 +15,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from benchmarks.evidence.recipes import Study
-from benchmarks.evidence.statistics import paired
-from benchmarks.evidence.tables import Cell, title_of
+from benchmarks.evidence.statistics import Paired, paired
+from benchmarks.evidence.tables import Cell, points, title_of
 
 DPI = 120
 _PANEL = 4.2  # inches
@@ -91,17 +91,33 @@ def _panels(study: Study, found: Cells, function: Any) -> Figure:
     return figure
 
 
+def _interval(axes: Axes, position: int, value: Paired, colour: Any) -> None:
+    axes.plot(100 * value.mean, position, "o", color=colour)
+    if value.low is not None and value.high is not None:
+        axes.plot([100 * value.low, 100 * value.high], [position] * 2, color=colour, lw=2)
+
+
 def _differences(axes: Axes, study: Study, cells: Mapping[str, Cell], colours: Any) -> None:
+    """Zeroed memories far off the trained arms are written at the edge: they would be dots else."""
     reference = cells[study.arms[0]]
     others = [cell for cell in cells.values() if cell is not reference]
-    for position, cell in enumerate(others):
-        value = paired(cell.test, reference.test)
-        if value is None:
-            continue
-        colour = colours.get(cell.arm, "grey")
-        axes.plot(100 * value.mean, position, "o", color=colour)
-        if value.low is not None and value.high is not None:
-            axes.plot([100 * value.low, 100 * value.high], [position] * 2, color=colour, lw=2)
+    values = {cell.arm: paired(cell.test, reference.test) for cell in others}
+    places = {cell.arm: place for place, cell in enumerate(others)}
+    known = {arm: value for arm, value in values.items() if value is not None}
+    trained = [arm for arm in known if arm in study.arms]
+    for arm in trained:
+        _interval(axes, places[arm], known[arm], colours[arm])
+    low, high = axes.get_xlim()
+    for arm in known.keys() - trained:
+        value = known[arm]
+        if not trained or low <= 100 * value.mean <= high:
+            _interval(axes, places[arm], value, "grey")
+        else:
+            below = value.mean < 0
+            text = f"< {points(value)}" if below else f"{points(value)} >"
+            side = "left" if below else "right"
+            at = low if below else high
+            axes.text(at, places[arm], text, ha=side, va="center", fontsize=8, color="dimgrey")
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(others)), [cell.title for cell in others], fontsize=8)
     axes.set_ylim(len(others) - 0.5, -0.5)

@@ -109,7 +109,7 @@ def _study(
         header = ("question", "difference", *found)
         parts += ["### Pairs that answer a question", table(header, contrasts)]
     if study.rule:
-        chosen = tables.candidates(study, found) or ["none"]
+        chosen = tables.candidates(study, found) or ["none: `AimConfig` stays as it is"]
         parts += ["### What the defaults should be", study.rule, "Arms of that kind:"]
         parts.append(_bullets(chosen))
     for caption, path in figures.draw(study, found, folder / FIGURES):
