@@ -498,6 +498,12 @@ def test_defaults_give_way_to_what_is_above_them_somewhere_and_below_nowhere(
     chosen = text.split("Arms of that kind:")[1].split("![")[0].strip().splitlines()
     assert len(chosen) == 1  # carried memory is below on one network, first planes nowhere above
     assert chosen[0].startswith("* memory, no writes: resnet +2.10 [")
+    found = {name: tables.cells(study, "digits", name, rows) for name in study.networks}
+    for rivals, expected in ((("carried", "per-sample"), 0), (("no-writes", "carried"), 1)):
+        asked = dataclasses.replace(study, default="first-planes", rivals=rivals)
+        assert len(tables.candidates(asked, found)) == expected, rivals
+    against = dataclasses.replace(study, default="carried", rivals=("per-sample",))
+    assert not tables.candidates(against, found)  # above on one network, below on two
     none = page.write(tmp_path, "digits", made_rows(study, dict.fromkeys(arms, 0.0)),
                       {study.name: study}).read_text()  # fmt: skip
     assert "Arms of that kind:\n\n* none" in none

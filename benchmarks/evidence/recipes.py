@@ -105,6 +105,8 @@ class Study:
         finalists: How many of them are run on all seeds; the best of these counts. Two seeds can't
             tell rates apart whose test accuracies differ by as much as the arms' do.
         rule: How defaults follow from it; "" where none do.
+        default: The arm that stands for them; "" for the first.
+        rivals: The arms that could take its place; none named: all others.
     """
 
     name: str
@@ -119,6 +121,8 @@ class Study:
     grid: tuple[float, ...] = GRID
     finalists: int = 2
     rule: str = ""
+    default: str = ""
+    rivals: tuple[str, ...] = ()
 
     def tuning(self, data: str) -> list[Config]:
         """The runs that choose finalists among learning rates; none where there is only one."""
@@ -219,6 +223,9 @@ STUDIES = {
                 "full",
             ),
             Adapting(epochs=20),
+            rule="Study C's rule, asked about memory with and without writes, and carried.",
+            default="memory-head",
+            rivals=("no-writes-head", "state-head"),
         ),
         Study(
             "ablations",
