@@ -53,7 +53,9 @@ FORMS: dict[str, Callable[[Any], Any]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Compare, print, write."""
     command = measure.parser("forms", "Whether all forms compute one function.")
-    command.add_argument("--library", choices=("torchvision", "timm"), default="torchvision")
+    command.add_argument(
+        "--library", choices=("torchvision", "timm", "transformers"), default="torchvision"
+    )
     command.add_argument("--only", default="*", help="a glob on names")
     command.add_argument("--parameters", type=float, default=30, help="the most, in millions")
     options = measure.parse(command, argv)
@@ -115,9 +117,11 @@ def rows_of(library: str, name: str, threads: int) -> tuple[list[Row], str]:
         samples = samples_for(model, aim_surgery.plan(model, inputs), inputs)
         args, kwargs = tree_map_only(torch.Tensor, _in_float64, (samples.args, samples.kwargs))
         with torch.no_grad():
-            copy.deepcopy(model).double().eval()(*args, **kwargs)
+            outputs = tree_leaves(copy.deepcopy(model).double().eval()(*args, **kwargs))
     except Exception as err:
         return [], f"the original does not run in float64: {in_one_line(err)}"
+    if any(isinstance(out, torch.Tensor) and out.isnan().any() for out in outputs):
+        return [], "the original gives no numbers in float64"
     return [row for write in WRITES for row in _compared(name, model.eval(), inputs, write)], ""
 
 

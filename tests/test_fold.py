@@ -495,3 +495,23 @@ def test_the_hooks_of_a_layer_see_what_it_gives_without_memory() -> None:
         for parameter in gm.parameters():
             parameter.add_(torch.randn_like(parameter))
     assert_same(fold(gm)(x), gm(x))
+
+
+class CastsInputs(nn.Module):
+    """Brings its input to its weights' type, as many of transformers' embeddings do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype != self.conv.weight.dtype:
+            x = x.to(self.conv.weight.dtype)
+        return self.conv(x)
+
+
+def test_a_model_of_another_type_now_that_asks_for_its_inputs_type() -> None:
+    x = images(2, 3, 16, 16).float()
+    gm = transform(CastsInputs(), x, config=AimConfig(write="none")).eval().double()
+    random_weights(gm)
+    assert_same(fold(gm)(x.double()), gm(x.double()))

@@ -167,7 +167,7 @@ def _watched(
     inputs = drawn_anew(_bound(graph, example), None)
     try:
         return inputs, watch(graph, twin, inputs)
-    except (RuntimeError, TypeError, ValueError):  # it may be of another dtype now
+    except (AssertionError, RuntimeError, TypeError, ValueError):  # it may have another dtype now
         inputs = drawn_anew(inputs, floating_dtype(twin))
         return inputs, watch(graph, twin, inputs)
 
