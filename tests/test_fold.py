@@ -515,3 +515,22 @@ def test_a_model_of_another_type_now_that_asks_for_its_inputs_type() -> None:
     gm = transform(CastsInputs(), x, config=AimConfig(write="none")).eval().double()
     random_weights(gm)
     assert_same(fold(gm)(x.double()), gm(x.double()))
+
+
+class AsksForMarks(nn.Module):
+    """Refuses inputs without a certain value, as vision-language models do their image tokens."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if not bool((ids == 7).any()):
+            raise ValueError("no mark")
+        return ids.float()
+
+
+def test_a_model_that_refuses_noise_asks_for_example_inputs() -> None:
+    model = nn.Sequential(AsksForMarks(), nn.Linear(5, 4))
+    x = torch.tensor([[7, 1, 2, 3, 4]])
+    gm = transform(model, x, config=AimConfig(write="none")).eval()
+    with pytest.raises(AimSurgeryError, match=r"pass example_inputs to fold \(.*no mark"):
+        fold(gm)
+    random_weights(gm)
+    assert_same(fold(gm, x)(x), gm(x), 1e-5)

@@ -37,7 +37,7 @@ from torch import Tensor, fx, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.capture.copies import deep_copy
-from aim_surgery.errors import AimSurgeryError
+from aim_surgery.errors import AimSurgeryError, in_one_line
 from aim_surgery.lowering.fold_graph import FoldWriter
 from aim_surgery.lowering.fold_hooks import fold_hooks
 from aim_surgery.lowering.fold_norms import fold_batch_norms
@@ -169,7 +169,13 @@ def _watched(
         return inputs, watch(graph, twin, inputs)
     except (AssertionError, RuntimeError, TypeError, ValueError):  # it may have another dtype now
         inputs = drawn_anew(inputs, floating_dtype(twin))
+    try:
         return inputs, watch(graph, twin, inputs)
+    except Exception as err:
+        raise AimSurgeryError(
+            "the model does not take noise of its example's sizes; pass example_inputs to fold "
+            f"({in_one_line(err)})"
+        ) from err
 
 
 def _bound(graph: fx.Graph, inputs: ExampleInputs) -> tuple[Any, ...]:
