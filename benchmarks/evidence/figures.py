@@ -55,7 +55,7 @@ def draw(study: Study, found: Cells, folder: Path) -> list[tuple[str, Path]]:
     for name, (function, caption) in drawings.items():
         shown = found
         if name == "differences":  # another study's runs of a shared arm have no reference here
-            shown = {n: cells for n, cells in found.items() if study.arms[0] in cells}
+            shown = {n: c for n, c in found.items() if study.arms[0] in c and len(c) > 1}
         if not shown:
             continue
         figure = _panels(study, shown, function)
