@@ -28,7 +28,7 @@ from aim_surgery.verification.samples import samples_for
 from benchmarks import measure
 from benchmarks.measure import Report, Row, Section
 from benchmarks.zoo import checks
-from benchmarks.zoo.libraries import LIBRARIES, build
+from benchmarks.zoo.libraries import LIBRARIES, build, build_on_meta
 
 LIMIT = 1e-9
 MOVED, LEAST = 0.2, 0.02  # by how much of its deviation a parameter is moved, and by how much more
@@ -92,9 +92,8 @@ def sizes_of(library: str, names: Sequence[str]) -> dict[str, int]:
 
 
 def _size(library: str, name: str) -> int:
-    try:
-        model, _ = build(library, name, "meta")
-    except Exception:
+    model = build_on_meta(library, name)
+    if model is None:
         model, _ = build(library, name)
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -60,7 +60,7 @@ def restore_state_dict(state_dict: Mapping[str, Any], plan: Plan) -> dict[str, A
     """Take the memory out of an operated model's state dict.
 
     Shapes:
-        See `split_weight`.
+        See `nn.widened.slices`.
 
     Args:
         state_dict: Of the operated model, or a part of it; left unchanged.

@@ -101,23 +101,25 @@ def _differences(axes: Axes, study: Study, cells: Mapping[str, Cell], colours: A
     """Zeroed memories far off the trained arms are written at the edge: they would be dots else."""
     reference = cells[study.arms[0]]
     others = [cell for cell in cells.values() if cell is not reference]
-    values = {cell.arm: paired(cell.test, reference.test) for cell in others}
-    places = {cell.arm: place for place, cell in enumerate(others)}
-    known = {arm: value for arm, value in values.items() if value is not None}
-    trained = [arm for arm in known if arm in study.arms]
-    for arm in trained:
-        _interval(axes, places[arm], known[arm], colours[arm])
+    shown = [
+        (place, cell.arm, value)
+        for place, cell in enumerate(others)
+        if (value := paired(cell.test, reference.test)) is not None
+    ]
+    trained = [each for each in shown if each[1] in colours]
+    for place, arm, value in trained:
+        _interval(axes, place, value, colours[arm])
     low, high = axes.get_xlim()
-    for arm in known.keys() - trained:
-        value = known[arm]
+    for place, arm, value in shown:
+        if arm in colours:
+            continue
         if not trained or low <= 100 * value.mean <= high:
-            _interval(axes, places[arm], value, "grey")
-        else:
-            below = value.mean < 0
-            text = f"< {points(value)}" if below else f"{points(value)} >"
-            side = "left" if below else "right"
-            at = low if below else high
-            axes.text(at, places[arm], text, ha=side, va="center", fontsize=8, color="dimgrey")
+            _interval(axes, place, value, "grey")
+            continue
+        below = value.mean < 0
+        at, side = (low, "left") if below else (high, "right")
+        text = f"< {points(value)}" if below else f"{points(value)} >"
+        axes.text(at, place, text, ha=side, va="center", fontsize=8, color="dimgrey")
     axes.axvline(0, color="black", lw=1)
     axes.set_yticks(range(len(others)), [cell.title for cell in others], fontsize=8)
     axes.set_ylim(len(others) - 0.5, -0.5)

@@ -168,7 +168,8 @@ def _step_time(path: Path) -> list[str]:
     return [
         "## Time of a training step",
         "Ratios of steps that took turns in one process: arms against the base, methods against "
-        "full fine-tuning; median, smallest and largest. Networks with memory are in concat form. "
+        "full fine-tuning; median, smallest and largest. Arms with memory are in concat "
+        "form; methods that freeze the base have its layers taken apart. "
         f"{content['environment']['cpu']}, {content['environment']['torch threads']} thread(s).",
         table(("network", "", "ratio", "fastest, ms"), rows),
     ]

@@ -106,7 +106,7 @@ class Study:
             tell rates apart whose test accuracies differ by as much as the arms' do.
         rule: How defaults follow from it; "" where none do.
         default: The arm that stands for them; "" for the first.
-        rivals: The arms that could take its place; none named: all others.
+        rivals: The arms that could take its place; none named: all but the first.
     """
 
     name: str

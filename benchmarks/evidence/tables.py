@@ -209,11 +209,11 @@ def sorted_by_side(study: Study, found: Mapping[str, Cell]) -> list[str]:
 def candidates(study: Study, by_network: Mapping[str, Mapping[str, Cell]]) -> list[str]:
     """Sentences: rivals that are above the default on some network, and below it on none."""
     default, found = study.default or study.arms[0], []
-    for arm in study.rivals or study.arms:
+    for arm in study.rivals or study.arms[1:]:
         against = {
             network: paired(cells_[arm].test, cells_[default].test)
             for network, cells_ in by_network.items()
-            if arm != default and {arm, default} <= cells_.keys()
+            if {arm, default} <= cells_.keys()
         }
         known = {network: pair for network, pair in against.items() if pair is not None}
         sides = {pair.side for pair in known.values()}

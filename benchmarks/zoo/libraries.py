@@ -53,6 +53,14 @@ def build(library: str, name: str, device: str = "cpu") -> tuple[nn.Module, Inpu
     return model.eval(), inputs
 
 
+def build_on_meta(library: str, name: str) -> nn.Module | None:
+    """A model without values, which tells its size; None where it can't be built so."""
+    try:
+        return build(library, name, "meta")[0]
+    except Exception:
+        return None
+
+
 def move_to_meta(model: nn.Module, inputs: Inputs | None) -> tuple[nn.Module, Inputs | None]:
     """Let a model's weights go, where it could not be built without."""
     return model.to("meta"), tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), inputs)

@@ -24,7 +24,7 @@ from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification.samples import Samples, samples_for
 from aim_surgery.verification.twins import call
 from benchmarks.zoo import checks, detection
-from benchmarks.zoo.libraries import build, move_to_meta
+from benchmarks.zoo.libraries import build, build_on_meta, move_to_meta
 from benchmarks.zoo.on_disk import saved_on_disk
 from benchmarks.zoo.processes import GIB, resident
 from benchmarks.zoo.rows import DEFERRED, DONE, LIGHT, PARTLY, TRACED, WHOLE, Row
@@ -198,11 +198,9 @@ class _Trial:
 
     def _on_meta(self) -> nn.Module | None:
         """The model without weights, which tells its size; None where it can't be built so."""
-        try:
-            model, _ = build(self._row.library, self._row.model, "meta")
-        except Exception:
-            return None
-        self._row.parameters = sum(parameter.numel() for parameter in model.parameters())
+        model = build_on_meta(self._row.library, self._row.model)
+        if model is not None:
+            self._row.parameters = sum(parameter.numel() for parameter in model.parameters())
         return model
 
     def _needs(self, bytes_each: float) -> float:
