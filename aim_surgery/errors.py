@@ -23,6 +23,10 @@ class RequestError(PlanError):
     """What was asked for can't be had, whatever the weights are: a filter, a budget."""
 
 
+class MissingInputsError(AimSurgeryError):
+    """Example inputs must be given: plan and model don't tell any that the model takes."""
+
+
 class UnsupportedLayerError(AimSurgeryError):
     """A layer that the plan wants to widen has a form that surgery does not know."""
 

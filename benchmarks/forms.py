@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import aim_surgery
 from aim_surgery import AimConfig
-from aim_surgery.errors import in_one_line
+from aim_surgery.errors import MissingInputsError, in_one_line
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.verification.differences import difference
 from aim_surgery.verification.samples import samples_for
@@ -161,9 +161,7 @@ def _folded(gm: Any, inputs: Any, *, batch_norm: bool) -> Any:
     """On noise of the size it was captured at; on inputs where the model does not take noise."""
     try:
         return aim_surgery.fold(gm, batch_norm=batch_norm)
-    except aim_surgery.AimSurgeryError as err:
-        if "pass example_inputs" not in str(err):
-            raise
+    except MissingInputsError:
         return aim_surgery.fold(gm, inputs, batch_norm=batch_norm)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, fold, lower, transform
+from aim_surgery.errors import MissingInputsError
 from aim_surgery.nn.add_product import add_product
 from aim_surgery.nn.folded import Maps, at_least, plus, scaled_plus, within
 from aim_surgery.nn.memory import Memory
@@ -530,7 +531,7 @@ def test_a_model_that_refuses_noise_asks_for_example_inputs() -> None:
     model = nn.Sequential(AsksForMarks(), nn.Linear(5, 4))
     x = torch.tensor([[7, 1, 2, 3, 4]])
     gm = transform(model, x, config=AimConfig(write="none")).eval()
-    with pytest.raises(AimSurgeryError, match=r"pass example_inputs to fold \(.*no mark"):
+    with pytest.raises(MissingInputsError, match=r"pass example_inputs to fold \(.*no mark"):
         fold(gm)
     random_weights(gm)
     assert_same(fold(gm, x)(x), gm(x), 1e-5)

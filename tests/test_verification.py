@@ -12,6 +12,7 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, plan, transform
+from aim_surgery.errors import MissingInputsError
 from aim_surgery.capture.nested import named_leaves
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.surgery.notes import noted_sites
@@ -593,7 +594,7 @@ def test_refusals(net, gm) -> None:
     gm.aim.plan = dataclasses.replace(
         gm.plan, inputs=dataclasses.replace(plan(net, IMAGES).inputs, args=None)
     )
-    with pytest.raises(AimSurgeryError, match="pass example_inputs"):
+    with pytest.raises(MissingInputsError, match="pass example_inputs"):
         verify(net, gm)
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, fx, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.capture.copies import deep_copy
-from aim_surgery.errors import AimSurgeryError, in_one_line
+from aim_surgery.errors import AimSurgeryError, MissingInputsError, in_one_line
 from aim_surgery.lowering.fold_graph import FoldWriter
 from aim_surgery.lowering.fold_hooks import fold_hooks
 from aim_surgery.lowering.fold_norms import fold_batch_norms
@@ -85,8 +85,9 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
         `gm` kept it. What still reads the memory, and why, stands in its attribute `notes`.
 
     Raises:
-        AimSurgeryError: The model was not operated, is in training mode or folded already, or it
-            can't tell its example inputs.
+        MissingInputsError: Its plan holds no example inputs, or the model takes no noise of their
+            sizes: pass `example_inputs`.
+        AimSurgeryError: The model was not operated, is in training mode or folded already.
 
     Example:
         >>> import torch
@@ -160,7 +161,7 @@ def _watched(
     plan: Plan = twin.plan
     example = inputs_of_plan(plan.inputs, twin)
     if example is None:
-        raise AimSurgeryError(
+        raise MissingInputsError(
             "this model's example inputs hold objects that its plan can't store: pass "
             "example_inputs to fold"
         )
@@ -172,7 +173,7 @@ def _watched(
     try:
         return inputs, watch(graph, twin, inputs)
     except Exception as err:
-        raise AimSurgeryError(
+        raise MissingInputsError(
             "the model does not take noise of its example's sizes; pass example_inputs to fold "
             f"({in_one_line(err)})"
         ) from err

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.capture.batches import count_samples, cycled, take_samples, tensors_in
-from aim_surgery.errors import AimSurgeryError
+from aim_surgery.errors import MissingInputsError
 from aim_surgery.planning import Plan, inputs_of_plan
 
 _NOISE_SEED = 20210
@@ -144,14 +144,14 @@ def samples_for(
         The inputs, in the dtypes that they were given in.
 
     Raises:
-        AimSurgeryError: There are no example inputs, neither given nor in the plan.
+        MissingInputsError: There are no example inputs, neither given nor in the plan.
     """
     given = example_inputs is not None
     chosen = inputs_of_plan(plan.inputs, model) if example_inputs is None else example_inputs
     if chosen is not None and not isinstance(chosen, ExampleInputs):
         chosen = ExampleInputs.given(chosen)
     if chosen is None:
-        raise AimSurgeryError(
+        raise MissingInputsError(
             "this plan's example inputs hold objects that a plan can't store: pass example_inputs"
         )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
