@@ -12,8 +12,8 @@ from torch import nn
 
 import aim_surgery
 from aim_surgery import AimConfig, AimSurgeryError, CaptureError, PlanError, plan, transform
-from aim_surgery.errors import MissingInputsError
 from aim_surgery.capture.nested import named_leaves
+from aim_surgery.errors import MissingInputsError
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.surgery.notes import noted_sites
 from aim_surgery.verification import verify
