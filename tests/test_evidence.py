@@ -466,18 +466,18 @@ def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
         networks=("mlp",),
         grid=(1e-3,),
     )
-    for sign, word in ((1, "above base"), (-1, "below base")):
+    for sign in (1, -1):
         rows = made_rows(study, {"base": 0.0, "widened": sign * 0.02, "no-writes": 0.0})
         text = page.write(tmp_path, "digits", rows, {study.name: study}).read_text()
-        assert f"{word}: base, widened {sign * 2.1:+.2f} [" in text
-        assert "not told apart from base (the interval holds zero): memory, no writes" in text
+        assert f"| base, widened | **{sign * 2.1:+.2f} [" in text
+        assert "| memory, no writes | +0.00 [+0.00, +0.00] |" in text
     assert (tmp_path / "figures" / "low-data-differences.png").stat().st_size > 1000
     shared = STUDIES["ablations"]  # has an arm of the other's, whose row has no base beside it
     alone = {d: r for d, r in rows.items() if r.config["arm"] == "no-writes"}
     both = {s.name: s for s in (study, dataclasses.replace(shared, networks=("mlp",)))}
     text = page.write(tmp_path / "alone", "digits", alone, both).read_text()
     assert "memory, no writes" in text
-    assert "above memory" not in text
+    assert "points above" not in text
     empty = page.write(tmp_path / "empty", "digits", {}, {study.name: study}).read_text()
     assert "No run has finished yet." in empty
 

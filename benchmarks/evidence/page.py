@@ -63,6 +63,9 @@ def write(
         "Stanford Dogs) rests on one run each, at different resolutions; here each arm differs "
         "from the base in one thing, over several seeds.",
         "## What was found",
+        "In words: the project's [README](../../README.md), \"Does it help?\". Here in numbers: mean "
+        "differences of test accuracy, paired by seed, with their 95 % intervals. **Bold**: the "
+        "interval does not hold zero, so the arm is told apart from what it is compared with.",
         _findings(studies, found),
     ]
     used: list[Row] = []
@@ -85,14 +88,15 @@ def _cells(study: Study, data: str, rows: Mapping[str, Row]) -> dict[str, Any]:
 
 
 def _findings(studies: Mapping[str, Study], found: Mapping[str, Any]) -> str:
-    lines = []
+    parts = []
     for name, study in studies.items():
-        for network, cells in found[name].items():
-            sentences = tables.sorted_by_side(study, cells)
-            if sentences:
-                lines.append(f"* **{study.title}, {network}** (points of test accuracy)")
-                lines += [f"  * {sentence}" for sentence in sentences]
-    return "\n".join(lines) or "No run has finished yet."
+        cells = {network: of_network for network, of_network in found[name].items() if of_network}
+        rows = tables.effect_rows(study, cells)
+        if rows:
+            reference = tables.title_of(study, study.arms[0])
+            parts += [f"**{study.title}**: {study.question}"]
+            parts += [table((f"points above {reference}", *cells), rows)]
+    return "\n\n".join(parts) or "No run has finished yet."
 
 
 def _study(

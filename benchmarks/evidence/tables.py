@@ -180,6 +180,28 @@ def table_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]
     return rows
 
 
+def effect_rows(
+    study: Study, by_network: Mapping[str, Mapping[str, Cell]]
+) -> list[tuple[str, ...]]:
+    """Every arm's difference to the first, a column for each network; bold: not zero."""
+    pairs: dict[str, dict[str, Paired | None]] = {}
+    for network, cells_ in by_network.items():
+        reference = cells_.get(study.arms[0])
+        for cell in cells_.values():
+            if reference is not None and cell is not reference:
+                pairs.setdefault(cell.title, {})[network] = paired(cell.test, reference.test)
+    return [
+        (title, *(_effect(of_arm.get(network)) for network in by_network))
+        for title, of_arm in pairs.items()
+    ]
+
+
+def _effect(value: Paired | None) -> str:
+    if value is None:
+        return "-"
+    return f"**{points(value)}**" if value.side else points(value)
+
+
 def points(value: Paired) -> str:
     """A difference in percentage points with its interval: "+0.42 [-0.10, +0.93]"."""
     text = f"{100 * value.mean:+.2f}"
