@@ -63,7 +63,7 @@ def write(
         "Stanford Dogs) rests on one run each, at different resolutions; here each arm differs "
         "from the base in one thing, over several seeds.",
         "## What was found",
-        "In words: the project's [README](../../README.md), \"Does it help?\". Here in numbers: mean "
+        "In words: the project's [README](../../README.md), “Does it help?”. Here in numbers: mean "
         "differences of test accuracy, paired by seed, with their 95 % intervals. **Bold**: the "
         "interval does not hold zero, so the arm is told apart from what it is compared with.",
         _findings(studies, found),
