@@ -364,6 +364,43 @@ def test_a_restored_run_goes_on_from_where_it_is(folder):
     assert "not taken along: epoch," in restored("trained.pt", "-o", "b.safetensors")
 
 
+@pytest.mark.parametrize("output", ["o.pt", "o.dcp"])
+@pytest.mark.parametrize(("own", "averaged"), [("float16", "float32"), ("float16", "bfloat16")])
+def test_averages_keep_a_dtype_of_their_own(folder, output, own, averaged):
+    """Half weights beside float32 averages, the usual mixed precision; or of the same size."""
+    content = {
+        key: {
+            name: value.to(getattr(torch, dtype)) if value.is_floating_point() else value
+            for name, value in net().state_dict().items()
+        }
+        for key, dtype in (("model", own), ("model_ema", averaged))
+    }
+    torch.save(content, "train.pt")
+    transformed("train.pt", "-o", output)
+    for ema, key in ((False, "model"), (True, "model_ema")):
+        wide = tensors_of(open_source(output, ema=ema, key=None if ema else "model"))
+        for name, value in content[key].items():
+            slices = tuple(slice(size) for size in value.shape)
+            assert wide[name].dtype == value.dtype
+            assert torch.equal(wide[name][slices], value), name
+
+
+@pytest.mark.parametrize("spec", [SPEC, "nets.py:Peeking"])
+def test_averages_get_the_drawn_entries_of_their_weights(folder, spec):
+    """With new weights drawn anew for each, the average would be one of another model."""
+    weights = net().state_dict()
+    torch.save({"model": weights, "model_ema": {n: v + 1 for n, v in weights.items()}}, "t.pt")
+    words = ("--model", spec, "--init", "fresh", "--budget", "none", "--memory", "100")
+    assert run("transform", "t.pt", "-o", "o.pt", *words).exit_code == 0
+    made = torch.load("o.pt", weights_only=True)
+    for name in ("0.weight", "3.weight"):
+        width = weights[name].shape[1]
+        new = [made[key][name][:, width:] for key in ("model", "model_ema")]
+        assert new[0].abs().sum() > 0
+        assert torch.equal(*new), name
+        assert torch.equal(made["model_ema"][name][:, :width], weights[name] + 1)
+
+
 def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:
     losses = []
     for step in steps:

@@ -30,7 +30,7 @@ from aim_surgery.nn.memory import Memory
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning.parts import Memory as PlannedMemory
 from aim_surgery.surgery.notes import noted_sites
-from aim_surgery.surgery.widen import split_weight, widen_weight
+from aim_surgery.surgery.widen import fill_memory, split_weight, widen_weight
 from tests.cases import (
     CASES,
     FLOAT32_TOLERANCE,
@@ -104,6 +104,9 @@ def test_a_split_convolution_is_the_widened_one(dims: int, transposed: bool, gro
     wide = widen_weight(weight, planes, kind=kind, groups=groups, init="fresh")
     own, beside = split_weight(wide, planes, kind=kind, groups=groups)
     assert torch.equal(own, weight)
+    again = widen_weight(own, planes, kind=kind, groups=groups, init="preserve")
+    fill_memory(again, beside, kind=kind, groups=groups)
+    assert torch.equal(again, wide)
     assert beside.shape == ((planes, 8, *kernel) if transposed else (8, planes, *kernel))
     x = torch.randn(2, 4, *size, generator=generator, dtype=torch.float64)
     m = torch.randn(2, planes, *size, generator=generator, dtype=torch.float64)

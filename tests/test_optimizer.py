@@ -527,6 +527,34 @@ def test_means_are_those_of_the_wider_moments(layer: str, layout: str) -> None:
         torch.testing.assert_close(back[name], entry[name], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("name", ["torch", "transformers"])
+@pytest.mark.parametrize("sizes", [(1, 16, 4), (4, 16, 1)])
+def test_means_of_one_value_are_means_and_no_counters(name: str, sizes: tuple[int, ...]) -> None:
+    """Of a layer with one input, and of one with one output."""
+    torch.manual_seed(0)
+    inputs, hidden, outputs = sizes
+    model = nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, outputs))
+    x, make = torch.randn(8, inputs), ADAFACTORS[name]
+    optimizer = make(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    gm = aim_surgery.transform(model, x, config=AimConfig(memory=8, budget=None, write="none"))
+    resumed = make(gm.parameters())
+    resumed.load_state_dict(carry_optimizer(optimizer.state_dict(), model, gm))
+    row = {"torch": "row_var", "transformers": "exp_avg_sq_row"}[name]
+    for old, new in zip(model, gm.children(), strict=False):
+        if isinstance(old, nn.Linear):
+            before, after = optimizer.state[old.weight][row], resumed.state[new.weight][row]
+            share = old.in_features / new.in_features
+            assert share < 1
+            torch.testing.assert_close(after, before * share)
+    gm(x).square().sum().backward()
+    resumed.step()
+    back = restore_optimizer(resumed.state_dict(), gm)
+    again = make(restore(gm).parameters())
+    again.load_state_dict(back)
+
+
 def test_timm_changes_its_axes_with_the_size() -> None:
     """A weight of (64, 15) has whole moments below a size of 16, one of (64, 20) has means."""
 

@@ -31,11 +31,11 @@ from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, RequestError
 from aim_surgery.operation import Wanted, applied, planned
-from aim_surgery.planning import Plan
+from aim_surgery.planning import Plan, Read
 from aim_surgery.sites import may_leak_unseen
 from aim_surgery.surgery.modules import widened_reads
 from aim_surgery.surgery.state_dict import versioned
-from aim_surgery.surgery.widen import widen_for
+from aim_surgery.surgery.widen import fill_memory, split_for, widen_for
 
 Maker = Callable[[str, Callable[[str], Tensor] | None], Tensor]
 
@@ -311,6 +311,7 @@ class _Maker:
         self._source, self._keys = original.source, original.names.keys
         self._plan, self._reads = plan, widened_reads(plan)
         self._here = {name: value for name, value in stored.items() if not value.is_meta}
+        self._drawn: dict[str, Tensor] = {}
         self.entries = {name: entry_of(value) for name, value in stored.items()}
         for name in [name for name in stored if name not in self._here]:
             key, entry = self._keys.get(name), self.entries[name]
@@ -332,7 +333,18 @@ class _Maker:
             return value
         # float8: nothing computes in it, and every value is one of float32's
         computed = value.float() if value.itemsize == 1 else value
-        return widen_for(computed, reading, self._plan.init).to(value.dtype)
+        wide = widen_for(computed, reading, self._plan.init)
+        if self._plan.init == "fresh":
+            self._share_drawn(name, reading, wide)
+        return wide.to(value.dtype)
+
+    def _share_drawn(self, name: str, read: Read, wide: Tensor) -> None:
+        """Averages of weights get the new entries of these: what is drawn is drawn once."""
+        if name not in self._drawn:
+            first = self._here.get(name, wide)
+            self._drawn[name] = split_for(first.detach().cpu(), read)[1]
+        site = read.site
+        fill_memory(wide, self._drawn[name], kind=site.kind, groups=site.groups)
 
 
 def stored_once(state: Mapping[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

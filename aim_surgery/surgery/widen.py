@@ -104,6 +104,23 @@ def split_for(weight: torch.Tensor, read: Read) -> tuple[torch.Tensor, torch.Ten
     return split_weight(weight, read.planes, kind=site.kind, groups=site.groups)
 
 
+def fill_memory(wide: torch.Tensor, memory: torch.Tensor, *, kind: Kind, groups: int) -> None:
+    """Put a memory weight into a widened weight, in place.
+
+    Args:
+        wide: The widened weight.
+        memory: W_m, as `split_weight` gives it.
+        kind: The layer's kind.
+        groups: g, 1 for a linear layer.
+    """
+    with torch.no_grad():
+        if kind == "conv_transpose":
+            each, planes = wide.unflatten(0, (groups, -1)), memory.shape[0]
+            each[:, each.shape[1] - planes :] = memory.unflatten(1, (groups, -1)).transpose(0, 1)
+        else:
+            wide[:, wide.shape[1] - memory.shape[1] :] = memory
+
+
 def input_size(read: Read, *, operated: bool) -> tuple[int, int]:
     """Where the memory comes into a widened weight, and how wide that axis is.
 

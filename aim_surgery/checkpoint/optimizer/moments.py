@@ -204,10 +204,8 @@ def _each(
     changed: dict[str, Any] = {}
     for name, value in entry.items():
         pair = _pair_of(name, pairs)
-        if _counts(value, shape):
-            changed[name] = value
-        elif pair is None:
-            changed[name] = whole(name)
+        if pair is None:
+            changed[name] = value if _counts(value, shape) else whole(name)
         elif pair.over(name) == axis:
             changed[name] = along(pair, name)
         else:
@@ -260,7 +258,7 @@ def _kinds(entry: Entry, shape: Shape, options: Options) -> list[Means]:
     pairs = [_means(pair, entry, shape, options) for pair in _PAIRS if pair[0] in entry]
     found = {n: pair.shape(n, shape) for pair in pairs for n in (pair.row, pair.col)}
     for name, value in entry.items():
-        if _counts(value, shape):
+        if name not in found and _counts(value, shape):
             continue
         if not isinstance(value, Tensor):
             raise UnknownState(f"{name} is a {type(value).__name__}")

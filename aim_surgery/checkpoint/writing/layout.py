@@ -213,9 +213,10 @@ def _weights(
             kept: Any = weights.get(key) if key is not None else None
             if is_tensor(kept) and entry_of(kept) == entry:
                 made[name] = operated.seen(name, kept)
-            else:
+            else:  # averaged weights are often kept in another dtype
+                own = entry_of(kept) if read is not None and is_tensor(kept) else entry
                 made[name] = placeholders.add(
-                    entry.shape, entry.dtype, lambda: operated.tensor(name, read)
+                    entry.shape, own.dtype, lambda: operated.tensor(name, read)
                 )
         return made[name]
 

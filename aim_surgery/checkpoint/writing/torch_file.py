@@ -25,6 +25,7 @@ from torch import Tensor
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.writing.atomic import replacing
 from aim_surgery.checkpoint.writing.safetensors_file import Progress, bytes_of
+from aim_surgery.errors import CheckpointError
 
 _ALIGNMENT = 64
 _LOCAL_HEADER, _ZIP64_EXTRA, _PADDING_HEADER = 30, 20, 4  # bytes
@@ -39,10 +40,22 @@ class Placeholders:
         self._makers: dict[int, Callable[[], Tensor]] = {}
 
     def add(self, shape: tuple[int, ...], dtype: str, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor to stand for one that `make` gives."""
+        """A tensor to stand for one that `make` gives, of the same shape and dtype.
+
+        Raises:
+            CheckpointError: What `make` gives is another; raised when it is made.
+        """
         tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        told = entry_of(tensor)
+
+        def checked() -> Tensor:
+            value = make()
+            if entry_of(value) != told:
+                raise CheckpointError(f"expected {told} to write, got {entry_of(value)}")
+            return value
+
         if tensor.numel():  # empty ones share the address of nothing
-            self._makers[tensor.untyped_storage()._cdata] = make
+            self._makers[tensor.untyped_storage()._cdata] = checked
         self._kept.append(tensor)
         return tensor
 
