@@ -7,8 +7,11 @@ What needs torch is imported where it is used: `--help` and `inspect` answer at 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar
@@ -66,7 +69,8 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line; whoever ends it, what was begun to be written is removed."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     app()
 
 
@@ -124,8 +128,9 @@ def plan_command(
     from aim_surgery.checkpoint.operated import plan_checkpoint
     from aim_surgery.checkpoint.reading.kinds import not_operated, open_source
 
-    source = not_operated(open_source(checkpoint, key=key, ema=ema, trust=trust))
-    found = plan_checkpoint(source, model, arguments, example=example, config=config, emit=emit)
+    with _json_alone(as_json):
+        source = not_operated(open_source(checkpoint, key=key, ema=ema, trust=trust))
+        found = plan_checkpoint(source, model, arguments, example=example, config=config, emit=emit)
     typer.echo(found.to_json(indent=2) if as_json else str(found))
     return found
 
@@ -178,6 +183,8 @@ def transform_command(
         model, arguments, example, config, wanted, emit, _carry(new_group, drop=drop_optimizer)
     )
     many, new = transform.several(checkpoints), []
+    if many is not None and len(many) == 1 and transform.names_a_file(output):
+        checkpoints, many = many, None  # a folder with one checkpoint in it
     if many is None and not transform.names_a_folder(output):
         if is_given(context, "form"):
             raise typer.BadParameter(
@@ -194,6 +201,8 @@ def transform_command(
         folder = Path(output)
         new = [f for f in (folder, *folder.parents) if dry_run and not f.exists()]
         jobs = transform.outputs_in(folder, many or checkpoints, form)
+    if new_group is not None and not any(map(transform.keeps_optimizer, jobs.values())):
+        raise typer.BadParameter("is for a .pt file or a .dcp folder", param_hint="--new-group")
     reading = transform.Reading(key, ema, trust)
     try:
         outcomes = _transform_each(jobs, operation, reading, dry_run, as_json, alone=many is None)
@@ -203,6 +212,11 @@ def transform_command(
     if any(isinstance(outcome, AimSurgeryError) for outcome in outcomes.values()):
         raise typer.Exit(1)
     return next(iter(outcomes.values()))
+
+
+def _json_alone(wanted: bool) -> contextlib.AbstractContextManager[Any]:
+    """What a user's factory prints goes to stderr, where stdout is to hold JSON."""
+    return contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext()
 
 
 def _carry(new_group: str | None, *, drop: bool) -> Any:
@@ -238,7 +252,7 @@ def _transform_each(
     outcomes: dict[Path, Outcome | AimSurgeryError] = {}
     for checkpoint, output in jobs.items():
         try:
-            with progress_bar(output.name, shown=not as_json) as progress:
+            with _json_alone(as_json), progress_bar(output.name, shown=not as_json) as progress:
                 outcome = transform_checkpoint(
                     checkpoint, output, operation, reading, dry_run=dry_run, progress=progress
                 )
@@ -279,13 +293,13 @@ def verify_command(
 ) -> Any:
     """Check that the model in OUT computes what the original does, and that its memory learns."""
     arguments, example = parsed_arguments(model_args, model), example_input(input)
-    from aim_surgery.checkpoint.load import load
-    from aim_surgery.checkpoint.open import open_model
+    from aim_surgery.checkpoint.open import load_counterpart, open_model
     from aim_surgery.checkpoint.operated import in_dtype_of
     from aim_surgery.verification import verify
 
     original = open_model(checkpoint, model, arguments, key=key, ema=ema, trust=trust)
-    result = verify(original, load(output, original), in_dtype_of(original, example))
+    operated = load_counterpart(output, original, key=key, ema=ema, trust=trust)
+    result = verify(original, operated, in_dtype_of(original, example))
     typer.echo(str(result))
     if not result.ok:
         typer.echo(f"error: {output} failed verification against {checkpoint}", err=True)
@@ -303,6 +317,7 @@ def restore_command(
     input: Input = None,
     key: Key = None,
     ema: Ema = False,
+    trust: Trust = False,
     drop_optimizer: DropOptimizer = False,
 ) -> Any:
     """Take the memory out again: the original's names and shapes, and optimizer's state."""
@@ -317,6 +332,7 @@ def restore_command(
         example,
         key=key,
         ema=ema,
+        trust=trust,
         drop_optimizer=drop_optimizer,
     )
     tell_written(target, notes)
@@ -334,6 +350,7 @@ def fold_command(
     input: Input = None,
     key: Key = None,
     ema: Ema = False,
+    trust: Trust = False,
     norms: Annotated[
         bool, typer.Option("--norms", help="Merge batch norms into convolutions, too.")
     ] = False,
@@ -350,6 +367,7 @@ def fold_command(
         example,
         key=key,
         ema=ema,
+        trust=trust,
         batch_norm=norms,
     )
     tell_written(target, notes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -84,7 +85,10 @@ ModelArgs = Annotated[
 ]
 Input = Annotated[
     str | None,
-    typer.Option(metavar="SIZES", help="Size of an input, 1,3,224,224; found if left out."),
+    typer.Option(
+        metavar="SIZES[:DTYPE]",
+        help="Size of an input, 1,3,224,224, or of tokens, 1,16:int64; found if left out.",
+    ),
 ]
 Memory = Annotated[
     int | None, typer.Option(min=1, help="Floats of memory; chosen by the budget if left out.")
@@ -159,26 +163,43 @@ def _budget(text: str) -> float | Literal["auto"] | None:
     if word == "auto":
         return "auto"
     try:
-        return float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
+        value = float(word.removesuffix("%")) / (100 if word.endswith("%") else 1)
     except ValueError as err:
         raise typer.BadParameter(
             f"{text!r} is no budget: write 1.5%, 0.015, auto or none", param_hint="--budget"
         ) from err
+    if value > 1 and not word.endswith("%"):
+        typer.echo(f"note: --budget {word} is {100 * value:g}%; did you mean {word}%?", err=True)
+    return value
+
+
+_INPUT = re.compile(r"([1-9]\d*(?:, ?[1-9]\d*)*)(?::(\w+))?")
 
 
 def example_input(text: str | None) -> Tensor | None:
-    """Noise of the sizes "1,3,224,224"."""
+    """Noise of the sizes "1,3,224,224"; of a dtype, "1,16:int64": of whole numbers, zeros."""
     if text is None:
         return None
     import torch
 
+    found = _INPUT.fullmatch(text.strip())
+    dtype = getattr(torch, found[2] or "float32", None) if found else None
+    if found is None or not isinstance(dtype, torch.dtype):
+        raise _no_input(text)
     try:
-        sizes = torch.Size(int(size) for size in text.split(","))
-        return torch.randn(sizes, generator=torch.Generator().manual_seed(0))
-    except (ValueError, TypeError, RuntimeError) as err:  # also sizes below 0, or too large
-        raise typer.BadParameter(
-            f"{text!r} is no size of an input: write 1,3,224,224", param_hint="--input"
-        ) from err
+        shape = tuple(int(size) for size in found[1].split(","))
+        if not dtype.is_floating_point:
+            return torch.zeros(shape, dtype=dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    except (ValueError, TypeError, RuntimeError) as err:  # sizes too large
+        raise _no_input(text) from err
+
+
+def _no_input(text: str) -> typer.BadParameter:
+    return typer.BadParameter(
+        f"{text!r} is no size of an input: write 1,3,224,224 or, for tokens, 1,16:int64",
+        param_hint="--input",
+    )
 
 
 def parsed_arguments(text: str | None, model: str | None) -> dict[str, Any]:

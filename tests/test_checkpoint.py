@@ -457,7 +457,7 @@ def test_load_runs_no_code_that_only_the_file_names(tmp_path, monkeypatch):
         model_spec="os:system",
         model_args={"command": "touch ran"},
     )
-    with pytest.raises(CheckpointError, match="if you trust it, pass model='os:system'"):
+    with pytest.raises(CheckpointError, match="if you trust it, name it: --model os:system"):
         load(tmp_path / "aim.safetensors")
     assert not (tmp_path / "ran").exists()
 

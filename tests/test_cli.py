@@ -263,6 +263,8 @@ def test_errors_of_many_lines_become_one(capsys):
         (("--input", "x"), "'x' is no size of an input: write 1,3,224,224"),
         (("--input", ""), "is no size of an input"),
         (("--input", "1,3,-2,4"), "is no size of an input"),
+        (("--input", "0,3,8,8"), "is no size of an input"),
+        (("--input", "1,3,8,8:long_ago"), "is no size of an input"),
         (("--input", "1,99999999999999999999"), "is no size of an input"),
         (("--input", "999999999,999999999"), "is no size of an input"),
         (("--memory", "0"), "--memory"),

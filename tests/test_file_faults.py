@@ -356,6 +356,28 @@ def small_disk(folder) -> Iterator[Path]:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+ENDED = """
+import os, signal, sys
+from aim_surgery import cli
+from aim_surgery.checkpoint.writing.atomic import replacing
+
+def command():
+    with replacing("o.safetensors", 1000):
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+
+cli.app = command
+cli.main()
+"""
+
+
+def test_a_scheduler_that_ends_the_command_leaves_nothing_behind(folder):
+    before = sorted(Path().iterdir())
+    ended = subprocess.run([sys.executable, "-c", ENDED], capture_output=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGTERM, b"")
+    assert sorted(Path().iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["o.safetensors", "o.pt", "o.index.json"])
 def test_a_full_disk(small_disk, name):
     assert run("transform", "net.pt", "--model", SPEC, "-o", f"disk/{name}").exit_code == 0

@@ -1,8 +1,12 @@
 """What goes out: whole or not at all, every value right, and fit to go on with."""
 
+import collections
+import copy
+import importlib
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -399,6 +403,201 @@ def test_averages_get_the_drawn_entries_of_their_weights(folder, spec):
         assert new[0].abs().sum() > 0
         assert torch.equal(*new), name
         assert torch.equal(made["model_ema"][name][:, :width], weights[name] + 1)
+
+
+@pytest.mark.parametrize("write", ["transform", "restore", "fold"])
+def test_no_file_of_a_checkpoint_is_written_over(folder, write):
+    """Its index, one of its shards: the others would be of no use."""
+    source = f"{'in' if write == 'transform' else 'o'}.safetensors.index.json"
+    weights = {name: value.clone() for name, value in net().state_dict().items()}
+    parts = [
+        {n: v for n, v in weights.items() if (n[0] == "0") == first} for first in (True, False)
+    ]
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
+    for number, part in enumerate(parts):
+        safetensors.torch.save_file(part, f"in-{number}.safetensors")
+        index["weight_map"].update(dict.fromkeys(part, f"in-{number}.safetensors"))
+    Path("in.safetensors.index.json").write_text(json.dumps(index))
+    transformed("in.safetensors.index.json", "-o", "o.safetensors.index.json")
+    files = [source, *sorted(set(json.loads(Path(source).read_text())["weight_map"].values()))]
+    os.link(files[-1], "link.pt2" if write == "fold" else "link.safetensors")
+    before = contents()
+    for output in (*files, "link.pt2" if write == "fold" else "link.safetensors"):
+        result = run(write, source, "--model", SPEC, "-o", output)
+        assert result.exit_code == 2, result.output
+        assert "of the checkpoint" in " ".join(result.stderr.split()) or output == source
+    assert contents() == before
+
+
+@pytest.mark.parametrize("output", ["o.pt", "o.dcp"])
+def test_verify_compares_the_weights_that_were_named(folder, output):
+    weights = net().state_dict()
+    other = {name: value + 1 for name, value in weights.items()}
+    torch.save({"model": weights, "model_ema": other, "teacher": other}, "t.pt")
+    for named in (["--key", "teacher"], ["--ema"], ["--key", "model"]):
+        transformed("t.pt", "-o", output, *named)
+        result = run("verify", "t.pt", output, "--model", SPEC, *named)
+        assert result.exit_code == 0, result.output
+        alone = run("transform", "t.pt", "-o", "one.safetensors", "--model", SPEC, *named)
+        assert alone.exit_code == 0
+        assert run("verify", "t.pt", "one.safetensors", "--model", SPEC, *named).exit_code == 0
+        if output == "o.dcp":
+            shutil.rmtree(output)
+    transformed("t.pt", "-o", output)
+    wrong = run("verify", "t.pt", output, "--model", SPEC, "--ema")
+    assert wrong.exit_code == 0, wrong.output
+
+
+OBJECTS = """
+class Settings:
+    def __init__(self, width):
+        self.width = width
+"""
+
+
+def test_what_was_trusted_is_trusted_on_the_way_back(folder, monkeypatch):
+    Path("settings.py").write_text(OBJECTS)
+    monkeypatch.syspath_prepend(str(folder))
+    settings = importlib.import_module("settings").Settings(3)
+    nested = collections.defaultdict(dict, model=net().state_dict())
+    torch.save({"nested": nested, "settings": settings}, "s.pt")
+    transformed("s.pt", "-o", "o.pt", "--trust")
+    for words in (("verify", "s.pt", "o.pt"), ("restore", "o.pt", "-o", "r.pt"),
+                  ("fold", "o.pt", "-o", "f.pt2")):  # fmt: skip
+        options = ("--model", SPEC, *(() if words[0] == "restore" else ("--input", "1,3,12,12")))
+        refused = run(*words, *options)
+        assert refused.exit_code == 1
+        assert "--trust" in refused.stderr
+        told = run(*words, *options, "--trust")
+        assert told.exit_code == 0, told.output
+    with pytest.raises(CheckpointError, match="trust=True"):
+        load("o.pt", net())
+    assert torch.equal(load("o.pt", net(), trust=True).eval()(INPUT), net_of("s.pt")(INPUT))
+    back = torch.load("r.pt", weights_only=False)
+    assert back["settings"].width == 3
+    assert type(back["nested"]) is collections.defaultdict
+    assert back["nested"].default_factory is dict
+    for name, value in nested["model"].items():
+        assert torch.equal(back["nested"]["model"][name], value)
+
+
+def net_of(path: str) -> nn.Module:
+    model = net()
+    model.load_state_dict(torch.load(path, weights_only=False)["nested"]["model"])
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_in_another_dtype_takes_what_was_saved(folder, dtype):
+    model = net().eval()
+    gm = aim_surgery.transform(model, INPUT)
+    aim_surgery.save(gm, "o.safetensors")
+    moved = load("o.safetensors", net().eval().to(dtype))
+    assert {p.dtype for p in moved.parameters()} == {dtype}
+    assert torch.equal(moved(INPUT.to(dtype)), _wide(moved, gm)(INPUT.to(dtype)))
+    aim_surgery.save(gm.to(dtype), "moved.safetensors", model_spec=SPEC)
+    assert torch.equal(load("moved.safetensors", SPEC).eval()(INPUT.to(dtype)), gm(INPUT.to(dtype)))
+    assert load("moved.safetensors", net().eval())(INPUT).dtype == torch.float32
+    for words in (("restore", "-o", "r.safetensors"), ("fold", "-o", "f.pt2")):
+        told = run(words[0], "moved.safetensors", *words[1:], "--model", SPEC)
+        assert told.exit_code == 0, told.output
+
+
+def _wide(moved: nn.Module, gm: nn.Module) -> nn.Module:
+    """The operated model itself, moved."""
+    return copy.deepcopy(gm).to(next(moved.parameters()).dtype)
+
+
+def test_a_dry_run_fails_where_the_run_would(folder):
+    model = net()
+    model(INPUT).sum().backward()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.step()
+    state = optimizer.state_dict()
+    state["state"][0]["preconditioner"] = torch.ones(3, 3)
+    torch.save({"model": model.state_dict(), "optimizer": state}, "t.pt")
+    failed = [run("transform", "t.pt", "--model", SPEC, "-o", "o.pt", *dry)
+              for dry in ([], ["--dry-run"])]  # fmt: skip
+    assert [result.exit_code for result in failed] == [1, 1]
+    assert failed[0].stderr == failed[1].stderr
+    assert "preconditioner" in failed[1].stderr
+    weights = net().state_dict()
+    weights["3.weight"][0] = float("nan")
+    torch.save({"model": weights, "epoch": 3}, "nan.pt")
+    for output in ("o.safetensors", "o.pt"):
+        told = transformed("nan.pt", "-o", output, "--dry-run")
+        assert "NaN or Inf, kept: 3.weight" in told
+        assert ("not taken along: epoch" in told) == (output == "o.safetensors")
+        assert not Path(output).exists()
+
+
+def test_copies_of_weights_without_names_are_told_of(folder):
+    weights = net().state_dict()
+    copies = [value.clone() for value in net().parameters()]
+    half = {"optimizer_state_dict": {"state": {}, "param_groups": []}, "fp32_from_fp16": [copies]}
+    content = {
+        "model": weights,
+        "ema": {"decay": 0.9, "shadow_params": copies},
+        "half": half,
+        "rng": [torch.zeros(3, dtype=torch.uint8)],
+    }
+    torch.save(content, "t.pt")
+    told = transformed("t.pt", "-o", "o.pt")
+    assert "left as it was: ema.shadow_params, 6 tensors without names" in told
+    assert "left as it was: half.fp32_from_fp16.0, 6 tensors without names" in told
+    assert "rng" not in told
+    shapes = [tuple(value.shape) for value in torch.load("o.pt")["ema"]["shadow_params"]]
+    assert shapes == [tuple(value.shape) for value in copies]
+
+
+def test_a_scheduler_that_is_not_carried_is_told_of(folder):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = {"param_group_field": "lr", "base_values": [0.1], "metric": None}
+    torch.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "timm": scheduler},
+        "t.pt",
+    )
+    assert "left as it was" not in transformed("t.pt", "-o", "o.pt")
+    told = transformed("t.pt", "-o", "o.pt", "--new-group", "own")
+    assert "left as it was: timm, a scheduler of another number of groups" in told
+    refused = run("transform", "t.pt", "--model", SPEC, "-o", "o.safetensors", "--new-group", "own")
+    assert refused.exit_code == 2
+    assert "is for a .pt file or a .dcp folder" in " ".join(refused.stderr.split())
+
+
+def test_a_folder_with_one_checkpoint_is_that_one(folder):
+    Path("hf").mkdir()
+    Path("hf/config.json").write_text("{}")
+    weights = net().state_dict()
+    safetensors.torch.save_file(weights, "hf/model.safetensors")
+    assert json.loads(run("inspect", "hf", "--json").stdout)["prefix"] == ""
+    assert run("plan", "hf", "--model", SPEC).exit_code == 0
+    transformed("hf", "-o", "o.safetensors")
+    assert_operates("o.safetensors", weights)
+    torch.save({"state": {}, "param_groups": []}, "hf/optimizer.pt")  # as a trainer leaves it
+    assert set(read_state_dict("hf")) == set(weights)
+    transformed("hf/model.safetensors", "-o", "hf/o.safetensors")
+
+
+def test_sizes_of_tokens_are_of_whole_numbers(folder):
+    model = build("nets.py:Tied")
+    torch.save(model.state_dict(), "tied.pt")
+    words = ("--model", "nets.py:Tied", "--input", "2,7:int64")
+    assert run("transform", "tied.pt", "-o", "o.safetensors", *words).exit_code == 0
+    gm = load("o.safetensors", "nets.py:Tied")
+    assert gm.plan.inputs.args == (("tensor", (2, 7), "int64"),)
+    assert run("verify", "tied.pt", "o.safetensors", *words).exit_code == 0
+
+
+def test_what_a_factory_prints_does_not_mix_with_json(folder):
+    Path("loud.py").write_text(FACTORY + "\nprint('loaded')\n\ndef loud():\n    print('built')\n"
+                               "    return Net()\n")  # fmt: skip
+    for words in (("plan", "net.pt", "--json"), ("transform", "net.pt", "-o", "o.pt", "--json")):
+        result = run(*words, "--model", "loud.py:loud")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)
+        assert "built" in result.stderr
 
 
 def losses_of(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> list[float]:

@@ -38,6 +38,7 @@ def restore_file(
     *,
     key: str | None = None,
     ema: bool = False,
+    trust: bool = False,
     drop_optimizer: bool = False,
 ) -> tuple[Restored, list[str]]:
     """Take the memory out of an operated file.
@@ -52,6 +53,7 @@ def restore_file(
         example_inputs: What to measure the difference on, see `restore`.
         key: See `load`.
         ema: See `load`.
+        trust: See `load`.
         drop_optimizer: Whether optimizer states are left out.
 
     Returns:
@@ -70,8 +72,8 @@ def restore_file(
         raise CheckpointError(
             f"{output}: a restored model goes into a .safetensors or a .pt file, or a .dcp folder"
         )
-    gm = load(checkpoint, model, key=key, ema=ema)
-    source = open_source(checkpoint, key=key, ema=ema)
+    gm = load(checkpoint, model, key=key, ema=ema, trust=trust)
+    source = open_source(checkpoint, key=key, ema=ema, trust=trust)
     base: Any = restore(gm, example_inputs)
     if kind == "safetensors":
         state = base.state_dict()
@@ -93,6 +95,7 @@ def fold_file(
     *,
     key: str | None = None,
     ema: bool = False,
+    trust: bool = False,
     batch_norm: bool = False,
 ) -> list[str]:
     """Fold the memory of an operated file away, into an exported program.
@@ -107,6 +110,7 @@ def fold_file(
             plan.
         key: See `load`.
         ema: See `load`.
+        trust: See `load`.
         batch_norm: Whether batch norms are merged into convolutions as well.
 
     Returns:
@@ -122,7 +126,7 @@ def fold_file(
         )
     refuse_itself(checkpoint, output)
     check_target(output)
-    gm = load(checkpoint, model, key=key, ema=ema)
+    gm = load(checkpoint, model, key=key, ema=ema, trust=trust)
     gm.eval()  # a `train` of the model's own may return nothing
     folded: Any = fold(gm, example_inputs, batch_norm=batch_norm)
     if example_inputs is not None:

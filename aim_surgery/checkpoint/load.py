@@ -48,6 +48,7 @@ def load(
     form: Form | None = None,
     key: str | None = None,
     ema: bool = False,
+    trust: bool = False,
 ) -> Any:
     """Read an operated model.
 
@@ -63,6 +64,7 @@ def load(
         key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
             names, or as those that were operated on, if left out.
         ema: Whether averaged weights are wanted.
+        trust: Whether pickled objects beside the weights may run code.
 
     Returns:
         The operated model, in the mode of the original and on its device. Built from a spec, it
@@ -82,7 +84,7 @@ def load(
         raise CheckpointError(
             f"{path}: is an exported program, which torch.export.load reads by itself"
         )
-    source = open_source(path, key=key, ema=ema)
+    source = open_source(path, key=key, ema=ema, trust=trust)
     plan = plan_in(source)
     prefix = _prefix(source, plan)
     entries = _under(prefix, source.entries)
@@ -171,10 +173,12 @@ def _build(source: Source, spec: str | None) -> tuple[nn.Module, str]:
     wanted, args = spec or stored.get("spec"), stored.get("args", {})
     path = source.path
     if not isinstance(wanted, str) or not isinstance(args, dict):
-        raise CheckpointError(f"{path}: holds no model spec; pass the original model or its spec")
+        raise CheckpointError(
+            f"{path}: holds no model spec; pass the original model or its spec (--model)"
+        )
     if spec is None and wanted.partition(":")[0] not in _LIBRARIES:
         raise CheckpointError(
             f"{path}: its model is built by {wanted}, code that the file only names; if you trust "
-            f"it, pass model={wanted!r}"
+            f"it, name it: --model {wanted} (in Python, model={wanted!r})"
         )
     return build(wanted, **(args if wanted == stored.get("spec") else {})), wanted

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.operated import open_original
-from aim_surgery.checkpoint.reading.kinds import not_operated, open_source
+from aim_surgery.checkpoint.reading.kinds import holds_one_set, not_operated, open_source
 from aim_surgery.errors import CheckpointError, PlanError
 from aim_surgery.planning import Plan
 
@@ -40,6 +41,29 @@ def open_model(
     """
     source = not_operated(open_source(path, key=key, ema=ema, trust=trust))
     return open_original(source, spec, model_args, values=True).model
+
+
+def load_counterpart(
+    path: str | Path, original: Any, *, key: str | None, ema: bool, trust: bool
+) -> Any:
+    """Load the operated model that was made of a checkpoint's model.
+
+    Args:
+        path: What `transform` wrote.
+        original: The checkpoint's model.
+        key: Where its weights are in the checkpoint, and in a file of the same layout.
+        ema: Whether they are averaged ones.
+        trust: Whether pickled objects may run code.
+
+    Returns:
+        See `load`.
+
+    Raises:
+        AimSurgeryError: See `load`.
+    """
+    if holds_one_set(Path(path)):
+        key, ema = None, False
+    return load(path, original, key=key, ema=ema, trust=trust)
 
 
 def open_plan(path: str | Path) -> Plan:

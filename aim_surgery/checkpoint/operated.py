@@ -393,7 +393,7 @@ def in_dtype_of(model: Any, example: Inputs | None) -> Inputs | None:
     dtypes = {p.dtype for p in parameters}
     if parameters:
         example = example.to(parameters[0].device)
-    return example.to(dtypes.pop()) if len(dtypes) == 1 else example
+    return example.to(dtypes.pop()) if len(dtypes) == 1 and example.is_floating_point() else example
 
 
 def _is_tensor(value: Any) -> bool:

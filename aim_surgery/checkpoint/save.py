@@ -113,6 +113,7 @@ def write_operated(
     model_args: Mapping[str, Any] | None = None,
     carry_optimizer: CarryOptimizer | None = None,
     progress: Progress = lambda nbytes: None,
+    dry_run: bool = False,
 ) -> list[str]:
     """Write an operated state dict as the kind of file that its name asks for.
 
@@ -123,6 +124,8 @@ def write_operated(
         model_args: See `save`.
         carry_optimizer: See `operated_layout`.
         progress: Told of bytes as they are written.
+        dry_run: Whether everything is made and nothing is written. (An exported program is not
+            made.)
 
     Returns:
         Notes for the user.
@@ -142,10 +145,16 @@ def write_operated(
         if carry is not None and kind == "dcp":  # PyTorch's reader asks for all entries
             carry = functools.partial(carry, start_new=True)
         content, notes = operated_layout(operated, metadata, placeholders, carry)
-        write_content(path, content, placeholders, metadata, progress)
+        if dry_run:
+            placeholders.make_all()
+        else:
+            write_content(path, content, placeholders, metadata, progress)
         return notes
     notes: list[str] = []
-    if kind == "exported":
+    if dry_run:
+        for name in operated.entries:
+            operated.tensor(name)
+    elif kind == "exported":
         notes = _write_exported(operated, path, metadata)
     else:
         write = write_shards if kind == "shards" else write_safetensors

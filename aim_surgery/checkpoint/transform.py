@@ -143,16 +143,15 @@ def transform_checkpoint(
         emit=operation.emit,
     )
     nbytes = sum(entry.nbytes for entry in operated.entries.values())
-    notes: list[str] = []
-    if not dry_run:
-        notes = write_operated(
-            operated,
-            output,
-            model_spec=operation.spec,
-            model_args=operation.model_args,
-            carry_optimizer=operation.carry_optimizer,
-            progress=progress(nbytes),
-        )
+    notes = write_operated(
+        operated,
+        output,
+        model_spec=operation.spec,
+        model_args=operation.model_args,
+        carry_optimizer=operation.carry_optimizer,
+        progress=progress(nbytes),
+        dry_run=dry_run,
+    )
     seconds = time.perf_counter() - start
     return Outcome(
         checkpoint,
@@ -275,6 +274,11 @@ def names_a_folder(output: str) -> bool:
     if kind_to_write(path) == "dcp":
         return False
     return output.endswith(("/", os.sep)) or path.is_dir()
+
+
+def keeps_optimizer(output: Path) -> bool:
+    """Whether what is written under this name has a place for optimizer states."""
+    return kind_to_write(output) in ("torch", "dcp")
 
 
 def names_a_file(output: str) -> bool:

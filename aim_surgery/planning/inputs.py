@@ -1,6 +1,7 @@
 """Example inputs as plain data in a plan, and back.
 
-inputs_of_plan(input_spec(inputs), model) has the shapes and dtypes of inputs
+inputs_of_plan(input_spec(inputs), model) has the shapes and dtypes of inputs, or the floating dtype
+that the model has been moved to since
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ def _spec(value: Any) -> Any:
 
 
 def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
-    """The inverse of `input_spec`: tensors without data, on the model's device.
+    """The inverse of `input_spec`: tensors of zeros, on the model's device.
 
     Args:
         spec: The plan's input.
-        model: Its first parameter's device is used.
+        model: Its first parameter's device is used; and its floating dtype, where all of its
+            floating parameters have one.
 
     Returns:
         The inputs, or None where the plan could not tell them.
@@ -65,9 +67,11 @@ def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
     if spec.args is None:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    floating = dtypes.pop() if len(dtypes) == 1 else None
     try:
-        args = tuple(_example(value, device) for value in spec.args)
-        kwargs = {name: _example(value, device) for name, value in spec.kwargs}
+        args = tuple(_example(value, device, floating) for value in spec.args)
+        kwargs = {name: _example(value, device, floating) for name, value in spec.kwargs}
     except (RuntimeError, TypeError, ValueError, OverflowError) as err:
         raise PlanError(
             f"the example inputs of this plan can't be made: {err}. Pass example_inputs"
@@ -75,12 +79,15 @@ def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
     return ExampleInputs(args, kwargs, spec.source)
 
 
-def _example(spec: Any, device: torch.device) -> Any:
+def _example(spec: Any, device: torch.device, floating: torch.dtype | None) -> Any:
     if not isinstance(spec, tuple):
         return spec
     kind, content, *rest = spec
     if kind == "tensor":
-        return torch.zeros(content, dtype=getattr(torch, rest[0]), device=device)
+        dtype = getattr(torch, rest[0])
+        dtype = floating if floating is not None and dtype.is_floating_point else dtype
+        return torch.zeros(content, dtype=dtype, device=device)
     if kind == "dict":
-        return {key: _example(value, device) for key, value in content}
-    return (tuple if kind == "tuple" else list)(_example(value, device) for value in content)
+        return {key: _example(value, device, floating) for key, value in content}
+    items = (_example(value, device, floating) for value in content)
+    return (tuple if kind == "tuple" else list)(items)

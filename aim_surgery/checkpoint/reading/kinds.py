@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from aim_surgery.checkpoint.reading.safetensors_file import SafetensorsFile
 from aim_surgery.checkpoint.reading.shards import SUFFIX as INDEX_SUFFIX
-from aim_surgery.checkpoint.reading.shards import Shards
+from aim_surgery.checkpoint.reading.shards import Shards, read_index
 from aim_surgery.checkpoint.reading.source import Source, unreadable
 from aim_surgery.checkpoint.reading.zip_check import is_exported
 from aim_surgery.errors import CheckpointError
@@ -23,14 +23,18 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_ALONE = "model.safetensors"  # in folders that transformers and diffusers write
+_ONE_SET = ("safetensors", "index", "exported")
+
+
 def open_source(
     path: str | Path, *, key: str | None = None, ema: bool = False, trust: bool = False
 ) -> Source:
     """Open a checkpoint; nothing is loaded that can wait.
 
     Args:
-        path: A file, an index of shards, or a folder that holds one index or a distributed
-            checkpoint.
+        path: A file, an index of shards, or a folder that holds one index, a distributed
+            checkpoint or `model.safetensors`.
         key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
             names if left out.
         ema: Whether averaged weights are wanted.
@@ -49,7 +53,7 @@ def open_source(
         path = _index_in(path)
         kind = kind_of(path)
     nested = key is not None or ema
-    if kind in ("safetensors", "index", "exported") and nested:
+    if kind in _ONE_SET and nested:
         raise CheckpointError(f"{path}: holds one set of weights; leave out --key and --ema")
     match kind:
         case "safetensors":
@@ -142,13 +146,33 @@ def kind_of(path: Path) -> str:
     )
 
 
+def holds_one_set(path: Path) -> bool:
+    """Whether a checkpoint's kind has no place for several sets of weights."""
+    return kind_of(_index_in(path) if kind_of(path) == "folder" else path) in _ONE_SET
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files that a checkpoint is in; itself alone where it is none that can be read."""
+    try:
+        if path.is_dir():
+            return sorted(path.rglob("*")) if kind_of(path) == "dcp" else files_of(_index_in(path))
+        if not path.name.endswith(INDEX_SUFFIX):
+            return [path]
+        return [path, *(path.parent / file for file in read_index(path)["weight_map"].values())]
+    except CheckpointError:  # who reads it is told
+        return [path]
+
+
 def _index_in(folder: Path) -> Path:
     try:
         found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     except OSError as err:
         raise unreadable(folder, err) from err
+    alone = folder / _ALONE
+    if not found and alone.is_file():
+        return alone
     if len(found) != 1:
-        there = f"{len(found)} indexes of shards" if found else "no index of shards"
+        there = f"{len(found)} indexes of shards" if found else f"no index of shards or {_ALONE}"
         raise CheckpointError(
             f"{folder}: is a folder with {there} in it; expected a checkpoint file"
         )

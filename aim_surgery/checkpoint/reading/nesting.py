@@ -80,6 +80,16 @@ def is_scheduler_state(value: Any) -> bool:
     return isinstance(value, Mapping) and "_last_lr" in value
 
 
+def is_other_scheduler(value: Any) -> bool:
+    """Whether a value is what one of timm's schedulers gives, which knows its groups as well."""
+    return isinstance(value, Mapping) and {"param_group_field", "base_values"} <= set(value)
+
+
+def is_tensor_list(value: Any) -> bool:
+    """Whether a value is a list of tensors: torch_ema keeps copies of weights so."""
+    return isinstance(value, list | tuple) and bool(value) and all(map(is_tensor, value))
+
+
 def find_all(content: Any, matches: Any, at: Where = (), depth: int = _DEPTH) -> Iterator[Where]:
     """Places in nested dicts and lists whose value matches; not inside of such values.
 

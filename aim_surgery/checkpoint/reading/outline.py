@@ -240,7 +240,7 @@ def outline_of_dcp(path: Path) -> tuple[dict[str, Any], list[str]]:
 def _dcp_entry(told: Any) -> Any:
     state = told.state if isinstance(told.state, Mapping) else {}
     if "size" not in state:
-        return None
+        return Foreign("an object, not read")
     return _entry(state["size"], state["properties"].state[0])
 
 

@@ -31,7 +31,7 @@ from aim_surgery.checkpoint.reading.source import REMEDY, Entry, Source
 from aim_surgery.checkpoint.reading.zip_check import check_zip
 from aim_surgery.errors import CheckpointError
 
-_TRUST = "if you trust the file, read it with --trust"
+_TRUST = "if you trust the file, read it with --trust (in Python, trust=True)"
 
 
 class TorchFile(Source):

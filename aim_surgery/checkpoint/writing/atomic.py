@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from aim_surgery.checkpoint.reading.kinds import files_of
 from aim_surgery.errors import CheckpointError
 
 _STALE_SECONDS = 60  # between being made and being locked, a file may look left behind
@@ -36,19 +37,25 @@ def check_target(path: str | Path) -> None:
 
 
 def refuse_itself(checkpoint: str | Path, output: str | Path) -> None:
-    """Make sure that a result does not take the place of the file that it is made of.
+    """Make sure that a result does not take the place of a file that it is made of.
 
     Args:
-        checkpoint: What is read.
+        checkpoint: What is read: a file, an index of shards, a folder.
         output: What is to be written.
 
     Raises:
-        CheckpointError: They are one file, by whatever names.
+        CheckpointError: It is one of the checkpoint's files, by whatever name.
     """
-    one, other = Path(checkpoint), Path(output)
+    if _are_one(Path(checkpoint), Path(output)):
+        raise CheckpointError(f"{output}: is the checkpoint itself: name another file")
+    if any(_are_one(file, Path(output)) for file in files_of(Path(checkpoint))):
+        raise CheckpointError(f"{output}: is a file of the checkpoint: name another")
+
+
+def _are_one(first: Path, second: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, RuntimeError):
-        if one.resolve() == other.resolve() or one.samefile(other):
-            raise CheckpointError(f"{output}: is the checkpoint itself: name another file")
+        return first.resolve() == second.resolve() or first.samefile(second)
+    return False
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from copy import copy as shallow_copy
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -27,9 +28,11 @@ from aim_surgery.checkpoint.reading.nesting import (
     dotted,
     find_all,
     is_optimizer_state,
+    is_other_scheduler,
     is_scheduler_state,
     is_state_dict,
     is_tensor,
+    is_tensor_list,
     value_at,
 )
 from aim_surgery.checkpoint.reading.source import Entry, Source
@@ -165,6 +168,17 @@ def _relaid(
             continue
         scheduler = carry_scheduler(value_at(content, where), *next(iter(changed)))
         content = _replaced(content, where, scheduler)
+    for where in find_all(content, is_other_scheduler) if changed else ():
+        notes.append(f"left as it was: {dotted(where)}, a scheduler of another number of groups")
+    shapes = {tuple(value.shape) for value in own.values() if is_tensor(value) and value.ndim > 1}
+    for where in find_all(source.content, is_tensor_list):
+        copies = value_at(source.content, where)
+        inside = any(where[: len(place)] == place for place in (*places, *states))
+        if not inside and shapes & {tuple(value.shape) for value in copies}:
+            notes.append(
+                f"left as it was: {dotted(where)}, {len(copies)} tensors without names, some of "
+                f"the shapes of weights: copies do not fit the model any more"
+            )
     return content, notes
 
 
@@ -267,17 +281,21 @@ def _replaced(content: Any, where: Where, value: Any) -> Any:
         return value
     first, rest = where[0], where[1:]
     if isinstance(content, Mapping):
-        copy = type(content)(content)  # type: ignore[call-arg]
+        copy: Any = shallow_copy(content)  # of a class that may want arguments
         key = next(key for key in content if str(key) == first)
         inner = _replaced(content[key], rest, value)
         if inner is None and not rest:
-            del copy[key]  # type: ignore[attr-defined]
+            del copy[key]
         else:
-            copy[key] = inner  # type: ignore[index]
+            copy[key] = inner
         return copy
-    items = list(content)
+    items, named = list(content), hasattr(content, "_make")
     inner = _replaced(items[int(first)], rest, value)
     items[int(first)] = inner
-    if inner is None and not rest:
+    if inner is None and not rest and not named:
         del items[int(first)]
-    return type(content)(items)
+    if isinstance(content, tuple):
+        return content._make(items) if named else type(content)(items)  # type: ignore[attr-defined]
+    copy = shallow_copy(content)
+    copy[:] = items
+    return copy

@@ -59,6 +59,11 @@ class Placeholders:
         self._kept.append(tensor)
         return tensor
 
+    def make_all(self) -> None:
+        """Make the values of all, one after the other, for what comes to light on the way."""
+        for make in self._makers.values():
+            make()
+
     def maker(self, storage: torch.UntypedStorage) -> Callable[[], Tensor] | None:
         """What makes the values of a storage, if it is a placeholder's."""
         return self._makers.get(storage._cdata)
