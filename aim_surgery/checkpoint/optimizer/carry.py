@@ -24,9 +24,10 @@ group with the options of the last; a scheduler then needs `carry_scheduler`.
 **Which parameter.** See `parameter_order`: by name, or by the model's order.
 
 **What else depends on shapes** in a training checkpoint: averaged weights (EMA, SWA), which are
-state dicts (`widen_state_dict`, or `transform` with the averaged weights); copies of weights in flat
-buffers (DeepSpeed, FSDP's flat parameters), which are refused: save those consolidated; copies in
-lists (Apex, torch_ema), which stay as they are, and are told of. A gradient scaler knows no shapes; a scheduler knows the number of groups.
+state dicts (`widen_state_dict`, or `transform` with the averaged weights); copies of weights in
+flat buffers (DeepSpeed, FSDP's flat parameters), which are refused: save those consolidated; copies
+in lists (Apex, torch_ema), which stay as they are and are told of. A gradient scaler knows no
+shapes; a scheduler knows the number of groups.
 """
 
 from __future__ import annotations
