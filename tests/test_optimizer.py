@@ -254,10 +254,16 @@ def names_of(groups: list[dict[str, Any]], model: nn.Module) -> list[list[str]]:
     return [[by_id[id(p)] for p in group["params"]] for group in groups]
 
 
+def one_each(model: nn.Module) -> list[dict[str, Any]]:
+    """As detectron2 makes them."""
+    return [{"params": [p], "weight_decay": 0.1 * (p.ndim > 1)} for p in model.parameters()]
+
+
 GROUPS: dict[str, tuple[Callable[[nn.Module], list[dict[str, Any]]], Any]] = {
     "decay": (decay_groups, None),
     "head_first": (head_first, None),
     "by_part": (by_part, "own"),
+    "one_each": (one_each, None),
 }
 
 
@@ -278,6 +284,17 @@ def test_several_groups_are_told_apart_by_the_models_order(name: str) -> None:
     for group, names in zip(optimizer.param_groups, names_of(grouped(gm), gm), strict=True):
         assert [id(p) for p in group["params"]] == [id(gm.get_parameter(n)) for n in names]
     assert len(entries) == len(state["state"])  # frozen ones got none
+
+
+def test_new_parameters_of_a_group_each_decay_as_the_resumed_script_wants() -> None:
+    model, state, _ = started(lambda g: optim.AdamW(g, lr=1e-2), one_each)
+    gm = operated(model, frozen=False)
+    fresh = optim.AdamW(one_each(gm), lr=1e-2)
+    wanted = [group["weight_decay"] for group in fresh.param_groups]
+    fresh.load_state_dict(carry_optimizer(state, model, gm))
+    assert [group["weight_decay"] for group in fresh.param_groups] == wanted
+    back = restore_optimizer(fresh.state_dict(), gm)
+    assert back["param_groups"] == state["param_groups"]
 
 
 def test_new_parameters_go_where_the_caller_says() -> None:

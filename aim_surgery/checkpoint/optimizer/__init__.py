@@ -1,6 +1,7 @@
 """The optimizer's state through surgery and back.
 
-carry            a whole state dict: groups, numbers, new parameters
+carry            a whole state dict: entries, numbers, new parameters
+groups           which group each new parameter joins
 moments          one parameter's entry: tensors in, tensors out
 parameter_order  which parameter an entry is of
 """

@@ -15,11 +15,8 @@ its whole update, and more entries, even of zeros, are another scale (not so wit
 those of the wider weight. After `freeze_base`, memory weights live beside, and the base keeps its
 shapes.
 
-**Which group.** The resumed script makes its groups by its own rule, and `load_state_dict` asks for
-the same sizes. One group: new parameters are its last. A group of vectors (biases, norms) and one
-of matrices: each to its own kind, as splits by weight decay do. Else: the last group. `new_group`
-says otherwise: the index of a group, or "own" (or a dict of options that differ) for a new last
-group with the options of the last; a scheduler then needs `carry_scheduler`.
+**Which group.** See `groups`: the one that suits a new parameter, or `new_group`. A scheduler needs
+`carry_scheduler` where groups are added.
 
 **Which parameter.** See `parameter_order`: by name, or by the model's order.
 
@@ -34,12 +31,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from aim_surgery.checkpoint.optimizer.groups import NewGroup, join_groups
 from aim_surgery.checkpoint.optimizer.moments import (
     Entry,
     Shape,
@@ -57,7 +55,6 @@ from aim_surgery.surgery.modules import widened_reads
 from aim_surgery.surgery.state_dict import is_new
 
 State = Mapping[str, Any]
-NewGroup = int | Literal["own"] | Mapping[str, Any]
 
 _NO_GROUPS = ("_milestones", "_schedule_phases")  # lists in schedulers that are not by group
 _KEPT, _NEW = "kept", "new"  # roles besides a `Read`
@@ -80,8 +77,8 @@ def carry_optimizer(
         model: The base model; its names and shapes count (it may be on the meta device).
         gm: The operated model, likewise.
         new_group: Where new parameters go: the index of a group, "own" for a new last one, or a
-            dict of the options in which the new one differs from the last. By default as described
-            above.
+            dict of the options in which the new one differs from the last. By default the one that
+            suits it, see `groups`.
         names: Names of each group's parameters, where the state tells none and they are not in the
             model's order.
         start_new: Whether new parameters get entries as before any step, where they can; by default
@@ -135,7 +132,7 @@ def carry_optimizer(
             )
     groups = [dict(group, params=list(group["params"])) for group in state["param_groups"]]
     new = {name: shape for name, shape in after.shapes.items() if is_new(name)}
-    places = _places(groups, state, found, before, new, new_group)
+    places = join_groups(groups, state, found, before, new, new_group)
     return _renumbered(state, groups, entries, places, inner, found, start_new=start_new)
 
 
@@ -312,55 +309,6 @@ class _telling:  # noqa: N801  # a context manager
 
 
 # What goes out ------------------------------------------------------------------------------
-
-
-def _places(
-    groups: list[dict[str, Any]],
-    state: State,
-    found: Found,
-    before: Parameters,
-    new: Mapping[str, Shape],
-    new_group: NewGroup | None,
-) -> list[tuple[str, int]]:
-    """The group of each new parameter."""
-    if new_group == "own" or isinstance(new_group, Mapping):
-        options = dict(new_group) if isinstance(new_group, Mapping) else {}
-        if {"params", "param_names"} & set(options):
-            raise CheckpointError("new_group: give options (lr=...), not parameters")
-        named = {"param_names": []} if "param_names" in groups[-1] else {}
-        groups.append({**groups[-1], **options, "params": [], **named})
-        return [(name, len(groups) - 1) for name in new]
-    if new_group is None:
-        kinds = _kinds_of(groups, state, found, before)
-        return [(name, kinds.get(len(shape) > 1, len(groups) - 1)) for name, shape in new.items()]
-    if isinstance(new_group, bool) or not isinstance(new_group, int):
-        raise CheckpointError(f"new_group: expected an index, 'own' or options, got {new_group!r}")
-    if not -len(groups) <= new_group < len(groups):
-        raise CheckpointError(f"new_group: there are {len(groups)} groups, got {new_group}")
-    return [(name, new_group % len(groups)) for name in new]
-
-
-def _kinds_of(
-    groups: list[dict[str, Any]], state: State, found: Found, before: Parameters
-) -> dict[bool, int]:
-    """The groups of vectors (False) and matrices (True), where two groups are just that."""
-    if len(groups) != 2:
-        return {}
-    kinds: dict[bool, int] = {}
-    for index, group in enumerate(groups):
-        matrices = set()
-        for key in group["params"]:
-            entry = state["state"].get(key)
-            if key in found.names:
-                matrices.add(len(before.shapes[found.names[key]]) > 1)
-            elif entry:
-                matrices |= {
-                    len(shape) > 1 for shape in set(before.shapes.values())
-                    if fits(entry, shape, group)
-                }  # fmt: skip
-        if len(matrices) == 1:
-            kinds[matrices.pop()] = index
-    return kinds if len(kinds) == 2 else {}
 
 
 def _renumbered(

@@ -4,8 +4,9 @@ Optimizers number parameters in the order in which groups were given. A file tha
 (groups with `param_names`, states keyed by name) says it outright. A file with numbers alone is
 read on one assumption, which holds for `model.parameters()`, for splits by weight decay and for one
 group a part of the model, frozen parameters left out or not: *each group lists its parameters in
-the model's order*. All assignments are followed that agree with it and with the shapes of the
-moments; what differs among them, nobody can tell, and it is refused with what would help: names.
+the model's order*; and groups of one parameter each are in it themselves. All assignments are
+followed that agree with it and with the shapes of the moments; what differs among them, nobody can
+tell, and it is refused with what would help: names.
 
 What an entry needs to know of its parameter is its *role* (how it is widened, or that it is new).
 Where all assignments give an entry the same role, it does not matter which is the right one.
@@ -125,16 +126,16 @@ def _names_in(groups: Sequence[Mapping[str, Any]]) -> list[list[str]] | None:
 def _in_order(
     state: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], parameters: Parameters
 ) -> list[list[str]] | None:
-    """The names of one group that holds all parameters, or all that ask for gradients."""
-    if len(groups) > 1:
+    """The names of all parameters, or all that ask for gradients: of one group, or of one each."""
+    if len(groups) > 1 and any(len(group["params"]) != 1 for group in groups):
         return None
-    keys, options = groups[0]["params"], groups[0]
+    keyed = [(key, group) for group in groups for key in group["params"]]
     for names in (list(parameters.shapes), list(parameters.trained)):
-        if len(names) == len(keys) and all(
-            fits(state["state"].get(key, {}), parameters.shapes[name], options)
-            for key, name in zip(keys, names, strict=True)
+        if len(names) == len(keyed) and all(
+            fits(state["state"].get(key, {}), parameters.shapes[name], group)
+            for (key, group), name in zip(keyed, names, strict=True)
         ):
-            return [names]
+            return [names] if len(groups) == 1 else [[name] for name in names]
     return None
 
 
