@@ -508,6 +508,38 @@ def _wide(moved: nn.Module, gm: nn.Module) -> nn.Module:
     return copy.deepcopy(gm).to(next(moved.parameters()).dtype)
 
 
+def test_another_models_optimizer_stays_as_it_is(folder):
+    """Of two models trained against each other, one is operated on."""
+    models = {"generator": net(), "discriminator": nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 1))}
+    content: dict[str, Any] = {name: model.state_dict() for name, model in models.items()}
+    inputs = {"generator": INPUT, "discriminator": torch.ones(2, 4)}
+    for name, model in models.items():
+        optimizer = torch.optim.Adam(model.parameters())
+        model(inputs[name]).sum().backward()
+        optimizer.step()
+        content[f"optimizer_{name[0]}"] = optimizer.state_dict()
+    torch.save(content, "gan.pt")
+    told = transformed("gan.pt", "-o", "o.pt", "--key", "generator")
+    assert "left as it was: optimizer_d, an optimizer's state of another model" in told
+    made = torch.load("o.pt")
+    assert torch.equal(
+        made["optimizer_d"]["state"][0]["exp_avg"], content["optimizer_d"]["state"][0]["exp_avg"]
+    )
+    wide = made["generator"]["0.weight"].shape
+    assert made["optimizer_g"]["state"][0]["exp_avg"].shape == wide
+    told = restored("o.pt", "-o", "back.pt", "--key", "generator")
+    assert "left as it was: optimizer_d" in told
+    back = torch.load("back.pt")
+    for name in models:
+        assert_same(back[name], content[name])
+        state = f"optimizer_{name[0]}"
+        assert_same(back[state]["state"][0], content[state]["state"][0])
+    del content["optimizer_g"]
+    torch.save(content, "one.pt")  # it may be this model's: no guess
+    words = ("--model", SPEC, "-o", "o.pt", "--key", "generator")
+    assert run("transform", "one.pt", *words).exit_code == 1
+
+
 def test_a_dry_run_fails_where_the_run_would(folder):
     model = net()
     model(INPUT).sum().backward()

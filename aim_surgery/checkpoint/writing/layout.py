@@ -14,29 +14,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from copy import copy as shallow_copy
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
 from aim_surgery.checkpoint.operated import Operated
-from aim_surgery.checkpoint.optimizer import carry_scheduler, restore_optimizer
+from aim_surgery.checkpoint.optimizer import restore_optimizer
 from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 from aim_surgery.checkpoint.reading.names import Names, match_names
 from aim_surgery.checkpoint.reading.nesting import (
     Where,
-    dotted,
-    find_all,
-    is_optimizer_state,
-    is_other_scheduler,
-    is_scheduler_state,
-    is_state_dict,
     is_tensor,
-    is_tensor_list,
     value_at,
 )
-from aim_surgery.checkpoint.reading.source import Entry, Source
+from aim_surgery.checkpoint.reading.source import Source
 from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
+from aim_surgery.checkpoint.writing.relaid import Weights, entries_of, relaid
 from aim_surgery.checkpoint.writing.torch_file import Placeholders
 from aim_surgery.errors import CheckpointError
 from aim_surgery.file_format import FORMAT_KEY
@@ -46,8 +39,6 @@ from aim_surgery.surgery.state_dict import is_new, restore_state_dict, versioned
 
 # From the state of an optimizer, the original model and the operated one to the state that goes on.
 CarryOptimizer = Callable[..., Mapping[str, Any]]
-
-_Weights = Mapping[str, Any]
 
 
 def operated_layout(
@@ -76,7 +67,7 @@ def operated_layout(
         names = Names({}, "") if original is None else original.names
         return _weights(operated, names, {}, None, placeholders, metadata), left_behind(source)
 
-    def change(where: Where, weights: _Weights, names: Names) -> _Weights:
+    def change(where: Where, weights: Weights, names: Names) -> Weights:
         read = None if where == source.where else _reader(weights, names)
         return _weights(operated, names, weights, read, placeholders, metadata)
 
@@ -84,7 +75,7 @@ def operated_layout(
     if carry_optimizer is not None:
         carry = functools.partial(carry_optimizer, model=original.model, gm=operated.model)
     own = original.model.state_dict(keep_vars=True)
-    return _relaid(source, own, original.names, change, carry)
+    return relaid(source, own, original.names, change, carry)
 
 
 def restored_layout(
@@ -105,81 +96,18 @@ def restored_layout(
     """
     plan, own = plan_of(gm), gm.state_dict(keep_vars=True)
     found = value_at(source.content, source.where)
-    names = match_names(own, _entries(found))
+    names = match_names(own, entries_of(found))
     if names.problems:
         raise CheckpointError(
             f"{source.path}: is not by the names of its model: {'; '.join(names.problems)}; write "
             f"a .safetensors file, of weights alone"
         )
 
-    def change(where: Where, weights: _Weights, names: Names) -> _Weights:
+    def change(where: Where, weights: Weights, names: Names) -> Weights:
         return _restored(weights, names, plan)
 
     carry = None if drop_optimizer else functools.partial(restore_optimizer, gm=gm)
-    return _relaid(source, own, names, change, carry)
-
-
-def _relaid(
-    source: TorchFile | DcpFolder,
-    own: Mapping[str, Any],
-    names: Names,
-    change: Callable[[Where, _Weights, Names], _Weights],
-    carry: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None,
-) -> tuple[Any, list[str]]:
-    """A checkpoint with other weights and optimizer states in the places of the old ones.
-
-    Args:
-        source: The checkpoint.
-        own: State dict of its model: by it, further weights are found.
-        names: Those of the weights that are meant.
-        change: What becomes of weights.
-        carry: What becomes of optimizer states; None leaves them out.
-
-    Returns:
-        The content, and notes for the user.
-    """
-    content, notes = source.content, []
-    states = list(find_all(content, is_optimizer_state))
-    places = {source.where: names}
-    for where in find_all(content, is_state_dict):
-        if where == source.where or any(where[: len(state)] == state for state in states):
-            continue
-        found = match_names(own, _entries(value_at(content, where)))
-        if found.problems:
-            notes.append(f"left as it was: {dotted(where)}, not this model's weights")
-        else:
-            places[where] = found
-    for where, names in places.items():
-        content = _replaced(content, where, change(where, value_at(source.content, where), names))
-    groups: set[tuple[int, int]] = set()
-    for where in reversed(states):  # what is left out of a list changes the places behind it
-        if carry is None:
-            content = _replaced(content, where, None)
-            notes.append(f"left out: {dotted(where)}")
-            continue
-        old = value_at(content, where)
-        new = carry(old)
-        groups.add((len(old["param_groups"]), len(new["param_groups"])))
-        content = _replaced(content, where, new)
-    changed = {(old, new) for old, new in groups if old != new}
-    for where in find_all(content, is_scheduler_state) if changed else ():
-        if len(groups) > 1:
-            notes.append(f"left as it was: {dotted(where)}, the scheduler of one of {len(states)}")
-            continue
-        scheduler = carry_scheduler(value_at(content, where), *next(iter(changed)))
-        content = _replaced(content, where, scheduler)
-    for where in find_all(content, is_other_scheduler) if changed else ():
-        notes.append(f"left as it was: {dotted(where)}, a scheduler of another number of groups")
-    shapes = {tuple(value.shape) for value in own.values() if is_tensor(value) and value.ndim > 1}
-    for where in find_all(source.content, is_tensor_list):
-        copies = value_at(source.content, where)
-        inside = any(where[: len(place)] == place for place in (*places, *states))
-        if not inside and shapes & {tuple(value.shape) for value in copies}:
-            notes.append(
-                f"left as it was: {dotted(where)}, {len(copies)} tensors without names, some of "
-                f"the shapes of weights: copies do not fit the model any more"
-            )
-    return content, notes
+    return relaid(source, own, names, change, carry)
 
 
 def keeps_layout(source: Source | None) -> TypeGuard[TorchFile | DcpFolder]:
@@ -215,7 +143,7 @@ def _weights(
     read: Callable[[str], Tensor] | None,
     placeholders: Placeholders,
     metadata: Mapping[str, str],
-) -> _Weights:
+) -> Weights:
     """One operated state dict under the file's names: the old ones as they were, then new ones."""
     made: dict[str, Tensor] = {}
 
@@ -256,7 +184,7 @@ def _own_versions(gm: nn.Module, prefix: str) -> dict[str, Any]:
     }
 
 
-def _restored(weights: _Weights, names: Names, plan: Plan) -> _Weights:
+def _restored(weights: Weights, names: Names, plan: Plan) -> Weights:
     """One restored state dict under the file's names, without what told of the operation."""
     of = {key: name for name, key in reversed([*names.keys.items()])}
     narrow = restore_state_dict({of.get(key, key): value for key, value in weights.items()}, plan)
@@ -269,33 +197,3 @@ def _restored(weights: _Weights, names: Names, plan: Plan) -> _Weights:
             if path != FORMAT_KEY and not is_new(path.removeprefix(names.prefix))
         }
     return versioned(kept, versions)
-
-
-def _entries(weights: _Weights) -> dict[str, Entry]:
-    return {name: entry_of(value) for name, value in weights.items() if is_tensor(value)}
-
-
-def _replaced(content: Any, where: Where, value: Any) -> Any:
-    """A copy of nested dicts and lists with another value at a place; None leaves it out."""
-    if not where:
-        return value
-    first, rest = where[0], where[1:]
-    if isinstance(content, Mapping):
-        copy: Any = shallow_copy(content)  # of a class that may want arguments
-        key = next(key for key in content if str(key) == first)
-        inner = _replaced(content[key], rest, value)
-        if inner is None and not rest:
-            del copy[key]
-        else:
-            copy[key] = inner
-        return copy
-    items, named = list(content), hasattr(content, "_make")
-    inner = _replaced(items[int(first)], rest, value)
-    items[int(first)] = inner
-    if inner is None and not rest and not named:
-        del items[int(first)]
-    if isinstance(content, tuple):
-        return content._make(items) if named else type(content)(items)  # type: ignore[attr-defined]
-    copy = shallow_copy(content)
-    copy[:] = items
-    return copy
