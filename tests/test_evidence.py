@@ -36,7 +36,7 @@ from benchmarks.evidence.recipes import (
     Study,
 )
 from benchmarks.evidence.rows import Row, append, missing, read_rows
-from benchmarks.evidence.run import halves
+from benchmarks.evidence.run import halves, swapped_writes
 from benchmarks.evidence.statistics import paired, spread
 from benchmarks.evidence.training import train
 
@@ -94,6 +94,22 @@ def test_zeroed_memory_is_zero_at_evaluation() -> None:
     assert all(not note.any() for note in notes.values())
     assert not torch.allclose(zeroed, model(IMAGES))
     assert all(note.any() for note in aim_surgery.read_memory(model, IMAGES).values())
+
+
+def test_swapped_writes_are_those_of_another_image() -> None:
+    model = trained(ARMS["per-sample"].make(network(), 0))
+    with torch.no_grad():
+        normal = model(IMAGES)
+        same = model(IMAGES[:1].expand(4, *IMAGES.shape[1:]))
+        with swapped_writes(model):
+            assert not torch.allclose(model(IMAGES), normal)
+            alike = model(IMAGES[:1].expand(4, *IMAGES.shape[1:]))
+        assert torch.equal(alike, same)  # of the same image, it is no other
+        assert torch.equal(model(IMAGES), normal)
+    no_writes = ARMS["no-writes"].make(network(), 0).eval()
+    with torch.no_grad(), swapped_writes(no_writes):
+        swapped = no_writes(IMAGES)
+    assert torch.equal(swapped, no_writes(IMAGES))
 
 
 def test_memory_arms_differ_from_the_default_in_one_thing() -> None:
@@ -382,8 +398,8 @@ def test_known_numbers() -> None:
     assert noisy is not None
     assert noisy.mean == pytest.approx(0, abs=1e-12)
     assert noisy.side == 0
-    # of ±0.01, ten times: the mean's bootstrap deviation is 0.01 / sqrt(10)
-    assert noisy.high == pytest.approx(1.96 * 0.01 / 10**0.5, rel=0.15)
+    # of ±0.01, ten times: the mean's standard error is 0.01 / sqrt(9), and Student's t is 2.26
+    assert noisy.high == pytest.approx(2.26 * 0.01 / 9**0.5, rel=0.15)
     swapped = paired(ten, shifted)
     assert swapped is not None
     assert swapped.side == -1
@@ -392,12 +408,29 @@ def test_known_numbers() -> None:
     assert one is not None
     assert (one.mean, one.low, one.side) == (0.25, None, 0)
     assert tables.points(constant) == "+2.00 [+2.00, +2.00]"
+    few = paired({s: 0.1 * s for s in range(4)}, dict.fromkeys(range(4), 0.0))
+    assert few is not None
+    assert (few.low, few.side, tables.points(few)) == (None, 0, "+15.00")
+    alike = paired(ten, ten)
+    assert alike is not None
+    assert (alike.side, tables.points(alike)) == (0, "the same")
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """Of ten seeds; a BCa interval would in 90 % of the cases."""
+    generator = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        found = paired(dict(enumerate(generator.normal(size=10))), dict.fromkeys(range(10), 0.0))
+        assert found is not None
+        held += (found.low or 0) <= 0 <= (found.high or 0)
+    assert 0.925 <= held / 400 <= 0.975
 
 
 def test_what_resumes_is_what_has_no_row(tmp_path: Path) -> None:
     study = STUDIES["low-data"]
     configs = study.tuning("digits")
-    assert len({config.digest for config in configs}) == len(configs) == 3 * 10 * 2 * 4
+    assert len({config.digest for config in configs}) == len(configs) == 3 * 11 * 2 * 4
     assert not {c.seed for c in configs} & set(study.seeds)
     assert {c.seed for c in configs} == set(TUNING_SEEDS)
     path = tmp_path / "rows" / "low-data.jsonl"
@@ -407,6 +440,9 @@ def test_what_resumes_is_what_has_no_row(tmp_path: Path) -> None:
         file.write('{"digest": "cut sho')
     rows = read_rows(tmp_path)
     assert missing(configs, rows) == configs[1:]
+    for config in configs[1:3]:  # the line that was cut takes no other with it
+        append(path, Row(config.digest, dataclasses.asdict(config)))
+    assert missing(configs, read_rows(tmp_path)) == configs[3:]
     assert rows[configs[0].digest].validation == 0.7
     other = dataclasses.replace(configs[0], recipe=dataclasses.replace(study.recipe, epochs=21))
     assert missing([other], rows) == [other]
@@ -462,22 +498,24 @@ def made_rows(study: Study, gains: dict[str, float]) -> dict[str, Row]:
 def test_the_page_says_what_the_numbers_say(tmp_path: Path) -> None:
     study = dataclasses.replace(
         STUDIES["low-data"],
-        arms=("base", "widened", "no-writes"),
+        arms=("base", "widened", "no-writes", "per-sample"),
         networks=("mlp",),
         grid=(1e-3,),
     )
     for sign in (1, -1):
-        rows = made_rows(study, {"base": 0.0, "widened": sign * 0.02, "no-writes": 0.0})
+        gains = {"base": 0.0, "widened": sign * 0.02, "no-writes": 0.0, "per-sample": 0.0}
+        rows = made_rows(study, gains)
         text = page.write(tmp_path, "digits", rows, {study.name: study}).read_text()
-        assert f"| base, widened | **{sign * 2.1:+.2f} [" in text
-        assert "| memory, no writes | +0.00 [+0.00, +0.00] |" in text
+        assert f"- base, widened | **{-sign * 2.1:+.2f} [" in text
+        assert "| memory, per-sample writes - memory, no writes | the same |" in text
+        assert "does a carried state" not in text
     assert (tmp_path / "figures" / "low-data-differences.png").stat().st_size > 1000
     shared = STUDIES["ablations"]  # has an arm of the other's, whose row has no base beside it
     alone = {d: r for d, r in rows.items() if r.config["arm"] == "no-writes"}
     both = {s.name: s for s in (study, dataclasses.replace(shared, networks=("mlp",)))}
     text = page.write(tmp_path / "alone", "digits", alone, both).read_text()
     assert "memory, no writes" in text
-    assert "points above" not in text
+    assert "does memory help?" not in text
     empty = page.write(tmp_path / "empty", "digits", {}, {study.name: study}).read_text()
     assert "No run has finished yet." in empty
 
@@ -536,7 +574,7 @@ def test_a_quick_study_writes_rows_tables_and_page(
     monkeypatch.undo()
     command.main(["--study", "adapting", "--seeds", "1", *arguments])
     text = (tmp_path / "README.md").read_text()
-    for part in ("memory, per-sample writes, zeroed at evaluation", "LoRA", "Pairs that answer"):
+    for part in ("memory, per-sample writes, zeroed at evaluation", "LoRA", "at equal parameters?"):
         assert part in text
     assert "A. From scratch, 100 images a class: mlp" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="no arm nothing"):

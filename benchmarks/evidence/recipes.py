@@ -194,7 +194,7 @@ STUDIES = {
             "Does memory help a network that is trained from scratch on as few images a class as "
             "Stanford Dogs has?",
             "arms",
-            FROM_SCRATCH,
+            (*FROM_SCRATCH, "budget-auto"),
             Recipe(epochs=20),
         ),
         Study(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,7 +26,8 @@ class Row:
         digest: Of the configuration.
         config: The configuration, as JSON.
         finished: When, in seconds since 1970.
-        versions: Libraries, and the digest of aim_surgery's source.
+        versions: Libraries, the digest of aim_surgery's source, and the instructions that a CPU
+            computes with: another CPU rounds otherwise, and training grows that.
         device: "cpu" or the GPU's name.
         parameters: Of the model.
         trained_parameters: Those of them that were trained.
@@ -35,6 +35,7 @@ class Row:
         validation: Accuracy at the end of training.
         test: Accuracy on the test set; None in tuning.
         test_zeroed: The same network's with its memory zeroed at evaluation.
+        test_swapped: The same network's where every image reads what was written of another.
         steps: Training steps.
         train_seconds: Of all steps.
         total_seconds: Of everything.
@@ -52,6 +53,7 @@ class Row:
     validation: float = 0.0
     test: float | None = None
     test_zeroed: float | None = None
+    test_swapped: float | None = None
     steps: int = 0
     train_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -74,7 +76,9 @@ def blank(config: Config, device: torch.device) -> Row:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     versions = {library: importlib.metadata.version(library) for library in _LIBRARIES}
     versions["aim-surgery source"] = source_digest()
-    return Row(config.digest, asdict(config), time.time(), versions, name)
+    if device.type == "cpu":
+        versions["instructions"] = torch.backends.cpu.get_cpu_capability()
+    return Row(config.digest, asdict(config), versions=versions, device=name)
 
 
 def append(path: Path, row: Row) -> None:

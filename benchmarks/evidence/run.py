@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 import aim_surgery
 from aim_surgery.nn.aim_modules import plan_of
+from aim_surgery.nn.write_block import WriteBlock
 from benchmarks.evidence import data
 from benchmarks.evidence.adapting import METHODS, trained_parameters
 from benchmarks.evidence.arms import ARMS, base
@@ -40,7 +43,8 @@ def run(config: Config, device: str = "cpu") -> Row:
         _run_arm(config, found, on, row)
     else:
         _run_method(config, found, on, row)
-    row.total_seconds = time.time() - start
+    row.finished = time.time()
+    row.total_seconds = row.finished - start
     return row
 
 
@@ -61,9 +65,30 @@ def _run_arm(config: Config, found: data.Data, device: torch.device, row: Row) -
         if arm.zeroed:
             with aim_surgery.disable(model):
                 row.test_zeroed = accuracy(model, inputs, labels)
+            with swapped_writes(model):
+                row.test_swapped = accuracy(model, inputs, labels)
     if keep:
         layout = plan_of(model).memory.layout
         row.memory = {"layout": layout, "before": before, "after": _notebook(model, validation[0])}
+
+
+@contextlib.contextmanager
+def swapped_writes(model: nn.Module) -> Iterator[None]:
+    """Let every image of a batch read what was written of the one before it, the first the last's.
+
+    Args:
+        model: Operated on, with writes of a copy for each sample.
+    """
+    handles = [
+        module.register_forward_hook(lambda block, args, memory: memory.roll(1, 0))
+        for module in model.modules()
+        if isinstance(module, WriteBlock)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _run_method(config: Config, found: data.Data, device: torch.device, row: Row) -> None:

@@ -15,18 +15,23 @@ from benchmarks.evidence.statistics import Paired, paired, spread
 HEADER = ("", "parameters", "trained", "rate", "test accuracy", "difference", "seeds")
 CONTRASTS = {
     "arms": (
+        ("per-sample", "base", "does memory help?"),
+        ("budget-auto", "base", "does memory as `transform(model)` gives it help?"),
         ("per-sample", "widened", "memory or just parameters?"),
         ("per-sample", "frozen-floats", "do learned floats matter?"),
         ("per-sample", "no-writes", "do writes matter?"),
         ("per-batch", "per-sample", "a copy for each sample, or one?"),
         ("carried", "per-sample", "does a carried state matter?"),
-        ("per-sample", "per-sample, zeroed", "does the network use its memory?"),
+        ("per-sample", "per-sample, zeroed", "do its weights rest on what the memory holds?"),
+        ("per-sample", "per-sample, swapped", "does it use what is written of the image itself?"),
         ("bias-map", "no-writes", "what would free constant maps add?"),
         ("lunkad2021", "resolution", "the article's network against what it also changed"),
+        ("memory-quarter", "per-sample", "is a smaller memory better?"),
     ),
     "methods": (
         ("memory-head", "lora", "memory or LoRA, at equal parameters?"),
         ("memory-head", "bias", "memory or biases?"),
+        ("memory-head", "probe", "memory or a new head alone?"),
         ("memory-head", "no-writes-head", "do writes matter?"),
         ("state-head", "memory-head", "does a carried state matter?"),
         ("no-writes-head", "lora", "memory without writes or LoRA?"),
@@ -41,7 +46,7 @@ class Cell:
     """All final runs of one arm on one network.
 
     Attributes:
-        arm: Its name (of a derived row: `Arm.zeroed`).
+        arm: Its name (of a derived row: `Arm.zeroed`, `Arm.swapped`).
         title: In tables.
         parameters: Of the model.
         trained: Those that are trained.
@@ -108,14 +113,39 @@ def finalists(
     }
 
 
+def rates_to_run(
+    study: Study, data: str, rows: Mapping[str, Row]
+) -> dict[tuple[str, str], tuple[float, ...]]:
+    """The finalists; and for the first arm those of all others, so that each meets it at its rates.
+
+    Args:
+        study: The study.
+        data: Name of the data set.
+        rows: Rows by digest.
+
+    Returns:
+        Rates by network and arm; those of the first arm that are no finalists choose nothing.
+    """
+    found = finalists(study, data, rows)
+    for network in study.networks:
+        if (network, study.arms[0]) in found:
+            every = {
+                rate for (name, _), rates in found.items() if name == network for rate in rates
+            }
+            own = found[network, study.arms[0]]
+            found[network, study.arms[0]] = (*own, *sorted(every - set(own)))
+    return found
+
+
 def cells(study: Study, data: str, network: str, rows: Mapping[str, Row]) -> dict[str, Cell]:
     """The arms of one network that have final runs, by name, zeroed ones after their arms.
 
-    Seeds count that an arm has run with all its rates. Its rate is the one with the best mean
-    validation accuracy over them, the smaller of two equal ones.
+    Seeds count that an arm has run with all its finalists. Its rate is the one of them with the
+    best mean validation accuracy over these seeds, the smaller of two equal ones.
     """
     runs: dict[str, dict[float, dict[int, Row]]] = {}
-    for config in study.final(data, finalists(study, data, rows)):
+    chosen = finalists(study, data, rows)
+    for config in study.final(data, rates_to_run(study, data, rows)):
         if config.network == network:
             by_seed = runs.setdefault(config.arm, {}).setdefault(config.rate, {})
             row = rows.get(config.digest)
@@ -124,25 +154,35 @@ def cells(study: Study, data: str, network: str, rows: Mapping[str, Row]) -> dic
     found: dict[str, Cell] = {}
     for arm in study.arms:
         by_rate = runs.get(arm, {})
-        seeds = set.intersection(*({*by_seed} for by_seed in by_rate.values())) if by_rate else ()
+        final = [by_rate[rate] for rate in chosen.get((network, arm), ()) if rate in by_rate]
+        seeds = set.intersection(*({*by_seed} for by_seed in final)) if final else set[int]()
         if seeds:
-            whole = {rate: [by_rate[rate][seed] for seed in sorted(seeds)] for rate in by_rate}
-            found |= _cells_of(study, arm, whole)
+            whole = {
+                rate: [by_seed[seed] for seed in sorted(seeds & by_seed.keys())]
+                for rate, by_seed in by_rate.items()
+            }
+            found |= _cells_of(study, arm, whole, sorted(chosen[network, arm]))
     return found
 
 
-def _cells_of(study: Study, arm: str, by_rate: Mapping[float, Sequence[Row]]) -> dict[str, Cell]:
-    """Of one arm, and of the same with its memory zeroed, from rows by rate."""
-    rate = max(sorted(by_rate), key=lambda rate: std.mean(row.validation for row in by_rate[rate]))
+def _cells_of(
+    study: Study, arm: str, by_rate: Mapping[float, Sequence[Row]], rates: Sequence[float]
+) -> dict[str, Cell]:
+    """Of one arm, at the best of some rates, and of what else its networks were evaluated with."""
+    rate = max(rates, key=lambda rate: std.mean(row.validation for row in by_rate[rate]))
     rows = list(by_rate[rate])
     others = [row for other in by_rate if other != rate for row in by_rate[other]]
     sizes = (rows[0].parameters, rows[0].trained_parameters, rate)
     title = title_of(study, arm)
     found = {arm: Cell(arm, title, *sizes, _by_rate(by_rate, lambda row: row.test), rows, others)}
-    zeroed = ARMS[arm].zeroed if study.group == "arms" else ""
-    tests = _by_rate(by_rate, lambda row: row.test_zeroed)
-    if zeroed and tests[rate]:
-        found[zeroed] = Cell(zeroed, f"{title}, zeroed at evaluation", *sizes, tests)
+    if study.group == "arms":
+        for name, what, accuracy in (
+            (ARMS[arm].zeroed, "zeroed at evaluation", lambda row: row.test_zeroed),
+            (ARMS[arm].swapped, "another image's at evaluation", lambda row: row.test_swapped),
+        ):
+            tests = _by_rate(by_rate, accuracy)
+            if name and tests[rate]:
+                found[name] = Cell(name, f"{title}, {what}", *sizes, tests)
     return found
 
 
@@ -180,22 +220,6 @@ def table_rows(study: Study, found: Mapping[str, Cell]) -> list[tuple[str, ...]]
     return rows
 
 
-def effect_rows(
-    study: Study, by_network: Mapping[str, Mapping[str, Cell]]
-) -> list[tuple[str, ...]]:
-    """Every arm's difference to the first, a column for each network; bold: not zero."""
-    pairs: dict[str, dict[str, Paired | None]] = {}
-    for network, cells_ in by_network.items():
-        reference = cells_.get(study.arms[0])
-        for cell in cells_.values():
-            if reference is not None and cell is not reference:
-                pairs.setdefault(cell.title, {})[network] = paired(cell.test, reference.test)
-    return [
-        (title, *(_effect(of_arm.get(network)) for network in by_network))
-        for title, of_arm in pairs.items()
-    ]
-
-
 def _effect(value: Paired | None) -> str:
     if value is None:
         return "-"
@@ -207,6 +231,8 @@ def points(value: Paired) -> str:
     text = f"{100 * value.mean:+.2f}"
     if value.low is None or value.high is None:
         return text
+    if value.low == value.high == 0:
+        return "the same"
     return f"{text} [{100 * value.low:+.2f}, {100 * value.high:+.2f}]"
 
 
@@ -215,15 +241,17 @@ def sorted_by_side(study: Study, found: Mapping[str, Cell]) -> list[str]:
     reference = found.get(study.arms[0])
     if reference is None:
         return []
-    sides: dict[int, list[str]] = {1: [], -1: [], 0: []}
+    sides: dict[int | None, list[str]] = {1: [], -1: [], 0: [], None: []}
     for cell in found.values():
         against = paired(cell.test, reference.test)
         if cell is not reference and against is not None:
-            sides[against.side].append(f"{cell.title} {points(against)}")
+            side = None if against.low is None else against.side
+            sides[side].append(f"{cell.title} {points(against)}")
     texts = {
         1: f"above {reference.title}",
         -1: f"below {reference.title}",
         0: f"not told apart from {reference.title} (the interval holds zero)",
+        None: f"compared with {reference.title} (too few seeds for an interval)",
     }
     return [f"{texts[side]}: {'; '.join(arms)}" for side, arms in sides.items() if arms]
 
@@ -280,7 +308,7 @@ def contrast_rows(
         ]
         if any(pairs) and {first, second.partition(",")[0]} <= set(study.arms):
             sides = f"{_plain(study, first)} - {_plain(study, second)}"
-            rows.append((question, sides, *("-" if p is None else points(p) for p in pairs)))
+            rows.append((question, sides, *map(_effect, pairs)))
     return rows
 
 
@@ -315,8 +343,8 @@ def _seconds(rows: Iterable[Row]) -> float:
 
 
 def _plain(study: Study, arm: str) -> str:
-    name, _, zeroed = arm.partition(",")
-    return title_of(study, name) + (", zeroed" if zeroed else "")
+    name, comma, how = arm.partition(",")
+    return title_of(study, name) + comma + how
 
 
 def _rate(study: Study, rate: float) -> str:
