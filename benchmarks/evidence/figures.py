@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from benchmarks.evidence.recipes import Study
 from benchmarks.evidence.statistics import Paired, paired
@@ -20,6 +21,7 @@ from benchmarks.evidence.tables import Cell, points, title_of
 
 DPI = 120
 _PANEL = 4.2  # inches
+_FEW = 3  # arms, of which one figure says all
 Cells = Mapping[str, Mapping[str, Cell]]  # by network, by arm
 
 
@@ -46,17 +48,22 @@ def draw(study: Study, found: Cells, folder: Path) -> list[tuple[str, Path]]:
             f"Paired difference of test accuracy to “{reference}”, mean over seeds with its 95 % "
             "bootstrap interval",
         ),
-        "curves": (_curves, "Validation accuracy while training; band: one standard deviation"),
+        "curves": (
+            _curves,
+            f"Validation accuracy while training, mean over seeds; band: one standard deviation of "
+            f"“{reference}”",
+        ),
         "parameters": (
             _prices,
-            "Test accuracy against trained parameters; bar: one standard deviation",
+            "Test accuracy against trained parameters; bar: one standard deviation over seeds, "
+            "which is larger than that of differences",
         ),
     }
     for name, (function, caption) in drawings.items():
         shown = found
         if name == "differences":  # another study's runs of a shared arm have no reference here
             shown = {n: c for n, c in found.items() if study.arms[0] in c and len(c) > 1}
-        if not shown:
+        if not shown or (name != "differences" and len(study.arms) < _FEW):
             continue
         figure = _panels(study, shown, function)
         made.append((caption, _save(figure, folder / f"{study.name}-{name}.png")))
@@ -79,7 +86,10 @@ def draw(study: Study, found: Cells, folder: Path) -> list[tuple[str, Path]]:
 def _panels(study: Study, found: Cells, function: Any) -> Figure:
     figure = Figure(figsize=(_PANEL * len(found), _PANEL * 1.15), layout="constrained")
     together = function is _differences  # the same arms in each panel, named at the first
-    panels = figure.subplots(1, len(found), squeeze=False, sharey=together)[0]
+    alike = together and study.group == "arms"  # noise is to look as large as it is
+    panels = figure.subplots(1, len(found), squeeze=False, sharey=together, sharex=alike)[0]
+    if alike:
+        _set_range(panels[0], study, found)
     colours = _colours(study)
     for axes, (network, cells) in zip(panels, found.items(), strict=True):
         function(axes, study, cells, colours)
@@ -89,6 +99,21 @@ def _panels(study: Study, found: Cells, function: Any) -> Figure:
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def _set_range(axes: Axes, study: Study, found: Cells) -> None:
+    """As wide as the intervals of trained arms need."""
+    ends = [
+        100 * end
+        for cells in found.values()
+        for arm in study.arms[1:]
+        if arm in cells
+        and (value := paired(cells[arm].test, cells[study.arms[0]].test)) is not None
+        for end in (value.low, value.mean, value.high)
+        if end is not None
+    ]
+    margin = 0.05 * (max([0.0, *ends]) - min([0.0, *ends])) or 1.0
+    axes.set_xlim(min([0.0, *ends]) - margin, max([0.0, *ends]) + margin)
 
 
 def _interval(axes: Axes, position: int, value: Paired, colour: Any) -> None:
@@ -134,11 +159,12 @@ def _curves(axes: Axes, study: Study, cells: Mapping[str, Cell], colours: Any) -
         values = 100 * np.array([[point[2] for point in row.curve] for row in cell.rows])
         mean, deviation = values.mean(0), values.std(0, ddof=min(len(values) - 1, 1))
         axes.plot(epochs, mean, color=colours[cell.arm], label=cell.title, lw=1.5)
-        axes.fill_between(
-            epochs, mean - deviation, mean + deviation, color=colours[cell.arm], alpha=0.12, lw=0
-        )
+        if cell.arm == study.arms[0]:  # of all, nothing could be seen
+            band = (mean - deviation, mean + deviation)
+            axes.fill_between(epochs, *band, color=colours[cell.arm], alpha=0.15, lw=0)
     starts = [100 * row.curve[len(row.curve) // 3][2] for c in cells.values() for row in c.rows]
     axes.set_ylim(bottom=min(starts))  # the first third is steep, and would flatten the rest
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_xlabel("epochs")
     axes.set_ylabel("validation accuracy, %")
 
@@ -162,10 +188,14 @@ def _prices(axes: Axes, study: Study, cells: Mapping[str, Cell], colours: Any) -
     axes.set_ylabel("test accuracy, %")
     if study.group == "methods":
         axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _memories(memories: Mapping[str, Any]) -> Figure:
     figure = Figure(figsize=(_PANEL * 3, _PANEL * len(memories)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
     grid = figure.subplots(len(memories), 3, squeeze=False)
     for line, (network, memory) in zip(grid, memories.items(), strict=True):
         after = list(memory["after"].items())
