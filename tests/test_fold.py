@@ -535,3 +535,18 @@ def test_a_model_that_refuses_noise_asks_for_example_inputs() -> None:
         fold(gm)
     random_weights(gm)
     assert_same(fold(gm, x)(x), gm(x), 1e-5)
+
+
+@pytest.mark.parametrize("after", ["relu", "relu6", "nothing"])
+def test_a_map_without_samples_stays_one(after: str) -> None:
+    layers = {"relu": [nn.ReLU()], "relu6": [nn.ReLU6()], "nothing": []}[after]
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *layers, nn.Conv2d(8, 4, 1))
+    x = torch.randn(2, 3, 8, 8)
+    config = AimConfig(write="none", memory=100, budget=None, init="fresh")
+    gm = transform(net, x, config=config).eval()
+    folded = fold(gm)
+    for size in (8, 6):
+        one = torch.randn(3, size, size)
+        assert folded(one).shape == (4, size, size)
+        assert_same(folded(one), gm(one), tolerance=1e-5)
+        assert_same(folded(one), folded(one[None])[0], tolerance=1e-5)

@@ -656,3 +656,70 @@ def test_a_read_with_the_weight_on_the_left_is_one_more_column_each() -> None:
         m = (memory.weight + memory.bias[:, None]).flatten()
         read = gm.get_parameter("aim.reads.w.weight") @ m
         assert_same(gm(x), model(x) + (read[:, None] if x.ndim > 1 else read))
+
+
+# What a graph can't hold --------------------------------------------------------------------
+
+
+class Views(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleDict(
+            {"local": nn.Conv2d(3, 8, 3, padding=1), "global": nn.Conv2d(3, 8, 7, padding=3)}
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.branches["local"](x) + self.branches["global"](x)
+
+
+def test_a_name_that_is_a_word_of_pythons_own() -> None:
+    net, x = Views(), torch.randn(2, 3, 8, 8)
+    gm = aim_surgery.transform(net, x, config=LITERAL)
+    plan = plan_of(gm)
+    assert plan is not None
+    assert plan.emit == "module"
+    assert any("'global' is a word of Python's own" in note for note in plan.notes)
+    assert_same(gm(x), net(x), tolerance=FLOAT32_TOLERANCE)
+    assert "branches.global.weight" in gm.state_dict()
+    with pytest.raises(CaptureError, match="'global' is a word of Python's own"):
+        aim_surgery.transform(net, x, config=LITERAL, emit="graph")
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.count = nn.Linear(8, 8), 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x).relu() * self.count
+
+    def get_extra_state(self) -> Any:
+        return {"count": self.count}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.count = state["count"]
+
+
+def test_state_that_a_graph_does_not_keep_is_told_of() -> None:
+    net, x = nn.Sequential(nn.Linear(8, 8), Counting(), nn.BatchNorm1d(8)), torch.randn(4, 8)
+    notes = aim_surgery.plan(net, x, config=LITERAL).notes
+    assert any(note.startswith("1: only parameters and buffers are kept") for note in notes)
+    net[0].weight.register_hook(lambda gradient: gradient * 0)
+    notes = aim_surgery.plan(net, x, config=LITERAL).notes
+    assert "hooks on gradients of parameters are not kept: 0.weight" in notes
+    plain = aim_surgery.plan(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), x, config=LITERAL)
+    assert not any("kept" in note for note in plain.notes)
+
+
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_what_scripts_note_on_parameters_stays(emit: Any) -> None:
+    """Optimizers' groups are made by it: `no_weight_decay`, `_optim`."""
+    net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    for name, parameter in net.named_parameters():
+        parameter.noted = name  # type: ignore[attr-defined]
+    gm = aim_surgery.transform(net, torch.randn(4, 8), config=LITERAL, emit=emit)
+    assert {n: p.noted for n, p in gm.named_parameters() if hasattr(p, "noted")} == {
+        name: name for name, _ in net.named_parameters()
+    }
+    other = aim_surgery.restore(gm)
+    assert all(p.noted == n for n, p in other.named_parameters())

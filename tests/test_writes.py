@@ -20,6 +20,95 @@ from aim_surgery import AimConfig, AimSurgeryError, PlanError
 from tests.cases import CASES, Case, SmallNet, assert_same, largest_difference, mlp
 
 FULL = AimConfig(memory=100, budget=None, init="fresh")
+
+
+class Columns(nn.Module):
+    """Samples are columns: W @ x, from the first layer to the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Parameter(torch.randn(16, n) / 4) for n in (8, 16))
+        self.third = nn.Parameter(torch.randn(3, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second @ torch.relu(self.first @ x.T))
+        return (self.third @ x).T
+
+
+class BatchLast(nn.Module):
+    """Samples come last for a while, behind tokens and features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(8, 16), nn.Linear(16, 3)
+        self.middle = nn.Parameter(torch.randn(16, 16) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle @ self.a(x).relu().permute(1, 2, 0)
+        return self.o(x.permute(2, 0, 1).mean(1))
+
+
+class Tops(nn.Module):
+    """The first eight of a batch go through a head of their own."""
+
+    def __init__(self, pick: Any) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(n, 16, 3, padding=1) for n in (3, 16))
+        self.head, self.aux = nn.Linear(16, 3), nn.Linear(16, 3)
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.b(self.a(x).relu()).relu().mean((2, 3))
+        return self.head(x), self.aux(self.pick(x))
+
+
+PICKS = {
+    "first": lambda x: x[:8],
+    "every_second": lambda x: x[::2],
+    "half": lambda x: x[: len(x) // 2 + 1],
+    "sized_half": lambda x: x[: x.shape[0] // 2 + 1],
+    "tail": lambda x: x[-8:],
+    "narrow": lambda x: torch.narrow(x, 0, 0, 1),
+    "split": lambda x: x.split(8)[0],
+    "chunk": lambda x: x.chunk(2)[0],
+    "whole": lambda x: x[: x.shape[0]],
+}
+
+
+@pytest.mark.parametrize("write", ["sample", "batch", "none"])
+@pytest.mark.parametrize(("model", "sizes"), [(Columns, (8,)), (BatchLast, (5, 8))])
+def test_samples_on_the_last_axis_are_no_features(model: Any, sizes: Any, write: Any) -> None:
+    torch.manual_seed(0)
+    net = model()
+    gm = aim_surgery.transform(net, torch.randn(4, *sizes), config=AimConfig(write=write))
+    for count in (4, 1, 7, 16, 8, 3):  # as many as features, too
+        x = torch.randn(count, *sizes)
+        for form in (gm, aim_surgery.lower(gm, "split")):
+            assert_same(form.eval()(x), net(x), tolerance=1e-5)
+    gm = aim_surgery.transform(
+        net,
+        torch.randn(4, *sizes),
+        config=AimConfig(memory=20, budget=None, write=write, init="fresh"),
+    ).eval()
+    x = torch.randn(16, *sizes)
+    assert_same(torch.cat([gm(one[None]) for one in x]), gm(x), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("name", PICKS)
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_cut_of_the_batch_may_be_whole_on_the_example(name: str, count: int) -> None:
+    torch.manual_seed(0)
+    net = Tops(PICKS[name])
+    gm = aim_surgery.transform(net, torch.randn(count, 3, 8, 8))
+    assert gm.plan.writes
+    for size in (1, 2, 8, 16):
+        x = torch.randn(size, 3, 8, 8)
+        for found, expected in zip(gm(x), net(x), strict=True):
+            assert_same(found, expected, tolerance=1e-5)
+    reads = {read.site.name: read.version for read in gm.plan.reads}
+    assert (reads["aux"] == reads["head"]) == (name == "whole"), gm.plan.notes
+
+
 X = torch.zeros(2, 3, 32, 32)
 POINTS = ("stem", "blocks.0")
 

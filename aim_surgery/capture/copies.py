@@ -36,6 +36,20 @@ def derived_tensors(model: nn.Module) -> dict[int, Any]:
     return {id(tensor): tensor.detach().clone() for tensor in tensors}
 
 
+def keep_attributes(model: nn.Module, twin: nn.Module) -> None:
+    """Give a copy's parameters what was noted on the model's, which `deepcopy` drops.
+
+    Scripts make optimizers' groups by such notes (`no_weight_decay`).
+
+    Args:
+        model: The model; left unchanged.
+        twin: Its copy; parameters of other names have nothing to keep.
+    """
+    noted = {name: vars(p) for name, p in model.named_parameters() if vars(p)}
+    for name, parameter in twin.named_parameters() if noted else ():
+        vars(parameter).update(noted.get(name, {}))
+
+
 def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     """A deep copy of a module, also of one whose hooks have computed weights.
 
@@ -46,7 +60,9 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     Returns:
         The copy.
     """
-    return copy.deepcopy(module, derived_tensors(module) | (memo or {}))
+    twin = copy.deepcopy(module, derived_tensors(module) | (memo or {}))
+    keep_attributes(module, twin)
+    return twin
 
 
 def twin_of(model: nn.Module, training: bool) -> nn.Module:

@@ -7,6 +7,7 @@ heads), both modes are traced, and the emitted module changes graphs with `train
 
 from __future__ import annotations
 
+import keyword
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -79,7 +80,9 @@ def capture_graphs(
     words += [f"the graph is one of {type(model).__name__}'s own forward, and {why}"] if why else []
     words += _opaque_notes(opaque)
     traces = tuple(one.trace for one in found.traced)
+    _refuse_keywords(traces)
     words += _hook_notes(model, traces)
+    words += _state_notes(model, traces)
     notes = tuple(dict.fromkeys(words))
     return Capture(model, inputs, arguments, traces, notes, found.missing, why)
 
@@ -237,6 +240,46 @@ class _Tracing:
         )
         mark_final(found)
         return found
+
+
+def _refuse_keywords(traces: tuple[Trace, ...]) -> None:
+    """A graph's code names modules and parameters; a keyword can't be a name in it."""
+    for trace in traces:
+        for node in trace.graph.nodes:
+            if node.op not in ("call_module", "get_attr"):
+                continue
+            word = next(filter(keyword.iskeyword, str(node.target).split(".")), None)
+            if word is not None:
+                raise CaptureError(
+                    f"{node.target}: {word!r} is a word of Python's own, and the code of a graph "
+                    f"can't have it for a name: rename it, or keep the class with emit='module'"
+                )
+
+
+def _state_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
+    """What a module keeps besides parameters and buffers, and what hangs on parameters."""
+    nodes = (node for trace in traces for node in trace.graph.nodes)
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    odd = [
+        path or "the model"
+        for path, module in model.named_modules()
+        if path not in called and _has_other_state(module)
+    ]
+    if odd:
+        yield (
+            f"{listed(odd, _NAMED)}: only parameters and buffers are kept in the state dict, "
+            f"nothing that the class itself puts there (get_extra_state and the like)"
+        )
+    hooked = [name for name, p in model.named_parameters() if p._backward_hooks]
+    if hooked:
+        yield f"hooks on gradients of parameters are not kept: {listed(hooked, _NAMED)}"
+
+
+def _has_other_state(module: nn.Module) -> bool:
+    own = ("get_extra_state", "_save_to_state_dict", "_load_from_state_dict")
+    return bool(module._state_dict_hooks) or any(
+        getattr(type(module), name) is not getattr(nn.Module, name) for name in own
+    )
 
 
 def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:

@@ -233,6 +233,9 @@ def laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 
 def _cast(value: Tensor, t: Tensor) -> Tensor:
+    """A map in a tensor's dtype; without the samples' axis, where the tensor comes without."""
+    if value.ndim == t.ndim + 1 and value.shape[0] == 1:
+        value = value[0]
     return value if value.dtype == t.dtype else value.to(t.dtype)
 
 

@@ -213,18 +213,19 @@ class AddMemory(_Hook):
     ) -> Tensor:
         """Add the memory's part; it has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
-        # a layer may be moved to another dtype inside the call (a router's), its W_m is not
+        # a layer may be moved to another dtype inside the call (a router's) or be a replica on
+        # another device; its W_m is not
         weight = self.beside.get_parameter("weight")
-        view, dims = self.view.for_input(x).to(weight.dtype), len(self.view.spatial)
+        view, dims = self.view.for_input(x).to(weight), len(self.view.spatial)
         if not dims:
-            return output + self.beside(view).to(output.dtype)
+            return output + self.beside(view).to(output)
         size = list(output.shape[-dims:])
         if isinstance(self.beside, CONV_TRANSPOSE_TYPES) and _can_give(self.beside, view, size):
             part = self.beside(view, output_size=size)
         else:
             part = self.beside(view)
         part = part if list(part.shape[-dims:]) == size else ADAPTIVE_POOLS[dims](part, size)
-        return output + part.to(output.dtype)
+        return output + part.to(output)
 
 
 def keep_in_evaluation(module: nn.Module) -> None:

@@ -44,7 +44,8 @@ def indexed(move: Move) -> int | None:
         return aligned_left(move) if isinstance(key, fx.Node) else None
     place, entry = place_of(key, move.axis, move.before)
     if isinstance(entry, slice):
-        return move.kept(place) if move.samples else place
+        whole = not move.samples or _is_whole(entry, move.before[move.axis])
+        return (move.kept(place) if move.samples else place) if whole else None
     if not move.samples or isinstance(entry, int):
         return None
     # x[arange(len(x)), i] takes one entry of each sample
@@ -97,6 +98,26 @@ def place_of(key: Any, axis: int, before: Shape) -> tuple[int, Any]:
         return start + rank - 1, rest[mine][1]
     before_mine = sum(i < mine for i in range(len(rest)) if i not in picked)
     return before_mine + (rank if not neighbours or start < mine else 0), rest[mine][1]
+
+
+def _is_whole(entry: slice, size: int) -> bool:
+    """Whether a slice takes all of an axis whatever its size: `[:8]` of four takes all of these."""
+    stops = entry.stop is None or (
+        isinstance(entry.stop, fx.Node)
+        and called_name(entry.stop) in ("getitem", "size", "len")
+        and node_value(entry.stop) == size
+    )
+    return stops and entry.start in (None, 0) and entry.step in (None, 1)
+
+
+def cut(dim_index: int) -> Rule:
+    """`chunk`, `narrow` and their kind: along the samples, what they leave depends on how many."""
+
+    def rule(move: Move) -> int | None:
+        dims = dims_of(move.argument(dim_index, "dim", default=0), len(move.before))
+        return None if move.samples and move.axis in dims else resized(move)
+
+    return rule
 
 
 def _is_integer(key: Any) -> bool:

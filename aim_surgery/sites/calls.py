@@ -118,6 +118,9 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
         axis, windows = samples.at(call.source, call.channel_axis(call.source))
         if call.product is not None and not call.product.aligned:
             axis, windows = None, 1
+        columns = call.source.meta["val"].ndim - 1
+        if call.weight_first and axis == columns:  # W @ x: samples would lie behind the features
+            axis, windows = None, 1
         if call.table is not None:
             entries = call.node.meta["val"].numel() // max(samples.count, 1)
             site = replace(site, positions=-(-entries // site.out_channels))

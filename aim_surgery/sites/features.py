@@ -85,6 +85,8 @@ class Features:
                 f"has the shape {shape}, with {shape[axis] // count} entries for each of {count} "
                 f"samples on axis {axis}; a write needs one"
             )
+        if not _spatial(tuple(shape), channel_axis, axis) and channel_axis < len(shape) - 1:
+            return f"has the shape {shape}, vectors with their channels on axis {channel_axis}"
         if len(shape) > _MOST_AXES and channel_axis < len(shape) - 1:
             return f"has the shape {shape}, neither a map of up to three axes nor channels last"
         if self._positions(value, shape[channel_axis]) < 1:

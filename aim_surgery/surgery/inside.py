@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors
+from aim_surgery.capture.copies import derived_tensors, keep_attributes
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.inside import AddMemory, JoinMemory, SharedViews, View
 from aim_surgery.nn.memory import Memory
@@ -56,6 +56,7 @@ def operate_whole(
             f"{type(err).__name__}: {err}"
         ) from err
     _check_copied(model, root, plan)
+    keep_attributes(model, root)
     add_aim(root, model, plan, {}, device)
     attach_reads(root, plan)
     return root

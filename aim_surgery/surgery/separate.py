@@ -150,6 +150,7 @@ def _split_layer(gm: nn.Module, read: Read, *, called: bool) -> nn.Module:
     assert wide is not None
     own, beside = split_for(wide, read)
     layer._parameters[name] = nn.Parameter(own, requires_grad=wide.requires_grad)
+    vars(layer._parameters[name]).update(vars(wide))  # what scripts noted on it
     if not site.inside:
         widen_layer(layer, -read.planes)
     weight = nn.Parameter(beside, requires_grad=wide.requires_grad)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import deep_copy, derived_tensors
+from aim_surgery.capture.copies import deep_copy, derived_tensors, keep_attributes
 from aim_surgery.capture.leaves import is_stock
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
@@ -45,6 +45,7 @@ def build_tree(
     nodes = [node for trace in capture.traces for node in trace.graph.nodes]
     called = {str(node.target) for node in nodes if node.op == "call_module"}
     root = _Builder(called, memo).build(model, "")
+    keep_attributes(model, root)
     _add_plain_tensors(capture, root, memo, {str(n.target) for n in nodes if n.op == "get_attr"})
     return root
 
