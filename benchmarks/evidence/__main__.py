@@ -21,6 +21,7 @@ from benchmarks.evidence.networks import NETWORKS
 from benchmarks.evidence.recipes import STUDIES, Config, Study
 from benchmarks.evidence.rows import FOLDER, Row, append, missing, read_rows
 from benchmarks.evidence.run import run
+from benchmarks.evidence.statistics import FEWEST
 
 OUTPUT, QUICK_OUTPUT = Path("benchmarks/evidence"), Path("build/evidence")
 STEP_TIME, PAGE = "step-time", "page"
@@ -45,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_study(study, data, folder, options)
         _print(study, data, read_rows(folder))
     sized = {name: (s.quick() if options.quick else s).on(data) for name, s in STUDIES.items()}
-    print("written:", page.write(folder, data, read_rows(folder), sized))
+    fewest = 1 if options.quick else FEWEST
+    print("written:", page.write(folder, data, read_rows(folder), sized, fewest=fewest))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -54,7 +54,12 @@ METHOD = (
 
 
 def write(
-    folder: Path, data: str, rows: Mapping[str, Row], studies: Mapping[str, Study] = STUDIES
+    folder: Path,
+    data: str,
+    rows: Mapping[str, Row],
+    studies: Mapping[str, Study] = STUDIES,
+    *,
+    fewest: int = 1,
 ) -> Path:
     """Write figures and `README.md`.
 
@@ -63,11 +68,15 @@ def write(
         data: Name of the data set.
         rows: All rows, by digest.
         studies: The studies that the page has, as they were run.
+        fewest: Seeds from which on a study is told of; before, only that it has begun.
 
     Returns:
         The page's path.
     """
     found = {name: _cells(study, data, rows) for name, study in studies.items()}
+    seeds = {name: _most_seeds(of_study) for name, of_study in found.items()}
+    begun = {name: count for name, count in seeds.items() if 0 < count < fewest}
+    found = {name: {} if name in begun else of_study for name, of_study in found.items()}
     parts = [
         "# Does memory help?",
         "Written by `python -m benchmarks.evidence` from the runs in `rows/`; numbers, sentences "
@@ -79,6 +88,11 @@ def write(
         "differences of test accuracy, paired by seed, with their 95 % intervals. **Bold**: the "
         "interval does not hold zero.",
         _findings(studies, found),
+        _bullets(
+            f"{studies[name].title}: begun, {count} of {len(studies[name].seeds)} seeds so far; "
+            f"told of from {fewest} on"
+            for name, count in begun.items()
+        ),
     ]
     used: dict[str, Row] = {}  # by digest: studies share runs
     for name, study in studies.items():
@@ -98,6 +112,10 @@ def write(
 
 def _cells(study: Study, data: str, rows: Mapping[str, Row]) -> dict[str, Any]:
     return {network: tables.cells(study, data, network, rows) for network in study.networks}
+
+
+def _most_seeds(found: Mapping[str, Any]) -> int:
+    return max((len(cell.test) for cells in found.values() for cell in cells.values()), default=0)
 
 
 def _findings(studies: Mapping[str, Study], found: Mapping[str, Any]) -> str:
