@@ -704,7 +704,7 @@ def test_state_that_a_graph_does_not_keep_is_told_of() -> None:
     net, x = nn.Sequential(nn.Linear(8, 8), Counting(), nn.BatchNorm1d(8)), torch.randn(4, 8)
     notes = aim_surgery.plan(net, x, config=LITERAL).notes
     assert any(note.startswith("1: only parameters and buffers are kept") for note in notes)
-    net[0].weight.register_hook(lambda gradient: gradient * 0)
+    net.get_parameter("0.weight").register_hook(lambda gradient: gradient * 0)
     notes = aim_surgery.plan(net, x, config=LITERAL).notes
     assert "hooks on gradients of parameters are not kept: 0.weight" in notes
     plain = aim_surgery.plan(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)), x, config=LITERAL)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from benchmarks.evidence.recipes import Study
@@ -194,8 +195,8 @@ def _prices(axes: Axes, study: Study, cells: Mapping[str, Cell], colours: Any) -
 
 
 def _memories(memories: Mapping[str, Any]) -> Figure:
-    figure = Figure(figsize=(_PANEL * 3, _PANEL * len(memories)), layout="constrained")
-    figure.get_layout_engine().set(wspace=0.06)  # pyright: ignore[reportOptionalMemberAccess]
+    layout = ConstrainedLayoutEngine(wspace=0.06)
+    figure = Figure(figsize=(_PANEL * 3, _PANEL * len(memories)), layout=layout)
     grid = figure.subplots(len(memories), 3, squeeze=False)
     for line, (network, memory) in zip(grid, memories.items(), strict=True):
         after = list(memory["after"].items())
