@@ -268,5 +268,18 @@ STUDIES = {
             "default on one network and below it on none here as well, and then the default gives "
             "way. (Written after study C was known, and before any of these runs.)",
         ),
+        Study(
+            "adapting-confirmation",
+            "B, again: a carried state, on ten other seeds",
+            "With bootstrap-t intervals, one of study B's arms is above the default on one "
+            "network, by a hair. Is it again, on seeds that had no part in that?",
+            "methods",
+            ("memory-head", "state-head"),
+            Adapting(epochs=20),
+            seeds=tuple(range(10, 20)),
+            rule="As in study C, again: above the default on one network and below it on none here "
+            "as well, and then the default gives way. (Written after study B was known, and before "
+            "any of these runs.)",
+        ),
     )
 }
