@@ -276,9 +276,11 @@ def _state_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
 
 
 def _has_other_state(module: nn.Module) -> bool:
-    own = ("get_extra_state", "_save_to_state_dict", "_load_from_state_dict")
-    return bool(module._state_dict_hooks) or any(
-        getattr(type(module), name) is not getattr(nn.Module, name) for name in own
+    kind = type(module)
+    own = (kind.get_extra_state, kind._save_to_state_dict)
+    return bool(module._state_dict_hooks) or own != (
+        nn.Module.get_extra_state,
+        nn.Module._save_to_state_dict,
     )
 
 
