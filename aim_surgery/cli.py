@@ -177,6 +177,7 @@ def transform_command(
         refuse_beside_plan(context, *PLANNED)
     from aim_surgery.checkpoint import transform
     from aim_surgery.checkpoint.open import open_plan
+    from aim_surgery.checkpoint.save import takes_layout
 
     wanted = None if plan is None else open_plan(plan)
     operation = transform.Operation(
@@ -201,7 +202,7 @@ def transform_command(
         folder = Path(output)
         new = [f for f in (folder, *folder.parents) if dry_run and not f.exists()]
         jobs = transform.outputs_in(folder, many or checkpoints, form)
-    if new_group is not None and not any(map(transform.keeps_optimizer, jobs.values())):
+    if new_group is not None and not any(map(takes_layout, jobs.values())):
         raise typer.BadParameter("is for a .pt file or a .dcp folder", param_hint="--new-group")
     reading = transform.Reading(key, ema, trust)
     try:

@@ -25,10 +25,12 @@ _Row = TypeVar("_Row", bound=Finished)
 def append(path: Path, plain: dict[str, Any]) -> None:
     """Add a row; it is on disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cut = path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n")
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" * cut)  # a line that a crash cut short takes no other with it
-        file.write(json.dumps(plain, ensure_ascii=False) + "\n")
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":  # a line that a crash cut short takes no other with it
+                file.write(b"\n")
+        file.write(json.dumps(plain, ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -81,8 +81,8 @@ def capture_graphs(
     words += _opaque_notes(opaque)
     traces = tuple(one.trace for one in found.traced)
     _refuse_keywords(traces)
-    words += _hook_notes(model, traces)
-    words += _state_notes(model, traces)
+    called = _called(traces)
+    words += [*_hook_notes(model, called), *_state_notes(model, called)]
     notes = tuple(dict.fromkeys(words))
     return Capture(model, inputs, arguments, traces, notes, found.missing, why)
 
@@ -256,10 +256,14 @@ def _refuse_keywords(traces: tuple[Trace, ...]) -> None:
                 )
 
 
-def _state_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
-    """What a module keeps besides parameters and buffers, and what hangs on parameters."""
+def _called(traces: tuple[Trace, ...]) -> set[str]:
+    """Paths of the modules that stay calls."""
     nodes = (node for trace in traces for node in trace.graph.nodes)
-    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    return {str(node.target) for node in nodes if node.op == "call_module"}
+
+
+def _state_notes(model: nn.Module, called: set[str]) -> Iterator[str]:
+    """What a module keeps besides parameters and buffers, and what hangs on parameters."""
     odd = [
         path or "the model"
         for path, module in model.named_modules()
@@ -284,10 +288,8 @@ def _has_other_state(module: nn.Module) -> bool:
     )
 
 
-def _hook_notes(model: nn.Module, traces: tuple[Trace, ...]) -> Iterator[str]:
+def _hook_notes(model: nn.Module, called: set[str]) -> Iterator[str]:
     """Hooks of modules that are traced through: fx runs them once, and keeps the arithmetic."""
-    nodes = (node for trace in traces for node in trace.graph.nodes)
-    called = {str(node.target) for node in nodes if node.op == "call_module"}
     for path, module in model.named_modules():
         hooks = (
             *module._forward_hooks, *module._forward_pre_hooks,

@@ -31,7 +31,7 @@ from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.config import AimConfig
 from aim_surgery.errors import AimSurgeryError, CheckpointError, ModelSpecError, RequestError
 from aim_surgery.operation import Wanted, applied, planned
-from aim_surgery.planning import Plan, Read
+from aim_surgery.planning import Plan, Read, one_floating_dtype
 from aim_surgery.sites import may_leak_unseen
 from aim_surgery.surgery.modules import widened_reads
 from aim_surgery.surgery.state_dict import versioned
@@ -389,11 +389,11 @@ def in_dtype_of(model: Any, example: Inputs | None) -> Inputs | None:
     """A floating example input in the model's dtype, where that is one alone; on its device."""
     if not isinstance(example, Tensor) or not isinstance(model, nn.Module):
         return example
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    dtypes = {p.dtype for p in parameters}
-    if parameters:
-        example = example.to(parameters[0].device)
-    return example.to(dtypes.pop()) if len(dtypes) == 1 and example.is_floating_point() else example
+    first = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if first is not None:
+        example = example.to(first.device)
+    dtype = one_floating_dtype(model) if example.is_floating_point() else None
+    return example if dtype is None else example.to(dtype)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -48,6 +48,11 @@ def kind_to_write(path: Path) -> str:
     return "torch" if suffix in TORCH_SUFFIXES else "safetensors"
 
 
+def takes_layout(path: Path) -> bool:
+    """Whether what is written under a name keeps the layout that came in, optimizers and all."""
+    return kind_to_write(path) in ("torch", "dcp")
+
+
 def refuse_unknown(path: Path) -> None:
     """Refuse names of formats that are not written, instead of writing another one under them.
 
@@ -135,7 +140,7 @@ def write_operated(
     """
     refuse_unknown(path)
     kind = kind_to_write(path)
-    laid_out = kind in ("torch", "dcp")
+    laid_out = takes_layout(path)
     aliases = {} if laid_out else operated.aliases
     form = form_of(operated.model)
     metadata = metadata_of(operated.plan, aliases, form, path, model_spec, model_args)

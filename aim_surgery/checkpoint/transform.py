@@ -276,11 +276,6 @@ def names_a_folder(output: str) -> bool:
     return output.endswith(("/", os.sep)) or path.is_dir()
 
 
-def keeps_optimizer(output: Path) -> bool:
-    """Whether what is written under this name has a place for optimizer states."""
-    return kind_to_write(output) in ("torch", "dcp")
-
-
 def names_a_file(output: str) -> bool:
     """Whether an output is meant as a file and not as a folder."""
     if names_a_folder(output):

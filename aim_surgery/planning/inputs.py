@@ -67,8 +67,7 @@ def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
     if spec.args is None:
         return None
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    floating = dtypes.pop() if len(dtypes) == 1 else None
+    floating = one_floating_dtype(model)
     try:
         args = tuple(_example(value, device, floating) for value in spec.args)
         kwargs = {name: _example(value, device, floating) for name, value in spec.kwargs}
@@ -77,6 +76,12 @@ def inputs_of_plan(spec: InputSpec, model: nn.Module) -> ExampleInputs | None:
             f"the example inputs of this plan can't be made: {err}. Pass example_inputs"
         ) from err
     return ExampleInputs(args, kwargs, spec.source)
+
+
+def one_floating_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of all floating parameters; None where there is none, or more than one."""
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return dtypes.pop() if len(dtypes) == 1 else None
 
 
 def _example(spec: Any, device: torch.device, floating: torch.dtype | None) -> Any:

@@ -44,8 +44,9 @@ def indexed(move: Move) -> int | None:
         return aligned_left(move) if isinstance(key, fx.Node) else None
     place, entry = place_of(key, move.axis, move.before)
     if isinstance(entry, slice):
-        whole = not move.samples or _is_whole(entry, move.before[move.axis])
-        return (move.kept(place) if move.samples else place) if whole else None
+        if not move.samples:
+            return place
+        return move.kept(place) if _is_whole(entry, move.before[move.axis]) else None
     if not move.samples or isinstance(entry, int):
         return None
     # x[arange(len(x)), i] takes one entry of each sample
@@ -110,16 +111,6 @@ def _is_whole(entry: slice, size: int) -> bool:
     return stops and entry.start in (None, 0) and entry.step in (None, 1)
 
 
-def cut(dim_index: int) -> Rule:
-    """`chunk`, `narrow` and their kind: along the samples, what they leave depends on how many."""
-
-    def rule(move: Move) -> int | None:
-        dims = dims_of(move.argument(dim_index, "dim", default=0), len(move.before))
-        return None if move.samples and move.axis in dims else resized(move)
-
-    return rule
-
-
 def _is_integer(key: Any) -> bool:
     return isinstance(node_value(key), int) and not isinstance(key, bool)
 
@@ -163,6 +154,8 @@ def reorderings() -> dict[Rule, str]:
         _mixed: "take put index_put masked_select masked_scatter unique unique_consecutive nonzero "
         "argwhere bincount roi_align roi_pool ps_roi_align ps_roi_pool nms batched_nms",
         _padded: "pad",
+        _cut(1): "narrow",
+        _cut(2): "chunk split tensor_split split_with_sizes",
     }
 
 
@@ -221,3 +214,13 @@ def _padded(move: Move) -> int | None:
     if move.samples and any(widths[behind : behind + 2]):
         return LOST
     return resized(move)
+
+
+def _cut(dim_index: int) -> Rule:
+    """`chunk`, `narrow` and their kind: along the samples, what they leave depends on how many."""
+
+    def rule(move: Move) -> int | None:
+        dims = dims_of(move.argument(dim_index, "dim", default=0), len(move.before))
+        return None if move.samples and move.axis in dims else resized(move)
+
+    return rule

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from aim_surgery.capture import Capture
 from aim_surgery.capture.values import node_value
-from aim_surgery.sites.axis_index import cut, indexed, reorderings
+from aim_surgery.sites.axis_index import indexed, reorderings
 from aim_surgery.sites.axis_moves import (
     Move,
     Rule,
@@ -204,8 +204,6 @@ def _table() -> dict[str, Rule]:
         _stacked: "stack",
         reshaped: "view reshape flatten unflatten view_as reshape_as",
         resized: "cat concat concatenate glu pixel_shuffle pixel_unshuffle",
-        cut(1): "narrow",
-        cut(2): "chunk split tensor_split split_with_sizes",
         aligned_right: "expand expand_as broadcast_to repeat tile",
         aligned_left: "embedding one_hot",
         batched: "unfold fold conv1d conv2d conv3d conv_transpose1d conv_transpose2d "

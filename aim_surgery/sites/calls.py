@@ -116,10 +116,10 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
         name = f"{layer}@{seen[layer]}" if seen[layer] else layer
         seen[layer] += 1
         axis, windows = samples.at(call.source, call.channel_axis(call.source))
-        if call.product is not None and not call.product.aligned:
-            axis, windows = None, 1
-        columns = call.source.meta["val"].ndim - 1
-        if call.weight_first and axis == columns:  # W @ x: samples would lie behind the features
+        unaligned = call.product is not None and not call.product.aligned
+        # W @ x: samples would lie behind the features
+        behind = call.weight_first and axis == call.source.meta["val"].ndim - 1
+        if unaligned or behind:
             axis, windows = None, 1
         if call.table is not None:
             entries = call.node.meta["val"].numel() // max(samples.count, 1)

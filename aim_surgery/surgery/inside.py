@@ -7,13 +7,12 @@ b_ih + W_m m                  for b_ih, in a recurrent layer
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import derived_tensors, keep_attributes
+from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import UnsupportedLayerError
 from aim_surgery.nn.inside import AddMemory, JoinMemory, SharedViews, View
 from aim_surgery.nn.memory import Memory
@@ -44,19 +43,18 @@ def operate_whole(
         A copy of the model with a memory under `aim`; its plan is `aim.plan`.
     """
     model = capture.model
-    memo: dict[int, Any] = {**derived_tensors(model), **widened_weights(model, plan)}
+    memo: dict[int, Any] = {**widened_weights(model, plan)}
     if not copy_tensors:
         for tensor in (*model.parameters(), *model.buffers()):
             memo.setdefault(id(tensor), tensor)
     try:
-        root = copy.deepcopy(model, memo)
+        root = deep_copy(model, memo)
     except Exception as err:
         raise UnsupportedLayerError(
             f"{type(model).__name__} can't be copied, and the original is not to be changed: "
             f"{type(err).__name__}: {err}"
         ) from err
     _check_copied(model, root, plan)
-    keep_attributes(model, root)
     add_aim(root, model, plan, {}, device)
     attach_reads(root, plan)
     return root

@@ -47,18 +47,15 @@ def widen_weight(
         >>> widen_weight(weight, 2, kind="conv", groups=1, init="preserve").shape
         torch.Size([8, 5, 5, 5])
     """
+    first, second, *kernel = weight.shape
+    if kind == "conv_transpose":
+        first += groups * planes
+    else:
+        second += planes
     with torch.no_grad():
-        if kind == "conv_transpose":
-            shape = (weight.shape[0] + groups * planes, *weight.shape[1:])
-            wide = _empty_like(weight, shape)
-            each = wide.view(groups, -1, *weight.shape[1:])
-            old, new = each.split((weight.shape[0] // groups, planes), dim=1)
-            old.copy_(weight.view(groups, -1, *weight.shape[1:]))
-        else:
-            shape = (weight.shape[0], weight.shape[1] + planes, *weight.shape[2:])
-            wide = _empty_like(weight, shape)
-            old, new = wide.split((weight.shape[1], planes), dim=1)
-            old.copy_(weight)
+        wide = _empty_like(weight, (first, second, *kernel))
+        old, new = _parts(wide, planes, kind=kind, groups=groups)
+        old.copy_(weight.unflatten(0, (groups, -1)) if kind == "conv_transpose" else weight)
         initialize(new, init, fan_in=math.prod(wide.shape[1:]))
     return wide
 
@@ -113,12 +110,19 @@ def fill_memory(wide: torch.Tensor, memory: torch.Tensor, *, kind: Kind, groups:
         kind: The layer's kind.
         groups: g, 1 for a linear layer.
     """
+    transposed = kind == "conv_transpose"
     with torch.no_grad():
-        if kind == "conv_transpose":
-            each, planes = wide.unflatten(0, (groups, -1)), memory.shape[0]
-            each[:, each.shape[1] - planes :] = memory.unflatten(1, (groups, -1)).transpose(0, 1)
-        else:
-            wide[:, wide.shape[1] - memory.shape[1] :] = memory
+        _, new = _parts(wide, memory.shape[0 if transposed else 1], kind=kind, groups=groups)
+        new.copy_(memory.unflatten(1, (groups, -1)).transpose(0, 1) if transposed else memory)
+
+
+def _parts(
+    wide: torch.Tensor, planes: int, *, kind: Kind, groups: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a widened weight, of the old entries and the new; transposed: (g, inputs, …)."""
+    each = wide.unflatten(0, (groups, -1)) if kind == "conv_transpose" else wide
+    old, new = each.split((each.shape[1] - planes, planes), dim=1)
+    return old, new
 
 
 def input_size(read: Read, *, operated: bool) -> tuple[int, int]:

@@ -90,7 +90,7 @@ def run_study(study: Study, data: str, folder: Path, options: argparse.Namespace
     """Run what is missing (all of it without `--resume`): tuning first, then what counts."""
     path = folder / FOLDER / f"{study.name}.jsonl"
     _run_configs("learning rates", study.tuning(data), path, folder, options)
-    rates = tables.rates_to_run(study, data, read_rows(folder))
+    rates = tables.rates_to_run(study, tables.finalists(study, data, read_rows(folder)))
     _run_configs("final runs", study.final(data, rates), path, folder, options)
 
 

@@ -15,6 +15,7 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 12
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,10 +76,12 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Paired | 
         return Paired(len(seeds), mean, mean, mean)
     if len(seeds) < FEWEST:
         return Paired(len(seeds), mean, None, None)
-    return Paired(len(seeds), mean, *_interval(differences))
+    return Paired(len(seeds), mean, *_interval(tuple(differences.tolist())))
 
 
-def _interval(differences: np.ndarray) -> tuple[float, float]:
+@functools.cache  # tables, sentences and figures ask for the same ones
+def _interval(of_seeds: tuple[float, ...]) -> tuple[float, float]:
+    differences = np.array(of_seeds)
     count, mean = len(differences), differences.mean()
     drawn = np.random.default_rng(_SEED).integers(0, count, (RESAMPLES, count))
     means, errors = differences[drawn].mean(1), _standard_errors(differences[drawn])

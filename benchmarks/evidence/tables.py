@@ -114,26 +114,18 @@ def finalists(
 
 
 def rates_to_run(
-    study: Study, data: str, rows: Mapping[str, Row]
+    study: Study, chosen: Mapping[tuple[str, str], Sequence[float]]
 ) -> dict[tuple[str, str], tuple[float, ...]]:
-    """The finalists; and for the first arm those of all others, so that each meets it at its rates.
+    """Finalists; and for the first arm those of all others, so that each meets it at its rates.
 
-    Args:
-        study: The study.
-        data: Name of the data set.
-        rows: Rows by digest.
-
-    Returns:
-        Rates by network and arm; those of the first arm that are no finalists choose nothing.
+    What the first arm has besides its own finalists chooses nothing.
     """
-    found = finalists(study, data, rows)
-    for network in study.networks:
-        if (network, study.arms[0]) in found:
-            every = {
-                rate for (name, _), rates in found.items() if name == network for rate in rates
-            }
-            own = found[network, study.arms[0]]
-            found[network, study.arms[0]] = (*own, *sorted(every - set(own)))
+    found = {key: tuple(rates) for key, rates in chosen.items()}
+    for network, arm in chosen:
+        if arm == study.arms[0]:
+            every = {rate for (name, _), rates in chosen.items() if name == network
+                     for rate in rates}  # fmt: skip
+            found[network, arm] += tuple(sorted(every.difference(chosen[network, arm])))
     return found
 
 
@@ -145,7 +137,7 @@ def cells(study: Study, data: str, network: str, rows: Mapping[str, Row]) -> dic
     """
     runs: dict[str, dict[float, dict[int, Row]]] = {}
     chosen = finalists(study, data, rows)
-    for config in study.final(data, rates_to_run(study, data, rows)):
+    for config in study.final(data, rates_to_run(study, chosen)):
         if config.network == network:
             by_seed = runs.setdefault(config.arm, {}).setdefault(config.rate, {})
             row = rows.get(config.digest)

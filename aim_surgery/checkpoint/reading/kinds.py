@@ -47,11 +47,7 @@ def open_source(
         CheckpointError: There is no such file, it is empty, cut short or no checkpoint; it holds
             pickled objects; or it is not clear which of its weights are meant.
     """
-    path = Path(path)
-    kind = kind_of(path)
-    if kind == "folder":
-        path = _index_in(path)
-        kind = kind_of(path)
+    path, kind = _located(Path(path))
     nested = key is not None or ema
     if kind in _ONE_SET and nested:
         raise CheckpointError(f"{path}: holds one set of weights; leave out --key and --ema")
@@ -148,19 +144,28 @@ def kind_of(path: Path) -> str:
 
 def holds_one_set(path: Path) -> bool:
     """Whether a checkpoint's kind has no place for several sets of weights."""
-    return kind_of(_index_in(path) if kind_of(path) == "folder" else path) in _ONE_SET
+    return _located(path)[1] in _ONE_SET
 
 
 def files_of(path: Path) -> list[Path]:
     """All files that a checkpoint is in; itself alone where it is none that can be read."""
     try:
-        if path.is_dir():
-            return sorted(path.rglob("*")) if kind_of(path) == "dcp" else files_of(_index_in(path))
-        if not path.name.endswith(INDEX_SUFFIX):
-            return [path]
-        return [path, *(path.parent / file for file in read_index(path)["weight_map"].values())]
+        path, kind = _located(path)
+        if kind == "dcp":
+            return sorted(path.rglob("*"))
+        shards = read_index(path)["weight_map"].values() if kind == "index" else ()
+        return [path, *(path.parent / file for file in dict.fromkeys(shards))]
     except CheckpointError:  # who reads it is told
         return [path]
+
+
+def _located(path: Path) -> tuple[Path, str]:
+    """A checkpoint's own path, where a folder was named, and its kind."""
+    kind = kind_of(path)
+    if kind != "folder":
+        return path, kind
+    path = _index_in(path)
+    return path, kind_of(path)
 
 
 def _index_in(folder: Path) -> Path:

@@ -22,11 +22,7 @@ from aim_surgery.checkpoint.operated import Operated
 from aim_surgery.checkpoint.optimizer import restore_optimizer
 from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 from aim_surgery.checkpoint.reading.names import Names, match_names
-from aim_surgery.checkpoint.reading.nesting import (
-    Where,
-    is_tensor,
-    value_at,
-)
+from aim_surgery.checkpoint.reading.nesting import Where, is_tensor, value_at
 from aim_surgery.checkpoint.reading.source import Source
 from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
 from aim_surgery.checkpoint.writing.relaid import Weights, entries_of, relaid

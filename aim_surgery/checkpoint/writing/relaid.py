@@ -72,7 +72,7 @@ class _Layout:
         self.content, self.notes = source.content, list[str]()
         self._source, self._own = source, own
         self._states = list(find_all(self.content, is_optimizer_state))
-        self._weights = [source.where]  # of this model
+        self._weights: list[Where] = []  # of this model
         self._others = False  # weights of another model
         self._groups: set[tuple[int, int]] = set()  # numbers of groups before and after
 
