@@ -312,6 +312,17 @@ def test_inputs_that_do_not_fit_are_named(inputs: Any, essentials: str) -> None:
         capture(SmallNet(), inputs)
 
 
+def test_a_list_of_arguments_is_told_of() -> None:
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Linear(4, 4), [torch.zeros(2, 4)])  # type: ignore[arg-type]
+    assert caught.value.__notes__ == [
+        "a list of example inputs is one argument: several are a tuple"
+    ]
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Linear(4, 4), torch.zeros(2, 3))
+    assert not hasattr(caught.value, "__notes__")
+
+
 @pytest.mark.parametrize(
     ("model", "shape"),
     [

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import aim_surgery
-from aim_surgery import AimConfig, Plan, PlanError, transform
+from aim_surgery import AimConfig, CaptureError, Plan, PlanError, transform
 from aim_surgery.nn.aim_modules import plan_of
 from aim_surgery.nn.inside import View
 from aim_surgery.nn.memory import Memory
@@ -432,8 +432,9 @@ def test_a_bare_layer_keeps_its_class() -> None:
     filled(gm)
     assert not torch.allclose(gm(SEQUENCE)[0], layer(SEQUENCE)[0])
     assert_same(copy.deepcopy(gm)(SEQUENCE), gm(SEQUENCE))
-    with pytest.raises(PlanError, match=r"a call of lstm"):
-        aim_surgery.plan(layer, SEQUENCE, config=SMALL)
+    assert type(transform(layer, SEQUENCE, config=SMALL)) is nn.LSTM  # what "auto" chooses
+    with pytest.raises(CaptureError, match=r"nn.Sequential\(layer\)"):
+        transform(layer, SEQUENCE, config=SMALL, emit="graph")
     with pytest.raises(PlanError, match="whole model"):  # its weight's name has no path
         transform(nn.Linear(4, 4), torch.zeros(2, 4), config=SMALL, emit="module")
 

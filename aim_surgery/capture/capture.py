@@ -91,7 +91,12 @@ def with_inputs(
     if example_inputs is not None:
         if not isinstance(example_inputs, ExampleInputs):
             example_inputs = ExampleInputs.given(example_inputs)
-        return take(on_meta(model, example_inputs))
+        try:
+            return take(on_meta(model, example_inputs))
+        except CaptureError as err:
+            if [type(value) for value in example_inputs.args] == [list]:
+                err.add_note("a list of example inputs is one argument: several are a tuple")
+            raise
     tried: list[str] = []
     for candidate in propose_inputs(model):
         try:

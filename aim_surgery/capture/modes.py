@@ -28,6 +28,7 @@ from aim_surgery.capture.tracer import ValueTracer
 from aim_surgery.capture.values import FakeValues
 from aim_surgery.capture.where import failing_line
 from aim_surgery.errors import CaptureError, in_one_line, listed
+from aim_surgery.nn.recurrent import is_recurrent
 
 _NAMED = 4  # submodules that a note names
 
@@ -54,9 +55,15 @@ def capture_graphs(
         why they hold for one batch size only.
 
     Raises:
-        CaptureError: The model's own mode can't be captured.
+        CaptureError: The model's own mode can't be captured, or the model is a recurrent layer,
+            which is one call of a graph.
     """
     arguments = bind_arguments(model, inputs)
+    if is_recurrent(model):
+        raise CaptureError(
+            f"the linear calls of {type(model).__name__} stand inside torch's kernel: use "
+            f'emit="module", or operate a model that holds the layer (nn.Sequential(layer))'
+        )
     belongings = Belongings.of(model)
     tracing = _Tracing(model, inputs, arguments, belongings, FakeValues(), {})
     with random_state_kept(belongings.sources):
