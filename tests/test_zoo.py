@@ -192,7 +192,7 @@ def test_rows_of_processes_that_say_nothing_share_nothing(monkeypatch: pytest.Mo
 
 def _operated() -> tuple[nn.Module, AimGraphModule]:
     model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3)).eval()
-    return model, aim_surgery.transform(model)
+    return model, aim_surgery.transform(model, torch.zeros(2, 64, 8, 8))
 
 
 class _Nothing(nn.Module):
