@@ -25,6 +25,7 @@ from aim_surgery.nn.aim_modules import BeforeFreezing, aim_of, operated_in, plan
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.inside import keep_in_evaluation
 from aim_surgery.nn.memory import Memory
+from aim_surgery.nn.recurrent import own_parameters
 from aim_surgery.nn.write_block import WriteBlock
 from aim_surgery.planning import Memory as PlannedMemory
 from aim_surgery.planning import Plan
@@ -59,13 +60,24 @@ def memory_parameters(gm: nn.Module) -> Iterator[nn.Parameter]:
     """
     inner = operated_in(gm)
     widened = {
-        name for read in plan_of(inner).reads if read.site.widens for name in read.site.weights
+        own
+        for read in plan_of(inner).reads
+        if read.site.widens
+        for name in read.site.weights
+        for own in _parts(inner, name)
     }
     return (
         parameter
         for name, parameter in inner.named_parameters()
         if name.startswith(f"{AIM}.") or name in widened
     )
+
+
+def _parts(model: nn.Module, name: str) -> list[str]:
+    """Names of the parameters that a weight is, or is made of where it was pruned since."""
+    path, _, own = name.rpartition(".")
+    parts = own_parameters(model.get_submodule(path), own)
+    return [f"{path}.{part}" if path else part for part in parts]
 
 
 def freeze_base(gm: _Model, *, statistics: bool = False) -> _Model:

@@ -30,7 +30,7 @@ from aim_surgery.checkpoint.writing.shards import write_shards
 from aim_surgery.checkpoint.writing.torch_file import Placeholders, write_torch
 from aim_surgery.errors import CheckpointError
 from aim_surgery.lowering.forms import form_of
-from aim_surgery.nn.aim_modules import is_folded, plan_of
+from aim_surgery.nn.aim_modules import is_folded, plan_of, unwrapped
 from aim_surgery.planning import inputs_of_plan
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -88,7 +88,7 @@ def save(
         CheckpointError: The folder is missing or can't be written, the disk is full, the model
             holds something that the format can't, or it is folded.
     """
-    path = Path(path)
+    path, gm = Path(path), unwrapped(gm)
     if is_folded(gm):
         raise CheckpointError(
             f"{path}: this model is folded, and no plan rebuilds it: save the model that was given "

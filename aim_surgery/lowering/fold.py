@@ -46,7 +46,7 @@ from aim_surgery.lowering.fold_sums import add_products
 from aim_surgery.lowering.fold_watch import Watched, watch
 from aim_surgery.lowering.forms import take_apart
 from aim_surgery.lowering.resizing import resize_where_needed
-from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of
+from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of, set_result
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of, use_graph
 from aim_surgery.nn.inside import AddMemory
@@ -58,7 +58,7 @@ from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
-from aim_surgery.surgery.outputs import drawn_anew, floating_dtype
+from aim_surgery.surgery.outputs import autocast_off, drawn_anew, floating_dtype
 from aim_surgery.surgery.pieces import pieces_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -103,7 +103,7 @@ def fold(gm: _Model, example_inputs: Inputs | None = None, *, batch_norm: bool =
         raise AimSurgeryError(
             "fold is for inference, and this model is in training mode: call gm.eval() first"
         )
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), autocast_off(inner):
         twin: Any = deep_copy(inner)
         take_apart(twin, "it is folded")
         notes = fold_hooks(twin)
@@ -291,7 +291,7 @@ def _finish(twin: nn.Module, notes: tuple[str, ...]) -> None:
     aim.form = "folded"
     twin.eval()
     twin.requires_grad_(False)
-    vars(twin)["notes"] = notes
+    set_result(twin, "notes", notes)
     if isinstance(twin, AimGraphModule):
         kept = tuple(name for name, module in twin.named_modules() if not module.training)
         twin.contrary = {True: kept, False: twin.contrary[False]}

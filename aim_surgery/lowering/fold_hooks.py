@@ -39,7 +39,8 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
                 notes.append(f"{path}: reads the memory at each call: {why}")
                 continue
             with torch.no_grad():
-                value = hook.beside(hook.view.for_input(hook.view.memory.weight))
+                view = hook.view.for_input(hook.view.memory.weight)
+                value = hook.beside(view.to(hook.beside.get_parameter("weight")))
             shift = Shift(value.to(layer.weight).flatten())  # type: ignore[arg-type]
             shifts.add_module(f"shift_{len(shifts._modules)}", shift)
             hook.detach()

@@ -41,7 +41,8 @@ def lower(gm: _Model, form: Form) -> _Model:
 
     Returns:
         A new model that shares its parameters and buffers with `gm`: an optimizer made for one
-        trains both, and their state dicts have the same keys.
+        trains both, and their state dicts have the same keys. Convert and move first, lower then:
+        `to`, `half` or `cuda` give the one they are called on buffers of its own.
 
     Raises:
         AimSurgeryError: The model was not operated, there is no such form, or the graph was changed

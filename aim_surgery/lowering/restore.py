@@ -21,7 +21,7 @@ from aim_surgery.capture import Inputs
 from aim_surgery.capture.copies import deep_copy
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.lowering.forms import take_apart
-from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of
+from aim_surgery.nn.aim_modules import aim_of, operated_in, plan_of, set_result
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.nn.inside import detach_reads
@@ -107,7 +107,8 @@ def restore(gm: _Model, example_inputs: Inputs | None = None, *, measure: bool =
             _take_memory_out(graph)
         detach_reads(twin)
         _drop_memory(twin)
-    vars(twin)["restored"] = _lost(inner, twin, plan_of(inner), example_inputs, measure=measure)
+    lost = _lost(inner, twin, plan_of(inner), example_inputs, measure=measure)
+    set_result(twin, "restored", lost)
     return cast(_Model, twin)
 
 

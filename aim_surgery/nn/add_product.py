@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from aim_surgery.nn.eager import is_watched
+from aim_surgery.nn.eager import added, is_watched
 from aim_surgery.nn.spatial import CONVS
 
 
@@ -58,7 +58,7 @@ def add_product(
     dims = weight.ndim - 2
     pointwise = set(weight.shape[2:]) == {1} and not any(padding)
     if t.ndim != dims + 2 or (dims == 3 and not pointwise) or is_watched():
-        return t.add_(CONVS[dims](view, weight, None, stride, padding, dilation))
+        return added(t, CONVS[dims](view, weight, None, stride, padding, dilation))
     columns = _columns(view, weight, stride, padding, dilation, pointwise=pointwise).to(t.dtype)
     matrix = weight.flatten(1).to(t.dtype)
     if not torch.is_grad_enabled():

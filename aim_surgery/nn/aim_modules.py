@@ -89,21 +89,48 @@ def operated_in(gm: nn.Module) -> nn.Module:
     Raises:
         AimSurgeryError: There is none, or it is folded.
     """
-    inner = gm
-    while plan_of(inner) is None:
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(wrapped, nn.Module):
-            raise AimSurgeryError(
-                f"expected an operated model, got {type(gm).__name__}: pass what transform, apply "
-                f"or load returned"
-            )
-        inner = wrapped
+    inner = unwrapped(gm)
+    if plan_of(inner) is None:
+        raise AimSurgeryError(
+            f"expected an operated model, got {type(gm).__name__}: pass what transform, apply or "
+            f"load returned"
+        )
     if is_folded(inner):
         raise AimSurgeryError(
             "this model is folded: its memory has become constants, for inference alone. Use the "
             "model that was given to fold"
         )
     return inner
+
+
+def unwrapped(gm: nn.Module) -> nn.Module:
+    """What `torch.compile`, parallel wrappers and averages are put around; itself without any."""
+    inner = gm
+    while plan_of(inner) is None:
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if not isinstance(wrapped, nn.Module):
+            return gm
+        inner = wrapped
+    return inner
+
+
+def set_result(model: nn.Module, name: str, value: Any) -> None:
+    """Give a model an attribute that says what was done to it.
+
+    Args:
+        model: What is returned to the user.
+        name: Of the attribute.
+        value: Anything.
+
+    Raises:
+        AimSurgeryError: The model has a submodule or tensor of that name, which its graph needs.
+    """
+    if any(name in owned for owned in (model._modules, model._parameters, model._buffers)):
+        raise AimSurgeryError(
+            f"this model has something called {name!r}, the attribute in which the result would be "
+            f"told of: rename it"
+        )
+    vars(model)[name] = value
 
 
 def is_folded(gm: Any) -> bool:

@@ -17,6 +17,16 @@ def is_watched() -> bool:
     return forward_ad._current_level >= 0
 
 
+def added(t: Tensor, other: Tensor) -> Tensor:
+    """T + other, in place unless a transform of `torch.func` looks on, which may batch the other.
+
+    Args:
+        t: A tensor of the caller's own.
+        other: Of the same shape, or broadcast to it.
+    """
+    return t + other if torch._C._are_functorch_transforms_active() else t.add_(other)
+
+
 def is_batched(gradient: Tensor) -> bool:
     """Whether a gradient stands for several (`torch.autograd.grad(.., is_grads_batched=True)`)."""
     return is_legacy_batchedtensor(gradient)

@@ -219,12 +219,15 @@ def chosen(maps: Sequence[Tensor], index: int) -> Tensor:
 
 
 def spread(o: Tensor, shape: Sequence[int]) -> Tensor:
-    """Repeat a map over all axes of a shape but the first, over samples.
+    """Repeat a map over all axes of a shape but that of samples, which either may lack.
 
     Shapes:
-        (1, .., C, .., 1) -> (1, *shape[1:])
+        (1, .., C, .., 1) -> (1, *shape[1:]), or (1, *shape) for a shape without samples;
+        (.., C, .., 1) without samples -> shape, or shape[1:] for a shape with them
     """
-    return o.expand(o.shape[0], *shape[1:])
+    if o.ndim == len(shape):
+        return o.expand(o.shape[0], *shape[1:])
+    return o.expand(1, *shape) if o.ndim > len(shape) else o.expand(*shape[1:])
 
 
 def laid_out(value: Tensor, like: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from aim_surgery.nn.add_product import add_product, positions_last
-from aim_surgery.nn.eager import are_plain
+from aim_surgery.nn.eager import added, are_plain
 from aim_surgery.nn.layer_types import CONV_TYPES
 from aim_surgery.nn.spatial import CONVS
 
@@ -62,7 +62,7 @@ def pointwise(
         return t
     if view.ndim == t.ndim == dims + 2:
         return add_product(t, view, beside, stride, (0,) * dims, (1,) * dims)
-    return t.add_(CONVS[dims](view, beside, None, stride))
+    return added(t, CONVS[dims](view, beside, None, stride))
 
 
 def wide(samples: int, inputs: int, outputs: int, positions: int) -> bool:

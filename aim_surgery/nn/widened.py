@@ -22,7 +22,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from aim_surgery.nn.add_product import add_product, is_better
-from aim_surgery.nn.eager import are_plain, is_batched, is_watched
+from aim_surgery.nn.eager import added, are_plain, is_batched, is_watched
 from aim_surgery.nn.pointwise import pointwise
 from aim_surgery.nn.spatial import CONVS, channels_last_format
 
@@ -44,6 +44,7 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
     Returns:
         x W_x^T + (m W_m^T + b), a tensor of its own.
     """
+    view = _as(view, x)
     rows = math.prod(x.shape[:-1])
     if not is_watched() and (rows == 1 or rows * weight.shape[1] <= FEW):
         return F.linear(torch.cat([x, view.expand(*x.shape[:-1], -1)], -1), weight, bias)
@@ -52,7 +53,7 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
         return found
     own, memory = slices(weight, view.shape[-1])
     beside = F.linear(view, memory, bias)
-    return F.linear(x, own, beside) if view.ndim == 1 else F.linear(x, own).add_(beside)
+    return F.linear(x, own, beside) if view.ndim == 1 else added(F.linear(x, own), beside)
 
 
 def widened_conv(
@@ -84,6 +85,7 @@ def widened_conv(
     Returns:
         The sum of both products, a tensor of its own.
     """
+    view = _as(view, x)
     dims = len(stride)
     convolve: Any = CONVS[dims]
     options = stride, padding, dilation
@@ -98,7 +100,7 @@ def widened_conv(
     t = convolve(x, own.clone(), bias, *options, groups)
     if zeros is not None and view.ndim == t.ndim and is_better(planes, len(weight), kernel):
         return add_product(t, view, memory, stride, zeros, dilation)
-    return t.add_(convolve(view, memory, None, *options))
+    return added(t, convolve(view, memory, None, *options))
 
 
 def slices(
@@ -147,6 +149,11 @@ def joined(x: Tensor, view: Tensor) -> Tensor:
     if last is not None:
         view = view.contiguous(memory_format=last)  # or `cat` would fall back to contiguous
     return torch.cat([x, view], 1)
+
+
+def _as(view: Tensor, x: Tensor) -> Tensor:
+    """The memory in the input's dtype: a layer may have been given another than the memory has."""
+    return view if view.dtype == x.dtype else view.to(x.dtype)
 
 
 class _Linear(torch.autograd.Function):

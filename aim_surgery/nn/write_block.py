@@ -209,13 +209,13 @@ class WriteBlock(nn.Module):
         if not _autocasts(features.device.type):
             features = features.to(self._dtype)
         if view is None or self.planes == 0:
-            x = features.clone() if torch.is_grad_enabled() else features
+            x = features.clone() if _recorded() else features
             return self.block(x if self.dims else x.flatten(0, 1))
         view = self._fitted(view.to(features), features)
         if not self._is_as_built():
             return self.block(self._side_by_side(features, view))
         first, *rest = cast("list[Any]", [*self.block])
-        if torch.is_grad_enabled():
+        if _recorded():
             features = features.clone()
         if self.dims:
             options = first.stride, first.padding, first.dilation, first.groups
@@ -267,6 +267,11 @@ class WriteBlock(nn.Module):
                 f" {'batch-averaged features' if once else 'a batch of one'} of one position;"
                 f' choose norm="layer" for writes{"" if once else ", or a larger batch"}'
             )
+
+
+def _recorded() -> bool:
+    """Whether somebody remembers tensors: autograd, or a trace, which is checked without it."""
+    return torch.is_grad_enabled() or torch._C._get_tracing_state() is not None
 
 
 def _autocasts(device: str) -> bool:

@@ -47,7 +47,7 @@ def difference_of(
         args, kwargs = drawn_anew((inputs.args, dict(inputs.kwargs)), floating_dtype(one))
         inputs = ExampleInputs(args, kwargs, inputs.source)
     try:
-        with random_state_kept():
+        with random_state_kept(), autocast_off(one):
             outputs = [_outputs(model, inputs) for model in (one, other)]
     except Exception as err:
         if example_inputs is not None:
@@ -66,7 +66,8 @@ def drawn_anew(values: Any, dtype: torch.dtype | None) -> Any:
     def noise(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        return torch.randn(x.shape, generator=generator).to(x.device, dtype or x.dtype)
+        values = torch.randn(x.shape, generator=generator, device="cpu")
+        return values.to(x.device, dtype or x.dtype)
 
     return tree_map_only(Tensor, noise, values)
 
@@ -95,6 +96,16 @@ def _difference(one: Tensor, other: Any) -> float:
         return float(bool((one != other).any()))
     scale = other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)
     return float((one - other).abs().max() / scale)
+
+
+@contextlib.contextmanager
+def autocast_off(model: nn.Module) -> Iterator[None]:
+    """No autocast on the devices of a model, whatever the caller has: for values that stay."""
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    with contextlib.ExitStack() as stack:
+        for device in filter(torch.amp.is_autocast_available, devices):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextlib.contextmanager

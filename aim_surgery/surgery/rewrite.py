@@ -68,7 +68,6 @@ def operate(
         )
     if capture.whole:
         return operate_whole(capture, plan, copy_tensors=copy, device=device)
-    _refuse_shadowed(model)
     # Graphs first: what the compilation of their code needs is free again when tensors are copied.
     home = home_weight(model, plan)
     graphs = {
@@ -76,16 +75,17 @@ def operate(
         for trace in capture.traces
     }
     gm = AimGraphModule(graphs, training=model.training, class_name=type(model).__name__)
+    _refuse_shadowed(model, gm)
     gm.contrary = contrary_modules(model)
     gm.adopt(operated_tree(capture, plan, calls, copy_tensors=copy, device=device))
     attach_reads(gm, plan)
     return gm
 
 
-def _refuse_shadowed(model: nn.Module) -> None:
+def _refuse_shadowed(model: nn.Module, gm: AimGraphModule) -> None:
     """Refuse names at the top that mean something else in a graph module, which would win."""
     names = (*model._modules, *model._parameters, *model._buffers)
-    shadowed = next((name for name in names if hasattr(AimGraphModule, name)), None)
+    shadowed = next((name for name in names if hasattr(gm, name)), None)
     if shadowed is not None:
         raise UnsupportedLayerError(
             f"{type(model).__name__} has something called {shadowed!r}, which in a GraphModule is "

@@ -22,7 +22,7 @@ from aim_surgery.nn.graph_module import AimGraphModule, graphs_of
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.beside import set_input, write_beside
 from aim_surgery.surgery.inside import add_instead
-from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree
+from aim_surgery.surgery.modules import AIM, beside_module, beside_path, beside_tree, memory_path
 from aim_surgery.surgery.notes import note_site
 from aim_surgery.surgery.pieces import Pieces, pieces_of, refuse_changed
 from aim_surgery.surgery.tidy import erase_unused
@@ -71,7 +71,7 @@ def separate(gm: nn.Module, why: str) -> None:
     }
     gm.get_submodule(AIM)._modules["reads"] = _reads_tree(gm, plan, beside).train(gm.training)
     for graph, pieces in zip(graphs, found, strict=True):
-        _separate_sites(graph, pieces, widened)
+        _separate_sites(graph, pieces, widened, gm)
     separated = _separated(plan, why)
     aim_of(gm).plan = separated
     for read in separated.reads:
@@ -94,7 +94,9 @@ def _check_all_found(widened: Mapping[str, Read], found: Iterable[list[Pieces]])
         )
 
 
-def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[str, Read]) -> None:
+def _separate_sites(
+    graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[str, Read], gm: nn.Module
+) -> None:
     sums: dict[fx.Node, fx.Node] = {}  # a site may work right on another one's result
     for node, note, source, view, joined, _ in pieces:
         source = sums.get(source, source)
@@ -102,6 +104,9 @@ def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[
         if joined is not None:
             set_input(node, note, source)
             with graph.inserting_before(node.next):
+                if not _alike(gm, widened[note.site]):
+                    view = graph.call_method("to", (view, source))
+                    note = note._replace(view=view.name)
                 beside = write_beside(graph, node, widened[note.site], note, view)
                 total = graph.call_function(operator.add, (node, beside))
             node.replace_all_uses_with(
@@ -111,6 +116,12 @@ def _separate_sites(graph: fx.Graph, pieces: Iterable[Pieces], widened: Mapping[
             note = note._replace(beside=beside.name)
             erase_unused(joined, {source, view})
         note_site(node, note)
+
+
+def _alike(gm: nn.Module, read: Read) -> bool:
+    """Whether the memory has its W_m's dtype: a layer may have been given another since."""
+    memory = gm.get_submodule(memory_path(read.memory)).weight
+    return memory.dtype == gm.get_parameter(f"{beside_path(read)}.weight").dtype
 
 
 # The modules --------------------------------------------------------------------------------

@@ -157,6 +157,6 @@ def _random_loss(outputs: Mapping[str, Any]) -> torch.Tensor | None:
     for value in outputs.values():
         if isinstance(value, torch.Tensor) and value.requires_grad:
             value = torch.view_as_real(value) if value.is_complex() else value
-            noise = torch.randn(value.shape, generator=generator).to(value)
+            noise = torch.randn(value.shape, generator=generator, device="cpu").to(value)
             terms.append((torch.where(value.isfinite(), value, 0) * noise).sum())
     return torch.stack([term.double() for term in terms]).sum() if terms else None

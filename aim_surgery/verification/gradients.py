@@ -228,7 +228,7 @@ class _Steps:
         self._seen: dict[str, _Seen] = {}
         memory = plan.memory
         self._memory = f"{memory_path(memory.name)}."
-        self._floats = torch.zeros(memory.floats // memory.shared, dtype=torch.bool)
+        self._floats = torch.zeros(memory.floats // memory.shared, dtype=torch.bool, device="cpu")
 
     def run(self, samples: Samples) -> None:
         handles = [
@@ -355,7 +355,7 @@ def _distance_to_noise(output: object, *, seed: int) -> torch.Tensor:
     for value in named_leaves(output).values():
         if isinstance(value, torch.Tensor) and value.requires_grad and value.numel():
             value = torch.view_as_real(value) if value.is_complex() else value
-            target = torch.randn(value.shape, generator=generator).to(value)
+            target = torch.randn(value.shape, generator=generator, device="cpu").to(value)
             distance = torch.where(value.isfinite(), value - target, 0).square().mean()
             terms.append(distance.double())
     if not terms:

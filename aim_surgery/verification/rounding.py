@@ -53,7 +53,7 @@ class RoundedOtherwise(TorchDispatchMode):
             wide = torch.promote_types(total.dtype, torch.float32)
             values = torch.nan_to_num(total.to(wide), nan=0.0, posinf=0.0, neginf=0.0)
             size = values.square().mean().sqrt() * (_ERROR * torch.finfo(total.dtype).eps)
-            noise = torch.randn(total.shape, generator=self._generator).to(values)
+            noise = torch.randn(total.shape, generator=self._generator, device="cpu").to(values)
             total.add_((noise * size).to(total.dtype))
 
 

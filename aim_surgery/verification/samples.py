@@ -94,7 +94,7 @@ class Samples:
         def nudge(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_floating_point():
                 return tensor
-            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            noise = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor)
             return tensor * (1 + torch.finfo(tensor.dtype).eps * (4 * noise - 2))
 
         return self._map(nudge)
@@ -163,7 +163,7 @@ def samples_for(
             return torch.zeros_like(tensor, device=device) if on_meta else tensor.detach()
         if given and not on_meta and tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
             return tensor.detach()
-        noise = torch.randn(tensor.shape, generator=generator)
+        noise = torch.randn(tensor.shape, generator=generator, device="cpu")
         return noise.to(device if on_meta else tensor.device, tensor.dtype)
 
     return Samples(chosen.args, chosen.kwargs)._map(fill)

@@ -14,7 +14,7 @@ from aim_surgery.capture import Inputs, inputs_of_program, unwrap
 from aim_surgery.capture.belongings import Belongings
 from aim_surgery.capture.copies import has_values, random_state_kept
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.aim_modules import is_folded, plan_of
+from aim_surgery.nn.aim_modules import is_folded, plan_of, unwrapped
 from aim_surgery.verification.coverage import Coverage, check_coverage
 from aim_surgery.verification.equivalence import Equivalence, check_equivalence
 from aim_surgery.verification.gradients import Gradients, check_gradients
@@ -115,6 +115,7 @@ def verify(
         >>> verify(model, transform(model)).ok
         True
     """
+    gm = unwrapped(gm)
     plan = plan_of(gm)
     if plan is None:
         raise AimSurgeryError(

@@ -126,7 +126,7 @@ class DcpFolder(Source):
     def _assembled(self, name: str, fqn: str, entry: Entry) -> Tensor:
         from torch.distributed.checkpoint.metadata import MetadataIndex
 
-        values = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype))
+        values = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="cpu")
         filled = 0
         for chunk in self._metadata.state_dict_metadata[fqn].chunks:
             info = self._metadata.storage_data.get(MetadataIndex(fqn, chunk.offsets))

@@ -115,7 +115,7 @@ class SafetensorsFile(Source):
         import torch
 
         entry = self.entries[name]
-        values = torch.empty(entry.nbytes, dtype=torch.uint8)
+        values = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
         view = memoryview(values.numpy())  # pyright: ignore[reportArgumentType]
         try:
             with self.path.open("rb", buffering=0) as file:

@@ -45,7 +45,7 @@ class Placeholders:
         Raises:
             CheckpointError: What `make` gives is another; raised when it is made.
         """
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device="cpu")
         told = entry_of(tensor)
 
         def checked() -> Tensor:
@@ -111,7 +111,7 @@ def _values(storage: torch.UntypedStorage, placeholders: Placeholders) -> memory
     if make is not None:
         value = make()
         return bytes_of(value, "a tensor", entry_of(value))
-    flat = torch.empty(0, dtype=torch.uint8).set_(storage)
+    flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return memoryview(flat.cpu().numpy())  # pyright: ignore[reportArgumentType]
 
 
