@@ -23,8 +23,9 @@ from aim_surgery.capture import (
     capture_any,
     capture_whole,
 )
+from aim_surgery.capture.opaque import is_final
 from aim_surgery.config import AimConfig, Form
-from aim_surgery.errors import CaptureError, PlanError
+from aim_surgery.errors import CaptureError, MissingInputsError, PlanError
 from aim_surgery.lowering import lower
 from aim_surgery.lowering.forms import check_form
 from aim_surgery.nn.aim_modules import AimModules, plan_of
@@ -98,7 +99,7 @@ def apply(
         model: The model that the plan was made for, or one like it; left unchanged.
         plan: From `plan`, edited or read from JSON.
         example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
-            and other objects).
+            and other objects), or the model takes no zeros of their shapes (lengths).
         form: How sites are written: see `lower`.
         copy: Whether unchanged tensors are copied; if not, both models share them.
 
@@ -108,6 +109,7 @@ def apply(
 
     Raises:
         PlanError: This is no plan, or it doesn't fit the model.
+        MissingInputsError: What stands for the plan's example inputs does not serve.
         CaptureError: The model can't be captured.
         AimSurgeryError: There is no such form.
     """
@@ -133,6 +135,7 @@ def applied(
         with torch.inference_mode(False):
             return operate(model, plan, copy=copy, device=device)
     inputs: Inputs | ExampleInputs | None = example_inputs
+    stand_ins = False
     base = as_module(model)
     if inputs is None and isinstance(base, nn.Module):  # what is no model, capture refuses
         inputs = inputs_of_plan(plan.inputs, base)
@@ -141,8 +144,18 @@ def applied(
                 "this plan's example inputs hold objects that a plan can't store: pass "
                 "example_inputs"
             )
+        stand_ins = True
     with torch.inference_mode(False):  # tensors made inside it could never be trained
-        return operate(_captured(base, inputs, plan.emit), plan, copy=copy, device=device)
+        try:
+            captured = _captured(base, inputs, plan.emit)
+        except CaptureError as err:
+            if not (stand_ins and is_final(err)):
+                raise
+            raise MissingInputsError(
+                f"{err}. These inputs stand for the plan's, which holds their shapes alone: pass "
+                f"example_inputs"
+            ) from err
+        return operate(captured, plan, copy=copy, device=device)
 
 
 @overload

@@ -17,7 +17,7 @@ from aim_surgery.capture.captured import Capture
 from aim_surgery.capture.copies import has_values, why_not_run
 from aim_surgery.capture.inputs import ExampleInputs, Inputs, bind_arguments
 from aim_surgery.capture.modes import capture_graphs
-from aim_surgery.capture.opaque import first_line, is_final
+from aim_surgery.capture.opaque import first_line, is_final, mark_final
 from aim_surgery.errors import CaptureError
 
 
@@ -48,7 +48,9 @@ def capture_whole(
         fault = "" if given and not has_values(model) else why_not_run(model, inputs)
         if fault:
             asked = f"{type(model).__name__} failed with the example inputs ({inputs.describe()}): "
-            raise CaptureError(asked + fault if given else fault)
+            err = CaptureError(asked + fault if given else fault)
+            mark_final(err)
+            raise err
         return Capture(model, inputs, arguments, (), notes)
 
     return with_inputs(model, example_inputs, take)

@@ -59,7 +59,7 @@ def load(
             timm model; a factory in a module or file is code, which runs only where the caller
             names it.
         example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
-            and other objects).
+            and other objects), or the model takes no zeros of their shapes (lengths).
         form: How sites are written, see `lower`; by default as in the model that was saved.
         key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
             names, or as those that were operated on, if left out.
@@ -78,6 +78,7 @@ def load(
             weights don't fit, or they are of several operated models.
         ModelSpecError: The spec can't be built.
         PlanError: The plan in the file was made for another model.
+        MissingInputsError: What stands for the plan's example inputs does not serve.
     """
     path = Path(path)
     if kind_of(path) == "exported":

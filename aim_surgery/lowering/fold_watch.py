@@ -85,9 +85,12 @@ def watch(graph: fx.Graph, root: nn.Module, inputs: tuple[Any, ...]) -> Watched:
     before = [(buffer, buffer.clone()) for buffer in root.buffers()]
     with torch.inference_mode(False), torch.no_grad(), random_state_kept():
         try:
-            _Watching(root, graph, watched).run(*inputs)
+            copies = tree_map_only(Tensor, torch.clone, inputs)  # a forward may write into them
+            _Watching(root, graph, watched).run(*copies)
         finally:
             for buffer, value in before:
+                if buffer.shape != value.shape:  # an observer's, at its first call
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
     _forget_changing(watched, graph)
     return watched

@@ -296,10 +296,24 @@ def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx
     calls = (n for n in node.graph.nodes if n.op == "call_module" and n.target == path)
     if len(_uses(weight)) > 1 or next(calls, None) is not None:
         return "its weight has other uses"
+    elsewhere = _uses_in_other_graphs(capture, weight)
+    if len(elsewhere) > 1 or any(user.target is not node.target for user in elsewhere):
+        return "its weight has other uses in another mode"
     module = capture.modules[path]
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "its weight is an embedding"
     return ""
+
+
+def _uses_in_other_graphs(capture: Capture, weight: fx.Node) -> list[fx.Node]:
+    return [
+        user
+        for trace in capture.traces
+        if trace.graph is not weight.graph
+        for node in trace.graph.nodes
+        if node.op == "get_attr" and node.target == weight.target
+        for user in _uses(node)
+    ]
 
 
 def _formula(node: fx.Node | None, numbers: dict[fx.Node | str, int]) -> int | None:

@@ -80,6 +80,9 @@ def graph_sites(capture: Capture) -> dict[str, Site]:
                 site = replace(site, sample_axis=None, windows=1)
             if site.widens and not call.site.widens:
                 site = replace(site, widens=False, why_beside=call.site.why_beside)
+            more = tuple(w for w in call.site.weights if w not in site.weights)
+            if more:  # training may make a weight of more (noise of a learned size)
+                site = replace(site, weights=(*site.weights, *more))
             sites[name] = site
     return sites
 

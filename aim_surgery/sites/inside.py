@@ -303,7 +303,7 @@ class _Watch(TorchFunctionMode):
             weight = layer._parameters.get("weight")
             if weight is not None:
                 self._weights[id(weight)] = name
-            layer.register_forward_pre_hook(lambda *_, name=name: self._active.append(name))
+            layer.register_forward_pre_hook(self._entering(name, weight))
             layer.register_forward_hook(self._noting(name), with_kwargs=True)
         for path, module in paths.items():  # behind, as a whole model may be one layer
             module.register_forward_pre_hook(lambda *_, path=path: self._stack.append(path))
@@ -314,6 +314,14 @@ class _Watch(TorchFunctionMode):
         self._stack.clear()
         self._active.clear()
         self._mode += 1
+
+    def _entering(self, name: str, weight: nn.Parameter | None) -> Any:
+        def enter(layer: nn.Module, *_: Any) -> None:
+            self._active.append(name)
+            if weight is not None and getattr(layer, "weight", weight) is not weight:
+                self._runs.elsewhere.setdefault(name, "functional_call")  # of another weight
+
+        return enter
 
     def _noting(self, name: str) -> Any:
         def note(layer: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

@@ -76,10 +76,9 @@ def find_samples(
         The samples of the graph.
     """
     dependent = _dependent(graph)
-    first = next((site for site in inputs_of_sites if site[0] in dependent), None)
     shapes = {node: tuple(node.meta["val"].shape) for node in input_tensors(graph)}
     shapes = {node: shape for node, shape in shapes.items() if shape}
-    if not shapes or (first is not None and first[0].meta["val"].ndim == first[1]):
+    if not shapes or _is_single(capture, graph, inputs_of_sites, shapes, dependent):
         return Samples(0, {}, dependent)
     count = next(iter(shapes.values()))[0]
     starts = {node: 0 for node, shape in shapes.items() if shape[0] == count}
@@ -91,6 +90,27 @@ def find_samples(
             return second
         axes = {} if mixing is Mixing.AMONG else axes
     return Samples(count, axes, dependent)
+
+
+def _is_single(
+    capture: Capture,
+    graph: fx.Graph,
+    inputs_of_sites: Sequence[tuple[fx.Node, int]],
+    shapes: Mapping[fx.Node, Sequence[int]],
+    dependent: AbstractSet[fx.Node],
+) -> bool:
+    """Whether the input is one sample without an axis for samples: the first site gets one.
+
+    It may get something else that has no such axis (a time step, a condition for all, a mean over
+    samples); then the first site that does get the leading input's first axis tells.
+    """
+    first = next((site for site in inputs_of_sites if site[0] in dependent), None)
+    if first is None or first[0].meta["val"].ndim != first[1]:
+        return False
+    leading, shape = next(iter(shapes.items()))
+    held, _ = follow_samples(capture, graph, {leading: 0}, shape[0])
+    told = next((site for site in inputs_of_sites if site[0] in held), first)
+    return told[0].meta["val"].ndim == told[1]
 
 
 def _second_axis(

@@ -7,7 +7,7 @@ a Python call: no weight goes unmentioned.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,7 +18,7 @@ from aim_surgery.capture import Capture
 from aim_surgery.nn.layer_types import LAYER_TYPES
 from aim_surgery.nn.recurrent import is_recurrent
 from aim_surgery.sites.calls import CONV_FUNCTIONS
-from aim_surgery.sites.graph import attribute, is_call, weight_sources
+from aim_surgery.sites.graph import argument_of, attribute, called_name, is_call, weight_sources
 from aim_surgery.sites.products import GROUPED
 from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip
@@ -46,6 +46,8 @@ _PRODUCTS = (
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
+_PICKS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "embedding"})
+_VIEWS = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unsqueeze", "squeeze"})
 _COMPLEX = "its weights are complex numbers, and the memory is real"
 NOT_PRODUCTS = (
     nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
@@ -81,11 +83,49 @@ def find_unread(capture: Capture, graph: fx.Graph, sites: frozenset[fx.Node]) ->
                 yield Skip(path, names, unless_complex(capture, names, why))
         elif is_call(node, _PRODUCTS, _PRODUCT_METHODS) or _takes_weights(node):
             names = {name for source in node.all_input_nodes for name in weights.get(source, ())}
-            names = tuple(sorted(name for name in names if is_matrix(attribute(capture, name))))
-            if names:
-                target = getattr(node.target, "__name__", node.target)
-                why = f"used by a call of {target} that is no site"
-                yield Skip(names[0], names, unless_complex(capture, names, why))
+            target = getattr(node.target, "__name__", node.target)
+            why = f"used by a call of {target} that is no site"
+            mixed = {*_mixed_in(node, weights)} - names
+            for found, ending in ((names, ""), (mixed, ": its weight is made from the input")):
+                matrices = tuple(sorted(n for n in found if is_matrix(attribute(capture, n))))
+                if matrices:
+                    reason = unless_complex(capture, matrices, why + ending)
+                    yield Skip(matrices[0], matrices, reason)
+
+
+def _mixed_in(node: fx.Node, weights: Mapping[fx.Node, tuple[str, ...]]) -> Iterator[str]:
+    """Parameters that a call's weight is made of together with the input, or chosen from by it.
+
+    Which operand is the weight is known of convolutions and `linear`; of other products, one that
+    picks matrices from a stack (experts).
+    """
+    pending: list[fx.Node] = []
+    if is_call(node, (*CONV_FUNCTIONS, F.linear), frozenset()):
+        pending = [n for n in (argument_of(node, 1, "weight"),) if isinstance(n, fx.Node)]
+    elif is_call(node, _PRODUCTS, _PRODUCT_METHODS):
+        pending = [pick for n in node.all_input_nodes for pick in _picks(n)]
+    seen: set[fx.Node] = set()
+    while pending:
+        source = pending.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        if source in weights:
+            yield from weights[source]
+        elif source.op != "placeholder" and not is_call(source, _PRODUCTS, _PRODUCT_METHODS):
+            layers = source.op == "call_module"  # whose own weights are read where they are
+            pending += [] if layers else source.all_input_nodes
+
+
+def _picks(node: fx.Node) -> Iterator[fx.Node]:
+    """The stack of matrices that an operand is picked from, behind views."""
+    while called_name(node) in _VIEWS and node.args and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    if called_name(node) not in _PICKS:
+        return
+    stack = node.args[1 if node.target is F.embedding else 0]
+    if isinstance(stack, fx.Node) and getattr(stack.meta.get("val"), "ndim", 0) >= 3:
+        yield stack
 
 
 def _why_packed(layer: nn.Module) -> str:

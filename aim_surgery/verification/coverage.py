@@ -6,6 +6,8 @@ where it comes from: parameters, constants, or the inputs (an *activation*). A p
     y = x · W,   x an activation, W made of parameters and constants only
 
 uses the parameters that W is made of; each of them must read the memory or be listed as left out.
+So do those that the weight of a convolution is made of together with an input; of other products,
+the kernel does not tell the weight from the input then.
 Where a read is claimed that no widened shape shows and no graph (inside a Python call, a recurrent
 layer), the operated model runs likewise, and W_m's product has to meet an activation in a kernel.
 Nothing here knows of graphs or sites: what `aim_surgery.sites` overlooks, this file finds.
@@ -26,7 +28,7 @@ from aim_surgery.capture.copies import random_state_kept
 from aim_surgery.errors import AimSurgeryError
 from aim_surgery.planning import Plan, Read
 from aim_surgery.surgery.modules import READS
-from aim_surgery.verification.kernels import PACKED, PRODUCTS
+from aim_surgery.verification.kernels import CONVOLUTIONS, PACKED, PRODUCTS
 from aim_surgery.verification.samples import Samples
 from aim_surgery.verification.twins import call, copy_of, set_mode
 
@@ -227,11 +229,14 @@ class _Origin:
         activation: Whether it depends on an input.
         weights: The parameters that it is made of, if it doesn't.
         perhaps: Parameters that entered as the input of another weight's product.
+        mixed: Parameters that an activation was made of, too, since its last product (scaled by the
+            input, picked by it).
     """
 
     activation: bool = False
     weights: frozenset[str] = frozenset()
     perhaps: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
 
 
 _CONSTANT = _Origin()
@@ -241,7 +246,8 @@ _ACTIVATION = _Origin(activation=True)
 def _merged(origins: Iterable[_Origin]) -> _Origin:
     origins = tuple(origins)
     if any(origin.activation for origin in origins):
-        return _ACTIVATION
+        names = (origin.weights | origin.mixed for origin in origins)
+        return _Origin(activation=True, mixed=frozenset[str]().union(*names))
     weights = frozenset[str]().union(*(origin.weights for origin in origins))
     perhaps = frozenset[str]().union(*(origin.perhaps for origin in origins))
     return _Origin(False, weights, perhaps - weights)
@@ -307,6 +313,8 @@ class _Watch(TorchDispatchMode):
         if any(origin.activation for origin in operands):
             for origin in operands:
                 self._note(origin, kernel)
+            if kernel in CONVOLUTIONS:
+                self._note(_Origin(weights=operands[1].mixed), kernel)
             return _ACTIVATION
         *inputs, weight = operands
         self._note(weight, kernel)

@@ -26,6 +26,8 @@ PRODUCTS: dict[str, tuple[int, ...]] = {
     "_scaled_dot_product_fused_attention_overrideable": (0, 1, 2),
     "_scaled_dot_product_attention_math": (0, 1, 2),
 }  # fmt: skip
+# Of these, the second operand is the weight, whatever it is made of.
+CONVOLUTIONS = frozenset(name for name in PRODUCTS if "conv" in name)
 # Kernels that hold several products: every weight that they are given counts.
 PACKED = frozenset(
     ("_native_multi_head_attention", "_transformer_encoder_layer_fwd", "bilinear",
