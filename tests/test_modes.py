@@ -64,6 +64,32 @@ def test_weights_that_modes_use_differently(kind: type[nn.Module], training: boo
         assert {"mean", "size"} <= {*reads["mean"].weights}
 
 
+class Reparametrized(nn.Module):
+    """Two convolutions in training, one of their sum in evaluation (RepVGG)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.thin = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 1, bias=False)
+        self.last = nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.last(self.wide(x) + self.thin(x))
+        weight = self.wide.weight + F.pad(self.thin.weight, (1, 1, 1, 1))
+        return self.last(F.conv2d(x, weight, self.wide.bias, padding=1))
+
+
+def test_sites_that_one_mode_has_alone_are_told_of() -> None:
+    notes = aim_surgery.plan(Reparametrized(), torch.randn(2, 3, 8, 8)).notes
+    told = [note for note in notes if "alone" in note]
+    assert told == [
+        "read in training alone, as evaluation has no such call: thin",
+    ]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(), nn.Conv2d(8, 8, 1))
+    assert not any("alone" in n for n in aim_surgery.plan(model, torch.randn(2, 3, 8, 8)).notes)
+
+
 class Conditioned(nn.Module):
     """Its first layer works on one vector for all samples."""
 

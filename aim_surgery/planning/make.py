@@ -13,13 +13,13 @@ from typing import Any
 
 from aim_surgery.capture import Capture
 from aim_surgery.config import AimConfig, Filter, matches
-from aim_surgery.errors import PlanError, RequestError
+from aim_surgery.errors import PlanError, RequestError, listed
 from aim_surgery.planning.budget import Sizes, choose_sizes
 from aim_surgery.planning.inputs import input_spec
 from aim_surgery.planning.parts import Memory, Read, Write, module_name
 from aim_surgery.planning.plan import Plan
 from aim_surgery.planning.writes import Schedule, schedule_writes
-from aim_surgery.sites import Site, Skip, find_sites
+from aim_surgery.sites import Site, Skip, find_calls, find_sites
 
 
 def make_plan(capture: Capture, config: AimConfig) -> Plan:
@@ -60,11 +60,27 @@ def make_plan(capture: Capture, config: AimConfig) -> Plan:
         skips=(*skips, *unread),
         init=config.init,
         inputs=input_spec(capture.inputs),
-        notes=(*sizes.notes, *schedule.notes, *capture.notes),
+        notes=(*sizes.notes, *schedule.notes, *_of_one_mode(capture, chosen), *capture.notes),
         writes=_writes(config, schedule, sizes, memory),
         unwritten=schedule.left_out,
         emit="module" if capture.whole else "graph",
     )
+
+
+def _of_one_mode(capture: Capture, chosen: tuple[Site, ...]) -> tuple[str, ...]:
+    """Tell of sites that one mode alone has: what the memory adds there, the other does without."""
+    calls = {
+        trace.training: {call.site.name for call in find_calls(capture, trace.graph)}
+        for trace in capture.traces
+    }
+    notes = []
+    for training in calls if len(calls) > 1 else ():
+        only = calls[training] - calls[not training]
+        names = [site.name for site in chosen if site.name in only and not site.inside]
+        if names:
+            mode, other = ("training", "evaluation")[:: 1 if training else -1]
+            notes.append(f"read in {mode} alone, as {other} has no such call: {listed(names, 4)}")
+    return tuple(notes)
 
 
 def _writes(
