@@ -105,16 +105,16 @@ def _mixed_in(node: fx.Node, weights: Mapping[fx.Node, tuple[str, ...]]) -> Iter
     elif is_call(node, _PRODUCTS, _PRODUCT_METHODS):
         pending = [pick for n in node.all_input_nodes for pick in _picks(n)]
     seen: set[fx.Node] = set()
-    while pending:
+    while pending:  # back to parameters, layers, and results of other products
         source = pending.pop()
         if source in seen:
             continue
         seen.add(source)
         if source in weights:
             yield from weights[source]
-        elif source.op != "placeholder" and not is_call(source, _PRODUCTS, _PRODUCT_METHODS):
-            layers = source.op == "call_module"  # whose own weights are read where they are
-            pending += [] if layers else source.all_input_nodes
+        elif source.op.startswith("call_") and source.op != "call_module":
+            product = is_call(source, _PRODUCTS, _PRODUCT_METHODS)
+            pending += [] if product else source.all_input_nodes
 
 
 def _picks(node: fx.Node) -> Iterator[fx.Node]:
