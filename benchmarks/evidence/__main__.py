@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run_study(study, data, folder, options)
         _print(study, data, read_rows(folder))
     sized = {name: (s.quick() if options.quick else s).on(data) for name, s in STUDIES.items()}
-    fewest = 1 if options.quick else FEWEST
+    fewest = 0 if options.quick else FEWEST
     print("written:", page.write(folder, data, read_rows(folder), sized, fewest=fewest))
 
 

@@ -61,7 +61,7 @@ def write(
     rows: Mapping[str, Row],
     studies: Mapping[str, Study] = STUDIES,
     *,
-    fewest: int = 1,
+    fewest: int = 0,
 ) -> Path:
     """Write figures and `README.md`.
 
@@ -70,14 +70,15 @@ def write(
         data: Name of the data set.
         rows: All rows, by digest.
         studies: The studies that the page has, as they were run.
-        fewest: Seeds from which on a study is told of; before, only that it has begun.
+        fewest: Seeds, of all its arms on all networks, from which on a study is told of; before,
+            only that it has begun.
 
     Returns:
         The page's path.
     """
     found = {name: _cells(study, data, rows) for name, study in studies.items()}
-    seeds = {name: _most_seeds(of_study) for name, of_study in found.items()}
-    begun = {name: count for name, count in seeds.items() if 0 < count < fewest}
+    whole = {name: _whole_seeds(studies[name], found[name]) for name in found}
+    begun = {n: count for n, count in whole.items() if count < fewest and any(found[n].values())}
     found = {name: {} if name in begun else of_study for name, of_study in found.items()}
     parts = [
         "# Does memory help?",
@@ -116,8 +117,10 @@ def _cells(study: Study, data: str, rows: Mapping[str, Row]) -> dict[str, Any]:
     return {network: tables.cells(study, data, network, rows) for network in study.networks}
 
 
-def _most_seeds(found: Mapping[str, Any]) -> int:
-    return max((len(cell.test) for cells in found.values() for cell in cells.values()), default=0)
+def _whole_seeds(study: Study, found: Mapping[str, Any]) -> int:
+    """How many seeds every arm has on every network."""
+    every = [cells.get(arm) for cells in found.values() for arm in study.arms]
+    return min((len(cell.test) if cell else 0 for cell in every), default=0)
 
 
 def _findings(studies: Mapping[str, Study], found: Mapping[str, Any]) -> str:
