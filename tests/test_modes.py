@@ -267,7 +267,7 @@ class Experts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         chosen = self.router(x).argmax(-1)
         if self.how == "index_select":
-            picked = self.weight.index_select(0, chosen)
+            picked = torch.index_select(input=self.weight, dim=0, index=chosen)
         else:
             picked = self.weight[chosen]
         x = x + self.position

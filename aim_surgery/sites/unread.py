@@ -46,7 +46,7 @@ _PRODUCTS = (
     *(torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell),
 )
 _PRODUCT_METHODS = frozenset({"addmm", "matmul", "mm", "bmm", "mv", "baddbmm", "__matmul__"})
-_PICKS = frozenset({"getitem", "index_select", "gather", "take_along_dim", "embedding"})
+_PICKS = frozenset({"getitem", "index_select", "gather", "take_along_dim"})
 _VIEWS = frozenset({"view", "reshape", "transpose", "permute", "flatten", "unsqueeze", "squeeze"})
 _COMPLEX = "its weights are complex numbers, and the memory is real"
 NOT_PRODUCTS = (
@@ -123,7 +123,7 @@ def _picks(node: fx.Node) -> Iterator[fx.Node]:
         node = node.args[0]
     if called_name(node) not in _PICKS:
         return
-    stack = node.args[1 if node.target is F.embedding else 0]
+    stack = argument_of(node, 0, "input")
     if isinstance(stack, fx.Node) and getattr(stack.meta.get("val"), "ndim", 0) >= 3:
         yield stack
 
