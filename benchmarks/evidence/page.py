@@ -96,6 +96,11 @@ def write(
             f"told of from {fewest} on"
             for name, count in begun.items()
         ),
+        _bullets(
+            f"{studies[name].title}: {count} of {len(studies[name].seeds)} seeds so far"
+            for name, count in whole.items()
+            if any(found[name].values()) and count < len(studies[name].seeds)
+        ),
     ]
     used: dict[str, Row] = {}  # by digest: studies share runs
     for name, study in studies.items():
