@@ -135,7 +135,6 @@ def applied(
         with torch.inference_mode(False):
             return operate(model, plan, copy=copy, device=device)
     inputs: Inputs | ExampleInputs | None = example_inputs
-    stand_ins = False
     base = as_module(model)
     if inputs is None and isinstance(base, nn.Module):  # what is no model, capture refuses
         inputs = inputs_of_plan(plan.inputs, base)
@@ -144,12 +143,11 @@ def applied(
                 "this plan's example inputs hold objects that a plan can't store: pass "
                 "example_inputs"
             )
-        stand_ins = True
     with torch.inference_mode(False):  # tensors made inside it could never be trained
         try:
             captured = _captured(base, inputs, plan.emit)
         except CaptureError as err:
-            if not (stand_ins and is_final(err)):
+            if example_inputs is not None or not is_final(err):
                 raise
             raise MissingInputsError(
                 f"{err}. These inputs stand for the plan's, which holds their shapes alone: pass "

@@ -160,10 +160,11 @@ def test_parameters_that_a_widened_weight_is_made_of_are_memory_s(change: str) -
 
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("form", ["concat", "split"])
-def test_memories_are_batched_by_vmap(form: Any, kernel: int) -> None:
+@pytest.mark.parametrize("emit", ["graph", "module"])
+def test_memories_are_batched_by_vmap(emit: Any, form: Any, kernel: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 16, kernel), nn.ReLU(), nn.Flatten(2), nn.LazyLinear(8))
     model(IMAGES)
-    gm = lower(operated(model), form)
+    gm = lower(operated(model, emit=emit), form)
     own = {name: value.detach() for name, value in gm.named_parameters()}
 
     def output(memory: Tensor) -> Tensor:

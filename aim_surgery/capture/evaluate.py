@@ -113,16 +113,16 @@ class Evaluator:
             except DataDependentOutputException:  # a norm without momentum asks how often it ran
                 if not isinstance(module, nn.modules.batchnorm._NormBase):
                     raise
-                output = self._run_copy(module, args, kwargs)
-                self.was_real = False  # what it asks changes nothing about its output's shape
-                return output
+                return self._run_copy(module, args, kwargs)  # no number in its output's shape
         start = self._changes.mark()
         with random_state_kept():
             try:
                 return self.values.call(forward, args, kwargs)
             except STOPS:
                 self._changes.undo(start, module)
-                return self._run_copy(module, args, kwargs)
+                output = self._run_copy(module, args, kwargs)
+                self.was_real = True
+                return output
             finally:
                 for source in self._changes.belongings.sources:
                     source.put_back()
@@ -135,9 +135,7 @@ class Evaluator:
             self.for_real = False
         for own, copied in zip(module.modules(), twin.modules(), strict=False):
             vars(copied)["training"] = self._mode_of(own)
-        output = self._run_for_real(functools.partial(_orig_module_call, twin), args, kwargs)
-        self.was_real = True
-        return output
+        return self._run_for_real(functools.partial(_orig_module_call, twin), args, kwargs)
 
     def _without_fakes(self, node: fx.Node, args: Any, kwargs: Any, err: Exception) -> Any:
         """What torch refuses of fake values may only lack a rule for them; else it is an error."""

@@ -47,6 +47,7 @@ from aim_surgery.lowering.fold_watch import Watched, watch
 from aim_surgery.lowering.forms import take_apart
 from aim_surgery.lowering.resizing import resize_where_needed
 from aim_surgery.nn.aim_modules import AimModules, aim_of, operated_in, plan_of, set_result
+from aim_surgery.nn.eager import autocast_off
 from aim_surgery.nn.folded import Maps
 from aim_surgery.nn.graph_module import AimGraphModule, graphs_of, use_graph
 from aim_surgery.nn.inside import AddMemory
@@ -58,7 +59,7 @@ from aim_surgery.planning import Plan, inputs_of_plan
 from aim_surgery.sites.calls import CONV_FUNCTIONS
 from aim_surgery.surgery.modules import AIM
 from aim_surgery.surgery.notes import noted_sites
-from aim_surgery.surgery.outputs import autocast_off, drawn_anew, floating_dtype
+from aim_surgery.surgery.outputs import drawn_anew, floating_dtype
 from aim_surgery.surgery.pieces import pieces_of
 
 _Model = TypeVar("_Model", bound=nn.Module)

@@ -39,8 +39,7 @@ def fold_hooks(root: nn.Module) -> tuple[str, ...]:
                 notes.append(f"{path}: reads the memory at each call: {why}")
                 continue
             with torch.no_grad():
-                view = hook.view.for_input(hook.view.memory.weight)
-                value = hook.beside(view.to(hook.beside.get_parameter("weight")))
+                value = hook.beside(hook.view_for(hook.view.memory.weight))
             shift = Shift(value.to(layer.weight).flatten())  # type: ignore[arg-type]
             shifts.add_module(f"shift_{len(shifts._modules)}", shift)
             hook.detach()

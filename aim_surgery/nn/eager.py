@@ -1,6 +1,12 @@
-"""Tells whether operations are what they seem: carried out at once, on plain tensors of a CPU."""
+"""Tells whether operations are what they seem: carried out at once, on plain tensors of a CPU.
+
+And sees to it where they have to be: see `added` and `autocast_off`.
+"""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +31,16 @@ def added(t: Tensor, other: Tensor) -> Tensor:
         other: Of the same shape, or broadcast to it.
     """
     return t + other if torch._C._are_functorch_transforms_active() else t.add_(other)
+
+
+@contextlib.contextmanager
+def autocast_off(model: nn.Module) -> Iterator[None]:
+    """No autocast on the devices of a model, whatever the caller has: for values that stay."""
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    with contextlib.ExitStack() as stack:
+        for device in filter(torch.amp.is_autocast_available, devices):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def is_batched(gradient: Tensor) -> bool:

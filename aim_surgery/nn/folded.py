@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.errors import AimSurgeryError
+from aim_surgery.nn.eager import autocast_off
 from aim_surgery.nn.graph_state import graph_from_state, graph_state
 from aim_surgery.nn.spatial import channels_last_format
 
@@ -113,9 +114,8 @@ class Maps(nn.Module):
 
     def _computed(self, inputs: Sequence[Any]) -> tuple[Tensor, ...]:
         maps = [*self._stored()]
-        device = maps[0].device.type
-        off = torch.autocast(device, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), off:  # they outlive this call
+        # they outlive this call
+        with torch.inference_mode(False), torch.no_grad(), autocast_off(self):
             copies = tree_map_only(Tensor, torch.clone, tuple(inputs))
             assert self.recipe is not None
             found = fx.Interpreter(self._shell[0], graph=self.recipe).run(*copies)

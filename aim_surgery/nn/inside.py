@@ -212,11 +212,8 @@ class AddMemory(_Hook):
         self, layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor:
         """Add the memory's part; it has no batch and broadcasts."""
-        x = args[0] if args else kwargs[self.name]
-        # a layer may be moved to another dtype inside the call (a router's) or be a replica on
-        # another device; its W_m is not
-        weight = self.beside.get_parameter("weight")
-        view, dims = self.view.for_input(x).to(weight), len(self.view.spatial)
+        view = self.view_for(args[0] if args else kwargs[self.name])
+        dims = len(self.view.spatial)
         if not dims:
             return output + self.beside(view).to(output)
         size = list(output.shape[-dims:])
@@ -226,6 +223,14 @@ class AddMemory(_Hook):
             part = self.beside(view)
         part = part if list(part.shape[-dims:]) == size else ADAPTIVE_POOLS[dims](part, size)
         return output + part.to(output)
+
+    def view_for(self, x: Tensor) -> Tensor:
+        """What the layer sees, as W_m takes it.
+
+        A layer may be moved to another dtype inside the call (a router's) or be a replica on
+        another device; its W_m is not.
+        """
+        return self.view.for_input(x).to(self.beside.get_parameter("weight"))
 
 
 def keep_in_evaluation(module: nn.Module) -> None:

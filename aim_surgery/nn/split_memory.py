@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from aim_surgery.nn.eager import added
 from aim_surgery.nn.inside import View
 from aim_surgery.nn.stand_in import StandIn, called_with
 from aim_surgery.nn.widened import slices, widened_linear
@@ -41,4 +42,4 @@ class SplitMemory(StandIn):
         view = self.view.for_input(x)
         sizes = [size[-len(self.view.spatial) :] if size is not None else None for size in rest[0]]
         named = {key: size and size[-len(self.view.spatial) :] for key, size in rest[1].items()}
-        return product.add_(called_with(layer, alone, view, *sizes, **named))
+        return added(product, called_with(layer, alone, view, *sizes, **named))

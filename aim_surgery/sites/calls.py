@@ -306,14 +306,8 @@ def _why_function_beside(capture: Capture, kind: Kind, node: fx.Node, weight: fx
 
 
 def _uses_in_other_graphs(capture: Capture, weight: fx.Node) -> list[fx.Node]:
-    return [
-        user
-        for trace in capture.traces
-        if trace.graph is not weight.graph
-        for node in trace.graph.nodes
-        if node.op == "get_attr" and node.target == weight.target
-        for user in _uses(node)
-    ]
+    same = (node for node in _named(capture) if node.target == weight.target)
+    return [user for node in same if node.graph is not weight.graph for user in _uses(node)]
 
 
 def _formula(node: fx.Node | None, numbers: dict[fx.Node | str, int]) -> int | None:
@@ -375,8 +369,14 @@ def _site(
 
 def _weights_looked_at(capture: Capture) -> frozenset[str]:
     """Parameters that some graph uses by name: not through a call of their own layer alone."""
+    return frozenset(str(node.target) for node in _named(capture) if _uses(node))
+
+
+@found_once
+def _named(capture: Capture) -> tuple[fx.Node, ...]:
+    """The nodes of all graphs that give a tensor by name."""
     nodes = (node for trace in capture.traces for node in trace.graph.nodes)
-    return frozenset(str(node.target) for node in nodes if node.op == "get_attr" and _uses(node))
+    return tuple(node for node in nodes if node.op == "get_attr")
 
 
 def _uses(weight: fx.Node) -> list[fx.Node]:

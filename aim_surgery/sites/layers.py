@@ -12,6 +12,7 @@ from torch import nn
 from aim_surgery.capture import Capture
 from aim_surgery.capture.leaves import is_stock
 from aim_surgery.nn.layer_types import LAYER_TYPES
+from aim_surgery.nn.recurrent import own_parameters
 from aim_surgery.sites.site import Kind
 
 # What surgery may freeze or thaw without another plan; the other reasons are of the model's make.
@@ -52,12 +53,8 @@ def weights_of(capture: Capture, name: str) -> tuple[str, ...]:
     weight = layer._parameters.get("weight")
     if weight is not None:
         return tuple(capture.owners[id(weight)]) if weight.is_floating_point() else ()
-    prefixes = (f"{name}.parametrizations.weight.", f"{name}.weight_")
-    return tuple(
-        parameter
-        for parameter, _ in layer.named_parameters(prefix=name)
-        if parameter.startswith(prefixes) and parameter in capture.floating_parameters
-    )
+    parameters = (f"{name}.{own}" for own in own_parameters(layer, "weight"))
+    return tuple(p for p in parameters if p in capture.floating_parameters)
 
 
 def why_beside(capture: Capture, layer: nn.Module) -> str:

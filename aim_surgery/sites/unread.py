@@ -23,12 +23,12 @@ from aim_surgery.sites.products import GROUPED
 from aim_surgery.sites.recurrent import recurrent_skips
 from aim_surgery.sites.site import Skip
 
+_WEIGHT_SECOND = (*CONV_FUNCTIONS, F.linear)
 _PRODUCTS = (
     torch.matmul,
     operator.matmul,
     torch.mm,
-    *CONV_FUNCTIONS,
-    F.linear,
+    *_WEIGHT_SECOND,
     torch.addmm,
     torch.bmm,
     torch.baddbmm,
@@ -100,8 +100,9 @@ def _mixed_in(node: fx.Node, weights: Mapping[fx.Node, tuple[str, ...]]) -> Iter
     picks matrices from a stack (experts).
     """
     pending: list[fx.Node] = []
-    if is_call(node, (*CONV_FUNCTIONS, F.linear), frozenset()):
-        pending = [n for n in (argument_of(node, 1, "weight"),) if isinstance(n, fx.Node)]
+    if node.target in _WEIGHT_SECOND:
+        weight = argument_of(node, 1, "weight")
+        pending += [weight] if isinstance(weight, fx.Node) else []
     elif is_call(node, _PRODUCTS, _PRODUCT_METHODS):
         pending = [pick for n in node.all_input_nodes for pick in _picks(n)]
     seen: set[fx.Node] = set()

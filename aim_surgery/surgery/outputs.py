@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.capture.copies import random_state_kept
+from aim_surgery.nn.eager import autocast_off
 from aim_surgery.planning import Plan, inputs_of_plan
 
 
@@ -96,16 +97,6 @@ def _difference(one: Tensor, other: Any) -> float:
         return float(bool((one != other).any()))
     scale = other.abs().max().clamp_min(torch.finfo(other.dtype).tiny)
     return float((one - other).abs().max() / scale)
-
-
-@contextlib.contextmanager
-def autocast_off(model: nn.Module) -> Iterator[None]:
-    """No autocast on the devices of a model, whatever the caller has: for values that stay."""
-    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
-    with contextlib.ExitStack() as stack:
-        for device in filter(torch.amp.is_autocast_available, devices):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @contextlib.contextmanager

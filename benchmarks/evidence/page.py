@@ -78,7 +78,7 @@ def write(
     """
     found = {name: _cells(study, data, rows) for name, study in studies.items()}
     whole = {name: _whole_seeds(studies[name], found[name]) for name in found}
-    begun = {n: count for n, count in whole.items() if count < fewest and any(found[n].values())}
+    begun = {name for name in found if whole[name] < fewest and any(found[name].values())}
     found = {name: {} if name in begun else of_study for name, of_study in found.items()}
     parts = [
         "# Does memory help?",
@@ -92,14 +92,12 @@ def write(
         "interval does not hold zero.",
         _findings(studies, found),
         _bullets(
-            f"{studies[name].title}: begun, {count} of {len(studies[name].seeds)} seeds so far; "
-            f"told of from {fewest} on"
-            for name, count in begun.items()
-        ),
-        _bullets(
-            f"{studies[name].title}: {count} of {len(studies[name].seeds)} seeds so far"
-            for name, count in whole.items()
-            if any(found[name].values()) and count < len(studies[name].seeds)
+            f"{study.title}: begun, {whole[name]} of {len(study.seeds)} seeds so far; told of from "
+            f"{fewest} on"
+            if name in begun
+            else f"{study.title}: {whole[name]} of {len(study.seeds)} seeds so far"
+            for name, study in studies.items()
+            if name in begun or (any(found[name].values()) and whole[name] < len(study.seeds))
         ),
     ]
     used: dict[str, Row] = {}  # by digest: studies share runs
