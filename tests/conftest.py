@@ -1,5 +1,7 @@
 """Settings for all tests."""
 
+import gc
+
 import pytest
 import torch
 
@@ -17,3 +19,12 @@ torch.manual_seed(0)  # for what modules draw when they are imported
 def _seeded() -> None:
     """A test draws the same numbers whatever ran before it."""
     torch.manual_seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what libraries and test files made at import out of every later garbage collection.
+
+    Graphs are many small objects, so collections are frequent: it makes the tests 10 % faster.
+    """
+    gc.collect()
+    gc.freeze()
