@@ -1,8 +1,9 @@
 """Exported programs, `.pt2`: graph and weights in one zip, so no model spec is needed.
 
-`torch.export.load` unpickles parts of the file without `weights_only`, and loads compiled code
-where there is some. Here parts that can only be unpickled freely are refused, and PyTorch is told
-to read the others with `weights_only=True`.
+`torch.export.load` unpickles parts of the file without `weights_only`, loads compiled code where
+there is some, and evaluates text of the graph as Python. Here parts that can only be unpickled
+freely are refused, and text that could be more than a graph's (`program_text`); PyTorch is told to
+read the others with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aim_surgery.checkpoint.reading.program_text import code_in
 from aim_surgery.checkpoint.reading.source import Source, damaged
 from aim_surgery.checkpoint.reading.torch_file import entry_of, refusal
 from aim_surgery.checkpoint.reading.zip_check import check_zip, record_names
@@ -56,6 +58,7 @@ class ExportedFile(Source):
                 f"{path}: holds {foreign[0]}, code or an object that loading would run; export the "
                 f"model without it; or, if you trust the file, read it with --trust"
             )
+        self._refuse_code(trust)
         try:
             with _weights_only(not trust), warnings.catch_warnings(), _quiet():
                 warnings.simplefilter("ignore")
@@ -69,6 +72,17 @@ class ExportedFile(Source):
     def tensor(self, name: str) -> Tensor:
         """Give a tensor."""
         return self._tensors[name].detach()
+
+    def _refuse_code(self, trust: bool) -> None:
+        try:
+            code = None if trust else code_in(self.path)
+        except Exception as err:  # no record that torch.export wrote
+            raise damaged(self.path, err) from err
+        if code is not None:
+            raise CheckpointError(
+                f"{self.path}: {code} is no text that torch.export writes for a graph, and loading "
+                f"could run it; if you trust the file, read it with --trust"
+            )
 
 
 @contextlib.contextmanager
