@@ -257,9 +257,12 @@ def _transform_each(
                 outcome = transform_checkpoint(
                     checkpoint, output, operation, reading, dry_run=dry_run, progress=progress
                 )
-        except AimSurgeryError as err:
-            outcomes[checkpoint] = err
-            tell_error(err)
+        except Exception as err:
+            if alone and not isinstance(err, AimSurgeryError):
+                raise  # a defect of this package, to be reported whole
+            told_as = err if isinstance(err, AimSurgeryError) else _unforeseen(checkpoint, err)
+            outcomes[checkpoint] = told_as
+            tell_error(told_as)
             continue
         outcomes[checkpoint] = outcome
         if not as_json:
@@ -329,8 +332,9 @@ def restore_command(
     restored, notes = restore_file(
         checkpoint,
         target,
-        _built(model, arguments),
+        model,
         example,
+        model_args=arguments or None,
         key=key,
         ema=ema,
         trust=trust,
@@ -364,8 +368,9 @@ def fold_command(
     notes = fold_file(
         checkpoint,
         target,
-        _built(model, arguments),
+        model,
         example,
+        model_args=arguments or None,
         key=key,
         ema=ema,
         trust=trust,
@@ -375,13 +380,9 @@ def fold_command(
     return notes
 
 
-def _built(model: str | None, arguments: dict[str, Any]) -> Any:
-    """The model that the options name; without arguments its spec, without either the file's."""
-    if model is None or not arguments:
-        return model
-    from aim_surgery.checkpoint.models import build
-
-    return build(model, **arguments)
+def _unforeseen(checkpoint: Path, err: Exception) -> AimSurgeryError:
+    """An error that nobody thought of, so that it ends the work on one checkpoint alone."""
+    return AimSurgeryError(f"{checkpoint}: {type(err).__name__}: {err}")
 
 
 def _target(checkpoint: Path, output: str, *form: Any) -> Path:

@@ -9,14 +9,17 @@ plan.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from aim_surgery.capture import ExampleInputs, Inputs
 from aim_surgery.checkpoint.load import load
 from aim_surgery.checkpoint.reading.kinds import open_source
+from aim_surgery.checkpoint.reading.source import Source
 from aim_surgery.checkpoint.reading.torch_file import entry_of
 from aim_surgery.checkpoint.save import kind_to_write, refuse_unknown, write_content
 from aim_surgery.checkpoint.writing.atomic import check_target, refuse_itself
@@ -36,6 +39,7 @@ def restore_file(
     model: nn.Module | str | None = None,
     example_inputs: Inputs | None = None,
     *,
+    model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     ema: bool = False,
     trust: bool = False,
@@ -51,6 +55,7 @@ def restore_file(
             None tells of a plan.
         model: See `load`.
         example_inputs: What to measure the difference on, see `restore`.
+        model_args: See `load`.
         key: See `load`.
         ema: See `load`.
         trust: See `load`.
@@ -72,15 +77,15 @@ def restore_file(
         raise CheckpointError(
             f"{output}: a restored model goes into a .safetensors or a .pt file, or a .dcp folder"
         )
-    gm = load(checkpoint, model, key=key, ema=ema, trust=trust)
+    gm = load(checkpoint, model, model_args=model_args, key=key, ema=ema, trust=trust)
     source = open_source(checkpoint, key=key, ema=ema, trust=trust)
     base: Any = restore(gm, example_inputs)
     if kind == "safetensors":
-        state = base.state_dict()
+        state = _as_stored(base.state_dict(), source)
         entries = {name: entry_of(value) for name, value in state.items()}
         write_safetensors(output, entries, state.__getitem__, {})
         return base.restored, left_behind(source)
-    content, notes = base.state_dict(), left_behind(source)
+    content, notes = _as_stored(base.state_dict(), source), left_behind(source)
     if keeps_layout(source):
         content, notes = restored_layout(source, gm, drop_optimizer=drop_optimizer)
     write_content(output, content, Placeholders(), {})
@@ -93,6 +98,7 @@ def fold_file(
     model: nn.Module | str | None = None,
     example_inputs: Inputs | None = None,
     *,
+    model_args: Mapping[str, Any] | None = None,
     key: str | None = None,
     ema: bool = False,
     trust: bool = False,
@@ -108,6 +114,7 @@ def fold_file(
         model: See `load`.
         example_inputs: The sizes that are worked with most, see `fold`; by default those of the
             plan.
+        model_args: See `load`.
         key: See `load`.
         ema: See `load`.
         trust: See `load`.
@@ -126,7 +133,7 @@ def fold_file(
         )
     refuse_itself(checkpoint, output)
     check_target(output)
-    gm = load(checkpoint, model, key=key, ema=ema, trust=trust)
+    gm = load(checkpoint, model, model_args=model_args, key=key, ema=ema, trust=trust)
     gm.eval()  # a `train` of the model's own may return nothing
     folded: Any = fold(gm, example_inputs, batch_norm=batch_norm)
     if example_inputs is not None:
@@ -135,3 +142,20 @@ def fold_file(
         plan = plan_of(folded)
         inputs = None if plan is None else inputs_of_plan(plan.inputs, folded)
     return [*folded.notes, *write_exported(folded, inputs, output, {})]
+
+
+def _as_stored(state: dict[str, Any], source: Source) -> dict[str, Any]:
+    """The same values in the dtypes that the file has them in, where these can hold them."""
+    for name, value in state.items():
+        entry = source.entries.get(name)
+        stored = getattr(torch, entry.dtype) if entry else None
+        if (
+            stored
+            and isinstance(value, Tensor)
+            and stored.is_floating_point
+            and stored != value.dtype
+        ):
+            narrow = value.to(stored)
+            if torch.equal(narrow.to(value.dtype), value):
+                state[name] = narrow
+    return state

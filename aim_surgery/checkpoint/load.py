@@ -5,6 +5,7 @@ load(save(gm), model) = apply(model, plan) with the weights of gm
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,8 @@ from aim_surgery.surgery.state_dict import versioned
 from aim_surgery.surgery.widen import input_size
 
 _LIBRARIES = ("torchvision", "timm")
+# Their factories' arguments that say where weights come from.
+_OF_WEIGHTS = re.compile(r"weights|pretrained|checkpoint_path|cache_dir")
 
 
 def load(
@@ -45,6 +48,7 @@ def load(
     model: nn.Module | ExportedProgram | str | None = None,
     example_inputs: Inputs | None = None,
     *,
+    model_args: Mapping[str, Any] | None = None,
     form: Form | None = None,
     key: str | None = None,
     ema: bool = False,
@@ -60,6 +64,8 @@ def load(
             names it.
         example_inputs: Needed only where the plan could not hold the example inputs (dataclasses
             and other objects), or the model takes no zeros of their shapes (lengths).
+        model_args: Keyword arguments for the factory that the spec names, see `build`; by default
+            those in the file, less what would fetch or read other weights, where it is the file's.
         form: How sites are written, see `lower`; by default as in the model that was saved.
         key: Where in a training checkpoint the weights are, `checkpoint.model`; found by its usual
             names, or as those that were operated on, if left out.
@@ -96,7 +102,7 @@ def load(
     if isinstance(model, nn.Module | ExportedProgram):
         base, copy, what = model, True, type(model).__name__
     else:
-        base, what = _build(source, model)
+        base, what = _build(source, model, model_args)
         copy = False
         adopt_dtypes(base, entries, Names({name: name for name in entries}, ""))
     _refuse_other(base, plan, entries, f"{path}: the model that {what} gives")
@@ -169,7 +175,9 @@ def _refuse_other(base: Any, plan: Plan, entries: Mapping[str, Entry], what: str
         )
 
 
-def _build(source: Source, spec: str | None) -> tuple[nn.Module, str]:
+def _build(
+    source: Source, spec: str | None, model_args: Mapping[str, Any] | None
+) -> tuple[nn.Module, str]:
     stored = json_in(source, MODEL_KEY)
     wanted, args = spec or stored.get("spec"), stored.get("args", {})
     path = source.path
@@ -177,9 +185,14 @@ def _build(source: Source, spec: str | None) -> tuple[nn.Module, str]:
         raise CheckpointError(
             f"{path}: holds no model spec; pass the original model or its spec (--model)"
         )
-    if spec is None and wanted.partition(":")[0] not in _LIBRARIES:
+    library = wanted.partition(":")[0]
+    if spec is None and library not in _LIBRARIES:
         raise CheckpointError(
             f"{path}: its model is built by {wanted}, code that the file only names; if you trust "
             f"it, name it: --model {wanted} (in Python, model={wanted!r})"
         )
-    return build(wanted, **(args if wanted == stored.get("spec") else {})), wanted
+    if model_args is None:
+        model_args = args if wanted == stored.get("spec") else {}
+        if library in _LIBRARIES:  # a file shall fetch nothing
+            model_args = {n: v for n, v in model_args.items() if not _OF_WEIGHTS.match(n)}
+    return build(wanted, **model_args), wanted

@@ -6,6 +6,7 @@ Of many, each is by itself: one that fails changes nothing about the others.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import Any, Literal
 from aim_surgery.capture import Inputs
 from aim_surgery.checkpoint.operated import operate_checkpoint
 from aim_surgery.checkpoint.optimizer import carry_optimizer
-from aim_surgery.checkpoint.reading.kinds import kind_of, not_operated, open_source
+from aim_surgery.checkpoint.reading.kinds import ALONE, kind_of, not_operated, open_source
 from aim_surgery.checkpoint.reading.shards import SUFFIX as INDEX_SUFFIX
 from aim_surgery.checkpoint.reading.shards import read_index
 from aim_surgery.checkpoint.save import (
@@ -35,6 +36,11 @@ from aim_surgery.planning import Plan
 Format = Literal["safetensors", "shards", "pt", "dcp", "pt2"]
 _SUFFIXES = {"shards": INDEX_SUFFIX} | {f: f".{f}" for f in ("safetensors", "pt", "dcp", "pt2")}
 _CHECKPOINTS = (*TORCH_SUFFIXES, ".safetensors", ".pt2")
+# What the trainers of transformers and accelerate put beside the weights.
+_BESIDE = re.compile(
+    r"(training_args|optimizer(_\d+)?|scheduler(_\d+)?|scaler|sampler(_\d+)?)\.(bin|pt)"
+    r"|rng_state(_\d+)?\.pth"
+)
 
 
 @dataclass(frozen=True)
@@ -187,13 +193,15 @@ def _is_collection(path: Path) -> bool:
     """Whether a path is a folder of checkpoints, and not one checkpoint in a folder."""
     if not path.is_dir() or kind_of(path) == "dcp":
         return False
-    return len(_checkpoints_in(path)) > 1 or not list(path.glob(f"*{INDEX_SUFFIX}"))
+    found = _checkpoints_in(path)
+    first = found[0].name
+    return len(found) > 1 or not (first.endswith(INDEX_SUFFIX) or first == ALONE)
 
 
 def _checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints in a folder: files by their suffix, indexes in the place of their shards.
 
-    Of folders in it, distributed checkpoints.
+    Of folders in it, distributed checkpoints; of files, none that trainers put beside weights.
     """
     try:
         entries = sorted(folder.iterdir())
@@ -208,6 +216,7 @@ def _checkpoints_in(folder: Path) -> list[Path]:
         for entry in entries
         if (kind_of(entry) == "dcp" if entry.is_dir() else entry.suffix.lower() in _CHECKPOINTS)
         and entry not in shards
+        and not _BESIDE.fullmatch(entry.name)
         and not entry.name.startswith(".")
     ]
     found = sorted([*indexes, *files])

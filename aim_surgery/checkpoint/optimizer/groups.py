@@ -19,6 +19,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torch import Tensor
+
 from aim_surgery.checkpoint.optimizer.moments import Shape, fits
 from aim_surgery.checkpoint.optimizer.parameter_order import Found, Parameters
 from aim_surgery.errors import CheckpointError
@@ -104,10 +106,10 @@ def _kinds_of(
             if key in found.names:
                 matrices.add(len(before.shapes[found.names[key]]) > 1)
             elif entry:
-                matrices |= {
-                    len(shape) > 1 for shape in set(before.shapes.values())
-                    if fits(entry, shape, group)
-                }  # fmt: skip
+                fitting = {s for s in before.shapes.values() if fits(entry, s, group)}
+                own = {tuple(v.shape) for v in entry.values() if isinstance(v, Tensor)}
+                # moments of one number pass for a counter of any parameter's
+                matrices |= {len(shape) > 1 for shape in fitting & own or fitting}
         if len(matrices) == 1:
             kinds[matrices.pop()] = index
     return kinds if len(kinds) == 2 else {}

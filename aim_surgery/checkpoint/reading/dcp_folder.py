@@ -22,6 +22,7 @@ from aim_surgery.checkpoint.reading.nesting import (
     beside,
     find_all,
     is_optimizer_state,
+    is_tensor,
     value_at,
     weights_in,
 )
@@ -51,18 +52,20 @@ class DcpFolder(Source):
 
     kind = "distributed checkpoint (DCP)"
 
-    def __init__(self, path: Path, *, key: str | None, ema: bool) -> None:
+    def __init__(self, path: Path, *, key: str | None, ema: bool, trust: bool) -> None:
         """Read the metadata.
 
         Args:
             path: The folder.
             key: See `weights_in`.
             ema: See `weights_in`.
+            trust: Whether pickled objects beside the tensors may run code; those of the format
+                itself never may.
 
         Raises:
             CheckpointError: It is damaged, names foreign classes, or holds no weights.
         """
-        self.path = path
+        self.path, self._trust = path, trust
         self._metadata = _read_metadata(path / METADATA)
         told = self._metadata.state_dict_metadata
         names = {place: name for name, place in _places(self._metadata).items()}
@@ -70,9 +73,23 @@ class DcpFolder(Source):
         self.where = weights_in(outline, path, key=key, ema=ema)
         self.besides = beside(outline, self.where)
         weights = value_at(outline, self.where)
-        self.entries = {name: Entry(v.shape, v.dtype) for name, v in weights.items()}
+        self.entries = {n: Entry(v.shape, v.dtype) for n, v in weights.items() if is_tensor(v)}
         self._names = {name: names[(*self.where, name)] for name in self.entries}
+        self.extras = self._extras(told, [name for name in weights if name not in self.entries])
         self.metadata = notes_in(path)
+
+    def _extras(self, told: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
+        """What the weights hold besides tensors; dicts and lists were written in parts."""
+        depth = len(self.where)
+        parts = {
+            name: self._value(name, told[name])
+            for name, place in _places(self._metadata).items()
+            if place[:depth] == self.where and place[depth : depth + 1] and place[depth] in wanted
+        }
+        if not parts:
+            return {}
+        found = value_at(self._nested(parts), self.where)
+        return {name: found[name] for name in wanted}
 
     @functools.cached_property
     def content(self) -> Any:
@@ -161,7 +178,7 @@ class DcpFolder(Source):
             check_archive(raw, self.path / file)
             raw.seek(0)
             with torch.serialization.safe_globals(plain_classes()):
-                return torch.load(raw, map_location="cpu", weights_only=True)
+                return torch.load(raw, map_location="cpu", weights_only=not self._trust)
         except CheckpointError:
             raise
         except OSError as err:

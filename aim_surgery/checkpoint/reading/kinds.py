@@ -9,6 +9,7 @@ a folder            torch.distributed.checkpoint        DcpFolder
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-_ALONE = "model.safetensors"  # in folders that transformers and diffusers write
+ALONE = "model.safetensors"  # in folders that transformers and diffusers write
 _ONE_SET = ("safetensors", "index", "exported")
 
 
@@ -55,11 +56,11 @@ def open_source(
         case "safetensors":
             return SafetensorsFile(path)
         case "index":
-            return Shards(path, open_source)
+            return Shards(path, functools.partial(open_source, trust=trust))
         case "dcp":
             from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 
-            return DcpFolder(path, key=key, ema=ema)
+            return DcpFolder(path, key=key, ema=ema, trust=trust)
         case "exported":
             from aim_surgery.checkpoint.reading.exported_file import ExportedFile
 
@@ -173,11 +174,11 @@ def _index_in(folder: Path) -> Path:
         found = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     except OSError as err:
         raise unreadable(folder, err) from err
-    alone = folder / _ALONE
+    alone = folder / ALONE
     if not found and alone.is_file():
         return alone
     if len(found) != 1:
-        there = f"{len(found)} indexes of shards" if found else f"no index of shards or {_ALONE}"
+        there = f"{len(found)} indexes of shards" if found else f"no index of shards or {ALONE}"
         raise CheckpointError(
             f"{folder}: is a folder with {there} in it; expected a checkpoint file"
         )

@@ -29,7 +29,7 @@ AVERAGED = (
     "params_ema", "averaged_model", "swa_model",
 )  # fmt: skip
 _DEPTH = 4
-_EXTRA_STATE = "_extra_state"
+EXTRA_STATE = "_extra_state"
 
 
 def is_tensor(value: Any) -> bool:
@@ -43,7 +43,7 @@ def is_state_dict(value: Any) -> bool:
         isinstance(value, Mapping)
         and bool(value)
         and all(isinstance(name, str) for name in value)
-        and all(is_tensor(v) or name.endswith(_EXTRA_STATE) for name, v in value.items())
+        and all(is_tensor(v) or name.endswith(EXTRA_STATE) for name, v in value.items())
         and any(is_tensor(v) for v in value.values())
     )
 
@@ -51,6 +51,14 @@ def is_state_dict(value: Any) -> bool:
 def is_optimizer_state(value: Any) -> bool:
     """Whether a value is what `torch.optim.Optimizer.state_dict` gives."""
     return isinstance(value, Mapping) and {"state", "param_groups"} <= set(value)
+
+
+def is_flat_optimizer_state(value: Any) -> bool:
+    """Whether a value is that of `get_optimizer_state_dict` with `flatten_optimizer_state_dict`."""
+    return isinstance(value, Mapping) and all(
+        any(isinstance(name, str) and name.startswith(part) for name in value)
+        for part in ("state.", "param_groups.")
+    )
 
 
 def is_operated(value: Any) -> bool:

@@ -105,7 +105,7 @@ class Outliner(pickle.Unpickler):
             }.get(name, functools.partial(Foreign, f"{module}.{name}"))
         if module in ("torch", "torch.storage") and name in _STORAGES:
             return Dtype(_STORAGES[name])
-        if module == "torch" and name.rstrip("0123456789_") in _DTYPE_STEMS:
+        if module == "torch" and {name, name.rstrip("0123456789_")} & _DTYPE_STEMS:
             return Dtype(name)
         ours = module.partition(".")[0] == "torch" and not module.startswith("torch.nn")
         if not ours and not is_plain(f"{module}.{name}"):

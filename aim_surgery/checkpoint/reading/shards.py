@@ -95,6 +95,8 @@ def read_index(path: Path) -> dict[str, dict[str, str]]:
     for file in sorted(set(files.values())):
         if PurePath(file).is_absolute() or ".." in PurePath(file).parts or not PurePath(file).name:
             raise CheckpointError(f"{path}: names a shard outside its folder: {file!r}")
+        if file.endswith(SUFFIX):
+            raise CheckpointError(f"{path}: names an index where a shard should be: {file!r}")
     if not files:
         raise CheckpointError(f"{path}: names no tensor at all")
     metadata = index.get("metadata")

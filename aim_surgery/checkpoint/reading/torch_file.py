@@ -67,6 +67,7 @@ class TorchFile(Source):
         weights: Any = found if self.module is None else self.module.state_dict()
         self._tensors = {name: value for name, value in weights.items() if is_tensor(value)}
         self.extras = {name: value for name, value in weights.items() if not is_tensor(value)}
+        _refuse_without_values(self._tensors, path)
         self.entries = {name: entry_of(value) for name, value in self._tensors.items()}
         self.versions = getattr(weights, "_metadata", None)
         self.metadata = metadata_in(self.versions)
@@ -79,6 +80,14 @@ class TorchFile(Source):
 def entry_of(tensor: Tensor) -> Entry:
     """What a source tells of a tensor."""
     return Entry(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+
+
+def _refuse_without_values(tensors: dict[str, Any], path: Path) -> None:
+    """Refuse weights that can't be widened: there is no place for a value at each index."""
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_meta:
+            what = "on the meta device, without values" if value.is_meta else "sparse"
+            raise CheckpointError(f"{path}: {name} is {what}; save it as a dense tensor")
 
 
 def _is_weights(value: Any) -> bool:

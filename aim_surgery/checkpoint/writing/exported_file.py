@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +44,54 @@ def write_exported(
         raise CheckpointError(
             f"{path}: the model can't be exported: {err}; keep the .safetensors file"
         ) from err
-    with replacing(path) as temporary, temporary.open("w+b") as file:
-        torch.export.save(
-            program, file, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
-        )
+    with replacing(path) as temporary, temporary.open("wb", buffering=0) as file:
+        patient: Any = _Patient(file)
+        try:
+            torch.export.save(
+                program, patient, extra_files={"aim_surgery.json": json.dumps(dict(metadata))}
+            )
+        except Exception as err:  # outputs of a class that the exporter can't name, say
+            raise CheckpointError(
+                f"{path}: the program can't be stored: {err}; keep the .safetensors file"
+            ) from err
+        if patient.failure is not None:
+            raise patient.failure
     return notes
+
+
+class _Patient(io.RawIOBase):
+    """Takes what is written when the disk is full as well: PyTorch's writer would abort Python.
+
+    Attributes:
+        failure: Why writing failed, to be raised afterwards.
+    """
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        super().__init__()
+        self.file, self.failure = file, cast("OSError | None", None)
+
+    def write(self, data: Any) -> int:
+        """Write all of it, or nothing once something went wrong."""
+        view = memoryview(data).cast("B")
+        done = 0
+        try:
+            while self.failure is None and done < len(view):
+                done += self.file.write(view[done:]) or 0
+        except OSError as err:
+            self.failure = err
+        return len(view)
+
+    def writable(self) -> bool:
+        """Asked by PyTorch."""
+        return True
+
+    def seekable(self) -> bool:
+        """Asked by PyTorch."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """PyTorch winds back when all is written."""
+        return self.file.seek(offset, whence)
 
 
 def _free_or_fixed(

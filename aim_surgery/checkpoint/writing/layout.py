@@ -22,7 +22,7 @@ from aim_surgery.checkpoint.operated import Operated
 from aim_surgery.checkpoint.optimizer import restore_optimizer
 from aim_surgery.checkpoint.reading.dcp_folder import DcpFolder
 from aim_surgery.checkpoint.reading.names import Names, match_names
-from aim_surgery.checkpoint.reading.nesting import Where, is_tensor, value_at
+from aim_surgery.checkpoint.reading.nesting import EXTRA_STATE, Where, is_tensor, value_at
 from aim_surgery.checkpoint.reading.source import Source
 from aim_surgery.checkpoint.reading.torch_file import TorchFile, entry_of
 from aim_surgery.checkpoint.writing.relaid import Weights, entries_of, relaid
@@ -160,7 +160,10 @@ def _weights(
 
     by_key = {key: name for name, key in reversed([*names.keys.items()])}
     found: dict[str, Any] = {}
+    lost = _lost_states(operated.model, weights, names.prefix)
     for key, value in weights.items():
+        if key in lost:
+            continue
         found[key] = tensor(by_key[key]) if key in by_key else value
     for name in (*operated.entries, *operated.aliases):
         key = names.key_of(name)
@@ -168,6 +171,13 @@ def _weights(
             found[key] = tensor(name)
     versions = getattr(weights, "_metadata", None) or _own_versions(operated.model, names.prefix)
     return versioned(found, {**versions, FORMAT_KEY: dict(metadata)})
+
+
+def _lost_states(gm: nn.Module, weights: Mapping[str, Any], prefix: str) -> set[str]:
+    """Extra state of modules that the operated model doesn't have: a graph has none."""
+    states = {key for key in weights if key.rpartition(".")[2] == EXTRA_STATE}
+    own = gm.state_dict(keep_vars=True) if states else {}
+    return {key for key in states if key.removeprefix(prefix) not in own}
 
 
 def _own_versions(gm: nn.Module, prefix: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from aim_surgery.checkpoint.reading.nesting import (
     Where,
     dotted,
     find_all,
+    is_flat_optimizer_state,
     is_optimizer_state,
     is_other_scheduler,
     is_scheduler_state,
@@ -132,7 +133,13 @@ class _Layout:
             self._leave(where, "a scheduler of another number of groups")
 
     def tell_of_copies(self) -> None:
-        """Tell of lists of tensors that may be copies of weights."""
+        """Tell of lists of tensors that may be copies of weights, and of flat optimizer states."""
+        for where in find_all(self._source.content, is_flat_optimizer_state):
+            self._leave(
+                where,
+                "an optimizer's state in one flat dict, which does not fit the model any more: "
+                "save it without flatten_optimizer_state_dict",
+            )
         values = filter(is_tensor, self._own.values())
         shapes = {tuple(value.shape) for value in values if value.ndim > 1}
         for where in find_all(self._source.content, is_tensor_list):

@@ -46,6 +46,7 @@ def write_shards(
     Raises:
         CheckpointError: They can't be written; the old ones are still there then.
     """
+    path = path.resolve() if path.is_symlink() else path  # the shards lie beside what it names
     groups = _groups(entries, shard_bytes)
     names = _free_names(path, len(groups))
     old = _old_shards(path)
