@@ -78,4 +78,7 @@ def cycled(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
     old = tensor.shape[axis]
     if size == old:
         return tensor
-    return tensor.index_select(axis, torch.arange(size, device=tensor.device) % old)
+    index = torch.arange(size, device=tensor.device) % old
+    if tensor.layout not in (torch.strided, torch.sparse_coo):
+        return tensor.to_sparse().index_select(axis, index).to_sparse(layout=tensor.layout)
+    return tensor.index_select(axis, index)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,32 @@ def deep_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> Any:
     Returns:
         The copy.
     """
-    twin = copy.deepcopy(module, derived_tensors(module) | (memo or {}))
+    known = derived_tensors(module) | (memo or {})
+    twin = copy.deepcopy(module, known)
+    own_script_parameters(module, twin, known)
     keep_attributes(module, twin)
     return twin
+
+
+def own_script_parameters(module: nn.Module, twin: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Give copies of TorchScript modules parameters of their own.
+
+    `deepcopy` leaves them clones with a history, whose gradients reach the model's.
+
+    Args:
+        module: The model, or a part of it; left unchanged.
+        twin: Its copy.
+        memo: What stands for which parameter, by identity; the others get copies.
+    """
+    twins = dict(twin.named_modules())
+    for path, script in module.named_modules():
+        if not isinstance(script, torch.jit.ScriptModule):
+            continue
+        for name, parameter in script.named_parameters(recurse=False):
+            own = memo.get(id(parameter))
+            if own is None:
+                own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(twins[path], name, own)
 
 
 def twin_of(model: nn.Module, training: bool) -> nn.Module:
@@ -84,6 +107,8 @@ def twin_of(model: nn.Module, training: bool) -> nn.Module:
 def is_shape_only(tensor: torch.Tensor) -> bool:
     """Whether a tensor's floats are all the same: then its shape counts, and not its values."""
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() < 2:
+        return False
+    if tensor.layout != torch.strided:  # where its values are is some of what it says
         return False
     return bool((tensor == tensor.flatten()[0]).all())
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -110,7 +110,8 @@ class View:
             return self._seen_from(self.memory().to(x), x)
         autocast = torch.is_autocast_enabled(x.device.type)
         value = (id(self.memory), x.dtype, x.device, autocast)
-        key = (*value, self.planes, self.spatial, x.shape[x.ndim - len(self.spatial) :])
+        size = x.shape[-len(self.spatial) :] if self.spatial else ()  # nested tensors have no shape
+        key = (*value, self.planes, self.spatial, size)
         if key not in seen:
             if value not in seen:
                 seen[value] = self.memory().to(x)
@@ -131,6 +132,15 @@ class View:
             planes = averaged(planes, self.planes)
         planes = planes.reshape(self.planes, *self.spatial)
         return ADAPTIVE_POOLS[dims](planes, x.shape[-dims:])
+
+
+def of_each(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """A function of each part of a nested tensor.
+
+    `nn.TransformerEncoder` makes some of padded input, in evaluation without gradients.
+    """
+    parts = [function(part) for part in x.unbind()]
+    return torch.nested.as_nested_tensor(parts, layout=x.layout)
 
 
 class _Hook:
@@ -181,6 +191,8 @@ class JoinMemory(_Hook):
 
     def _joined(self, x: Tensor) -> Tensor:
         view = self.view.for_input(x)
+        if x.is_nested:
+            return of_each(x, lambda part: torch.cat([part, view.expand(*part.shape[:-1], -1)], -1))
         axis = -view.ndim
         if self.groups > 1:
             x = x.unflatten(axis, (self.groups, -1))
@@ -214,6 +226,8 @@ class AddMemory(_Hook):
         """Add the memory's part; it has no batch and broadcasts."""
         view = self.view_for(args[0] if args else kwargs[self.name])
         dims = len(self.view.spatial)
+        if output.is_nested:
+            return of_each(output, lambda part: part + self.beside(view).to(part))
         if not dims:
             return output + self.beside(view).to(output)
         size = list(output.shape[-dims:])

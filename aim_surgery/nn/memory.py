@@ -107,8 +107,10 @@ class Memory(nn.Linear):
     def _note(self, written: Tensor) -> None:
         wanted = self.training and self.enabled and self.carry_state
         if wanted and not nothing_to_average(written):
-            mean = mean_over_samples(written.detach()).squeeze(0)
-            self.state.lerp_(mean.to(self.state), self.momentum)
+            mean = mean_over_samples(written.detach()).squeeze(0).to(self.state)
+            # a batch that overflowed is skipped by scalers of losses: it shall leave nothing here
+            mean = torch.where(mean.isfinite(), mean, self.state)
+            self.state.lerp_(mean, self.momentum)
 
     def reset(self) -> None:
         """Forget the state; weight and bias stay."""

@@ -16,6 +16,19 @@ from torch import Tensor
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS
 
 
+def entries_of_each(entries: int, samples: int) -> int:
+    """How many entries along an axis belong to each sample: its windows, its frames.
+
+    Args:
+        entries: Size of the axis.
+        samples: N, which divides it; 0 of an empty batch. In a graph, a symbol or a tensor.
+
+    Returns:
+        Their ratio.
+    """
+    return 1 if isinstance(samples, int) and samples == 0 else entries // samples
+
+
 def averaged(memory: Tensor, groups: int) -> Tensor:
     """Average floats, or planes, in contiguous groups, as `adaptive_avg_pool` forms them.
 

@@ -187,7 +187,9 @@ class WriteBlock(nn.Module):
     def _note(self, update: Tensor) -> None:
         self.batches.add_(1)
         share = self.batches.to(self.running.dtype).reciprocal().clamp(min=self.momentum)
-        self.running.add_(share * (update.to(self.running) - self.running))
+        change = update.to(self.running) - self.running
+        # a batch that overflowed leaves nothing here
+        self.running.add_(share * torch.where(change.isfinite(), change, 0))
 
     def _update(self, features: Tensor, view: Tensor | None) -> Tensor:
         """What the features say, (N, M)."""

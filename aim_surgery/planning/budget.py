@@ -72,6 +72,10 @@ def choose_sizes(
         full = tuple(available_planes(floats, point.spatial) for point in points)
         widths = config.widths or (MOST_WIDTH,)
         return Sizes(floats, home, available_by_layer(sites, floats), widths, full)
+    if not parameters:
+        raise RequestError(
+            "the model has no parameters that a budget could be a share of: use None"
+        )
     purse = _Purse(config, sites, points, parameters, home)
     notes: tuple[str, ...] = ()
     wanted = DEFAULT_BUDGET if config.budget == "auto" else config.budget

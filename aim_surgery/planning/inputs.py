@@ -45,8 +45,8 @@ def _spec(value: Any) -> Any:
         return value
     if type(value) in (tuple, list):
         return (type(value).__name__, tuple(_spec(item) for item in value))
-    if isinstance(value, Mapping):
-        return ("dict", tuple((str(key), _spec(item)) for key, item in value.items()))
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return ("dict", tuple((key, _spec(item)) for key, item in value.items()))
     raise TypeError(type(value).__name__)
 
 

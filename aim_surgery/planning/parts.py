@@ -105,8 +105,8 @@ class Read:
         site = self.site
         if site.kind == "conv_transpose":
             inputs = math.prod(site.spatial)
-            return self.parameters * inputs
-        return self.parameters * site.positions
+            return self.parameters * inputs * site.windows
+        return self.parameters * site.positions * site.windows
 
 
 @dataclass(frozen=True)
@@ -197,15 +197,15 @@ class Write:
             norm=self.norm,
         )
 
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per sample, on the example's size."""
+    def macs(self, layout: tuple[int, ...]) -> int:
+        """Multiply-accumulates per sample, on the example's size, for a memory of this layout."""
         point, rank = self.point, len(self.point.spatial)
         joined, total = point.channels + self.planes, 0
         for width in self.widths:
             total += joined * width * self.kernel_size**rank * point.positions
             joined = width
-        return total + joined * self.outputs
+        places = math.prod(layout[1:]) if len(layout[1:]) == rank else 1  # pooled to
+        return total + joined * self.outputs * places
 
 
 def seen_as(floats: int, spatial: tuple[int, ...]) -> tuple[int, How]:

@@ -103,7 +103,12 @@ class Plan:
     @property
     def macs(self) -> int:
         """Extra multiply-accumulates per sample, on the example's size."""
-        return sum(part.macs for part in (*self.reads, *self.writes))
+        return sum(read.macs for read in self.reads) + sum(map(self.macs_of, self.writes))
+
+    def macs_of(self, write: Write) -> int:
+        """Those of one write."""
+        memory = next(memory for memory in self.memories if memory.name == write.memory)
+        return write.macs(memory.layout)
 
     def varies(self, memory: str, version: int) -> bool:
         """Whether a version of a memory is another for each sample: some write made it so."""

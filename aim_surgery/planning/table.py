@@ -36,10 +36,10 @@ def _rows(plan: Plan) -> list[tuple[str, ...]]:
     rows, pending = [], list(plan.writes)
     for read in plan.reads:
         made = [w for w in pending if w.memory == read.memory and w.version <= read.version]
-        rows += [_write_row(write) for write in made]
+        rows += [_write_row(plan, write) for write in made]
         pending = [write for write in pending if write not in made]
         rows.append(_read_row(read))
-    return rows + [_write_row(write) for write in pending]
+    return rows + [_write_row(plan, write) for write in pending]
 
 
 def _read_row(read: Read) -> tuple[str, ...]:
@@ -52,13 +52,13 @@ def _read_row(read: Read) -> tuple[str, ...]:
     return (site.name, kind, *sizes, how, version, layer, f"{read.parameters:,}", _short(read.macs))
 
 
-def _write_row(write: Write) -> tuple[str, ...]:
+def _write_row(plan: Plan, write: Write) -> tuple[str, ...]:
     point = write.point
     sizes = (_size(point.spatial), f"{write.available}", f"{write.planes}")
     how = f"{write.mode}, a {write.per}"
     widths = "-".join(str(width) for width in write.widths)
     version = f"{write.source} -> {_version(write.memory, write.version)}"
-    costs = (f"{write.parameters:,}", _short(write.macs))
+    costs = (f"{write.parameters:,}", _short(plan.macs_of(write)))
     return (f"{point.name}:", f"write {point.stage}", *sizes, how, version, widths, *costs)
 
 

@@ -6,10 +6,11 @@ one computed from parameters (weight standardisation, parametrisations).
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +84,8 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
     looked_at = _weights_looked_at(capture)
     seen: Counter[str] = Counter()
     geometries: dict[str, list[tuple[Any, ...]]] = {}
+    model = capture.model
+    taken = {name for name, _ in (*model.named_modules(), *model.named_parameters())}
     formulas: dict[fx.Node | str, int] = {}
     sized = weight_sources(capture, graph, sized=True)
     found = [
@@ -111,8 +114,7 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
             known.append(geometry)
         # two shapes or slices of one weight (an autoencoder that decodes with W^T, the query and
         # the key part of packed attention) are two layers
-        number = known.index(geometry) + 1
-        layer = site.layer if number == 1 else f"{site.layer}_{number}"
+        layer = _layer_name(site.layer, known.index(geometry), taken)
         name = f"{layer}@{seen[layer]}" if seen[layer] else layer
         seen[layer] += 1
         axis, windows = samples.at(call.source, call.channel_axis(call.source))
@@ -121,9 +123,9 @@ def find_calls(capture: Capture, graph: fx.Graph) -> tuple[Call, ...]:
         behind = call.weight_first and axis == call.source.meta["val"].ndim - 1
         if unaligned or behind:
             axis, windows = None, 1
-        if call.table is not None:
-            entries = call.node.meta["val"].numel() // max(samples.count, 1)
-            site = replace(site, positions=-(-entries // site.out_channels))
+        if not site.spatial:
+            entries = call.node.meta["val"].numel() // max(site.out_channels, 1)
+            site = replace(site, positions=-(-entries // (max(samples.count, 1) * windows)))
         site = replace(site, name=name, layer=layer, sample_axis=axis, windows=windows)
         calls.append(replace(call, site=site))
     return tuple(calls)
@@ -365,6 +367,12 @@ def _site(
         widens=not why_beside,
         why_beside=why_beside,
     )
+
+
+def _layer_name(layer: str, number: int, taken: Collection[str]) -> str:
+    """A name for the further shapes of a weight, `W_2`, that nothing else in the model has."""
+    free = (name for n in itertools.count(2) if (name := f"{layer}_{n}") not in taken)
+    return next(itertools.islice(free, number - 1, None)) if number else layer
 
 
 def _weights_looked_at(capture: Capture) -> frozenset[str]:

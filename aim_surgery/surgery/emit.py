@@ -23,7 +23,7 @@ from torch import fx
 
 from aim_surgery.errors import PlanError, UnsupportedLayerError
 from aim_surgery.nn.spatial import ADAPTIVE_POOLS, channels_last_format
-from aim_surgery.nn.views import averaged
+from aim_surgery.nn.views import averaged, entries_of_each
 from aim_surgery.planning import Plan, Read, Write
 from aim_surgery.planning.parts import seen_as
 from aim_surgery.sites import Call
@@ -201,7 +201,7 @@ class GraphWriter:
         if self._windows:  # several entries a sample: its windows, its frames
             there = self._call(operator.getitem, shape, axis)
             ours = self._call(operator.getitem, self._call(getattr, view, "shape"), 0)
-            times = self._call(operator.floordiv, there, ours)
+            times = self._call(entries_of_each, there, ours)
             view = self._call(torch.repeat_interleave, view, times, 0)
         dims = len(site.spatial)
         lead = self._call(operator.getitem, shape, slice(None, features - dims))

@@ -256,7 +256,9 @@ def _beside_weight(
     shape = (site.out_channels, read.planes, *site.kernel_size)
     if site.kind == "conv_transpose":
         shape = (read.planes, site.out_channels, *site.kernel_size)
-    if fan_in is None:
+    if fan_in is None and site.kind == "conv_transpose":  # as torch takes it
+        fan_in = site.out_channels // site.groups * math.prod(site.kernel_size)
+    elif fan_in is None:
         fan_in = (site.in_channels // site.groups + read.planes) * math.prod(site.kernel_size)
     weight = model.get_parameter(site.weights[0])
     return beside_weight(weight, shape, fan_in=fan_in, init=plan.init, device=device)

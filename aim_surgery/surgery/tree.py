@@ -16,7 +16,12 @@ import torch
 from torch import nn
 
 from aim_surgery.capture import Capture
-from aim_surgery.capture.copies import deep_copy, derived_tensors, keep_attributes
+from aim_surgery.capture.copies import (
+    deep_copy,
+    derived_tensors,
+    keep_attributes,
+    own_script_parameters,
+)
 from aim_surgery.capture.leaves import is_stock
 
 _IMMUTABLE = frozenset((bool, int, float, str, type(None), torch.dtype))
@@ -65,7 +70,9 @@ class _Builder:
     def _copy(self, module: nn.Module, path: str) -> nn.Module:
         if type(module).__module__.startswith("torch.nn.modules."):
             return self._copy_stock(module)
-        return copy.deepcopy(module, self._memo)
+        twin = copy.deepcopy(module, self._memo)
+        own_script_parameters(module, twin, self._memo)
+        return twin
 
     def _copy_stock(self, module: nn.Module) -> nn.Module:
         """`deepcopy`, with short cuts for what a stock layer mostly holds: numbers and nothing."""

@@ -161,6 +161,8 @@ def samples_for(
         on_meta = tensor.device.type == "meta"
         if not tensor.is_floating_point():
             return torch.zeros_like(tensor, device=device) if on_meta else tensor.detach()
+        if tensor.layout != torch.strided:
+            return tensor.detach()
         if given and not on_meta and tensor.numel() and bool((tensor != tensor.flatten()[0]).any()):
             return tensor.detach()
         noise = torch.randn(tensor.shape, generator=generator, device="cpu")
