@@ -134,6 +134,17 @@ def test_the_code_is_code(program: Path, name: str) -> None:
     assert Path("ran").exists()
 
 
+@pytest.mark.parametrize(("place", "refused"), [("models/extra/", True), ("extra/", False)])
+def test_only_text_that_torch_leaves_alone_may_say_anything(
+    program: Path, place: str, refused: bool
+) -> None:
+    with zipfile.ZipFile(program, "a") as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        model = json.loads(archive.read(f"{root}/models/model.json"))
+        archive.writestr(f"{root}/{place}other.json", json.dumps({**model, "guards_code": [RUN]}))
+    assert bool(code_in(program)) is refused
+
+
 def test_a_record_that_is_no_json(program: Path) -> None:
     _edited(program, lambda text: text[:-9])
     with pytest.raises(CheckpointError, match="damaged"):
@@ -165,6 +176,13 @@ def test_a_record_that_is_no_json(program: Path) -> None:
         ("L[open('x')]", False, False),
         ("L['x'] == '\\' or open'", False, False),
         ("L.size(open)", False, False),
+        ("L['''a'b'''].size()[0] == 1", False, False),
+        ("L['a'][0]['''a'b''']", False, False),
+        ("L['a' 'b'][0] == 1", False, True),
+        ("L['more']['a key'].size()[0] == 1", False, True),
+        ("Symbol('a key')", False, False),
+        ("L['a'][b'b']", False, False),
+        ("L['x'] == b'b'", False, False),
     ],
 )  # fmt: skip
 def test_grammars(text: str, expression: bool, condition: bool) -> None:

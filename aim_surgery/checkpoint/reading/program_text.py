@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 _REMARKS = frozenset({"metadata"})
-_NAME = re.compile(r"[\w.]*")
+_NAME = re.compile(r"[\w./-]*")
 _STRING = re.compile(r"""[^'"`\\()\[\]{};\x00-\x1f\x7f\u0085\u2028\u2029]*""")
 _WORD = re.compile(r"[\w.+-]*")
-_OWN = re.compile(r"(^|/)extra/")  # text of whoever wrote the file, and only they read it
+_OWN = "extra/"  # text of whoever wrote the file, and only they read it
 
 _SIZES = frozenset({
     "Symbol", "Integer", "Float", "Rational", "Half", "One", "Zero", "NegativeOne", "Add", "Mul",
@@ -68,7 +68,7 @@ def code_in(path: Path) -> str | None:
     """
     reader = torch._C.PyTorchFileReader(str(path))
     for record in reader.get_all_records():
-        if record.endswith(".json") and not _OWN.search(record):
+        if record.endswith(".json") and not record.startswith(_OWN):
             for key, text in _texts(json.loads(reader.get_record(record)), "name"):
                 if not _ALLOWED.get(key, _NAME.fullmatch)(text):
                     return f"{key} {text[:60]!r}"
@@ -94,30 +94,33 @@ def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
 
 def _is_expression(text: str) -> bool:
     """Of sizes: what `sympy.sympify` is given."""
-    return _holds(text, _is_size)
+    return _holds(text, _is_size, _WORD)
 
 
 def _is_condition(text: str) -> bool:
     """On inputs: `L['x'].size()[1] % 8 == 0`."""
-    return _holds(text, _is_of_inputs)
+    return _holds(text, _is_of_inputs, _STRING)
 
 
-def _holds(text: str, of_kind: Callable[[ast.AST], bool]) -> bool:
+def _holds(text: str, of_kind: Callable[[ast.AST], bool], quoted: re.Pattern[str]) -> bool:
+    """Whether all of a text is known: its names and calls, and what stands in quotes."""
+
+    def known(node: ast.AST) -> bool:
+        if isinstance(node, ast.Call):
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            return of_kind(node) and all(map(known, given))
+        if isinstance(node, ast.Constant):
+            if isinstance(node.value, str):
+                return quoted.fullmatch(node.value) is not None
+            return not isinstance(node.value, bytes)
+        if isinstance(node, _GRAMMAR):
+            return all(map(known, ast.iter_child_nodes(node)))
+        return of_kind(node)
+
     try:
-        return "\n" not in text and '"' not in text and _all(ast.parse(text, mode="eval"), of_kind)
+        return not set(text) & {"\n", '"', "\\"} and known(ast.parse(text, mode="eval"))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-
-
-def _all(node: ast.AST, of_kind: Callable[[ast.AST], bool]) -> bool:
-    if isinstance(node, ast.Call):
-        given = [*node.args, *(keyword.value for keyword in node.keywords)]
-        return of_kind(node) and all(_all(argument, of_kind) for argument in given)
-    if isinstance(node, ast.Constant):
-        return not isinstance(node.value, str | bytes) or _is_word(node.value)
-    if isinstance(node, _GRAMMAR):
-        return all(_all(child, of_kind) for child in ast.iter_child_nodes(node))
-    return of_kind(node)
 
 
 def _is_size(node: ast.AST) -> bool:
@@ -140,18 +143,18 @@ def _is_of_inputs(node: ast.AST) -> bool:
             return not called.attr.startswith("_")
         return called.attr in _OF_A_TENSOR and _is_of_inputs(of)
     if isinstance(node, ast.Subscript):
-        index = node.slice
-        return (
-            isinstance(index, ast.Constant) and _all(index, _is_size) and _is_of_inputs(node.value)
-        )
+        return _is_index(node.slice) and _is_of_inputs(node.value)
     if isinstance(node, ast.Attribute):  # math.inf; never called
         of = node.value
         return isinstance(of, ast.Name) and of.id == "math" and not node.attr.startswith("_")
     return isinstance(node, ast.Name) and node.id in ("L", "inf")
 
 
-def _is_word(text: str | bytes) -> bool:
-    return isinstance(text, str) and _WORD.fullmatch(text) is not None
+def _is_index(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Constant):
+        return False
+    key = node.value
+    return isinstance(key, int) or (isinstance(key, str) and _STRING.fullmatch(key) is not None)
 
 
 # Containers -----------------------------------------------------------------------------------
