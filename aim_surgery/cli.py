@@ -257,15 +257,16 @@ def _transform_each(
                 outcome = transform_checkpoint(
                     checkpoint, output, operation, reading, dry_run=dry_run, progress=progress
                 )
+        except AimSurgeryError as err:
+            outcome = err
         except Exception as err:
-            if alone and not isinstance(err, AimSurgeryError):
+            if alone:
                 raise  # a defect of this package, to be reported whole
-            told_as = err if isinstance(err, AimSurgeryError) else _unforeseen(checkpoint, err)
-            outcomes[checkpoint] = told_as
-            tell_error(told_as)
-            continue
+            outcome = AimSurgeryError(f"{checkpoint}: {type(err).__name__}: {err}")
         outcomes[checkpoint] = outcome
-        if not as_json:
+        if isinstance(outcome, AimSurgeryError):
+            tell_error(outcome)
+        elif not as_json:
             typer.echo(told_of(outcome, alone=alone))
     if as_json:
         told = [
@@ -378,11 +379,6 @@ def fold_command(
     )
     tell_written(target, notes)
     return notes
-
-
-def _unforeseen(checkpoint: Path, err: Exception) -> AimSurgeryError:
-    """An error that nobody thought of, so that it ends the work on one checkpoint alone."""
-    return AimSurgeryError(f"{checkpoint}: {type(err).__name__}: {err}")
 
 
 def _target(checkpoint: Path, output: str, *form: Any) -> Path:

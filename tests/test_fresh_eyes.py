@@ -316,6 +316,6 @@ def test_fresh_transposed_weights_beside_their_layer_are_as_wide_as_in_it() -> N
     assert bounds[0] == pytest.approx((4 * 9) ** -0.5, rel=0.05)
 
 
-def test_deep_copies_stay_apart() -> None:
+def test_a_copy_keeps_the_plan() -> None:
     gm: Any = transform(Scripted(), torch.randn(4, 8), config=SMALL)
     assert copy.deepcopy(gm).plan == gm.plan

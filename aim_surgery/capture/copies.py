@@ -77,10 +77,9 @@ def own_script_parameters(module: nn.Module, twin: nn.Module, memo: Mapping[int,
         twin: Its copy.
         memo: What stands for which parameter, by identity; the others get copies.
     """
-    twins = dict(twin.named_modules())
-    for path, script in module.named_modules():
-        if not isinstance(script, torch.jit.ScriptModule):
-            continue
+    scripts = {p: m for p, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)}
+    twins = dict(twin.named_modules()) if scripts else {}
+    for path, script in scripts.items():
         for name, parameter in script.named_parameters(recurse=False):
             own = memo.get(id(parameter))
             if own is None:

@@ -80,16 +80,17 @@ def restore_file(
     gm = load(checkpoint, model, model_args=model_args, key=key, ema=ema, trust=trust)
     source = open_source(checkpoint, key=key, ema=ema, trust=trust)
     base: Any = restore(gm, example_inputs)
+    if kind != "safetensors" and keeps_layout(source):
+        content, notes = restored_layout(source, gm, drop_optimizer=drop_optimizer)
+        write_content(output, content, Placeholders(), {})
+        return base.restored, notes
+    state = _as_stored(base.state_dict(), source)
     if kind == "safetensors":
-        state = _as_stored(base.state_dict(), source)
         entries = {name: entry_of(value) for name, value in state.items()}
         write_safetensors(output, entries, state.__getitem__, {})
-        return base.restored, left_behind(source)
-    content, notes = _as_stored(base.state_dict(), source), left_behind(source)
-    if keeps_layout(source):
-        content, notes = restored_layout(source, gm, drop_optimizer=drop_optimizer)
-    write_content(output, content, Placeholders(), {})
-    return base.restored, notes
+    else:
+        write_content(output, state, Placeholders(), {})
+    return base.restored, left_behind(source)
 
 
 def fold_file(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from aim_surgery.nn.eager import added
@@ -29,9 +28,6 @@ class SplitMemory(StandIn):
     def call(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """Both products of a call; the memory's has no batch and broadcasts."""
         x = args[0] if args else kwargs[self.name]
-        if isinstance(layer, nn.Linear) and x.is_nested:
-            own, memory = slices(layer.weight, self.view.planes)
-            return F.linear(x, own, F.linear(self.view.for_input(x), memory, layer.bias))
         if isinstance(layer, nn.Linear):
             return widened_linear(x, layer.weight, layer.bias, self.view.for_input(x))
         rest = args[1:], {key: value for key, value in kwargs.items() if key != self.name}

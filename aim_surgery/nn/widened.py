@@ -45,12 +45,13 @@ def widened_linear(x: Tensor, weight: Tensor, bias: Tensor | None, view: Tensor)
         x W_x^T + (m W_m^T + b), a tensor of its own.
     """
     view = _as(view, x)
-    rows = math.prod(x.shape[:-1])
-    if not is_watched() and (rows == 1 or rows * weight.shape[1] <= FEW):
-        return F.linear(torch.cat([x, view.expand(*x.shape[:-1], -1)], -1), weight, bias)
-    if torch.is_grad_enabled() and weight.requires_grad and are_plain(x, weight, bias, view):
-        found: Any = _Linear.apply(x, weight, bias, view)
-        return found
+    if not x.is_nested:  # as torch makes of padded input: it has no shape
+        rows = math.prod(x.shape[:-1])
+        if not is_watched() and (rows == 1 or rows * weight.shape[1] <= FEW):
+            return F.linear(torch.cat([x, view.expand(*x.shape[:-1], -1)], -1), weight, bias)
+        if torch.is_grad_enabled() and weight.requires_grad and are_plain(x, weight, bias, view):
+            found: Any = _Linear.apply(x, weight, bias, view)
+            return found
     own, memory = slices(weight, view.shape[-1])
     beside = F.linear(view, memory, bias)
     return F.linear(x, own, beside) if view.ndim == 1 else added(F.linear(x, own), beside)

@@ -80,14 +80,14 @@ class DcpFolder(Source):
 
     def _extras(self, told: Mapping[str, Any], wanted: list[str]) -> dict[str, Any]:
         """What the weights hold besides tensors; dicts and lists were written in parts."""
+        if not wanted:
+            return {}
         depth = len(self.where)
         parts = {
             name: self._value(name, told[name])
             for name, place in _places(self._metadata).items()
             if place[:depth] == self.where and place[depth : depth + 1] and place[depth] in wanted
         }
-        if not parts:
-            return {}
         found = value_at(self._nested(parts), self.where)
         return {name: found[name] for name in wanted}
 
