@@ -250,3 +250,12 @@ def test_the_least_of_tensors_is_still_data() -> None:
     gm = aim_surgery.transform(model, X, config=PLAIN)
     for x in (X, -X):
         assert_same(gm(x), model(x))
+
+
+def test_where_torch_alone_asks_there_is_no_line_to_show() -> None:
+    """The innermost line outside torch and this package is the caller's, who asked nothing."""
+    inputs = torch.randn(3, 4, 8)
+    (traced, _) = capture(nn.TransformerEncoderLayer(8, 2, 16), inputs).traces
+    assert {one.place for one in traced.assumptions} == {None}
+    (traced,) = capture(nn.Sequential(Asks(lambda x: x.shape[0] > 0)), inputs).traces
+    assert {one.place[0] for one in traced.assumptions if one.place} == {__file__}

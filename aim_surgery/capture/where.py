@@ -14,11 +14,12 @@ from types import FrameType
 import numpy as np
 import torch
 
+_OURS = f"{Path(__file__).parents[1]}/"
 _LIBRARIES = tuple(
     f"{Path(str(home))}/"
     for home in (
         Path(torch.__file__).parent,
-        Path(__file__).parents[1],
+        _OURS,
         Path(np.__file__).parent,
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
     )
@@ -35,11 +36,20 @@ def calling_line() -> str:
 
 
 def calling_place() -> tuple[str, int] | None:
-    """File and number of that line, to be shown later."""
+    """File and number of that line, to be shown later.
+
+    The model runs inside our own call of it: what lies outside of that called us.
+    """
+    found: tuple[str, int] | None = None
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not is_own(frame.f_code.co_filename):
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if found is None and is_own(filename):
+            found = (filename, frame.f_lineno)
+        elif found is not None and filename.startswith(_OURS):
+            return found
         frame = frame.f_back
-    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+    return None
 
 
 def shown(place: tuple[str, int] | None) -> str:
