@@ -550,3 +550,63 @@ def test_a_map_without_samples_stays_one(after: str) -> None:
         assert folded(one).shape == (4, size, size)
         assert_same(folded(one), gm(one), tolerance=1e-5)
         assert_same(folded(one), folded(one[None])[0], tolerance=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.func's own imports
+@pytest.mark.parametrize("inner", [nn.BatchNorm2d(16), nn.ReLU(inplace=True)])
+def test_folded_models_are_batched_and_derived_along_a_direction(inner: nn.Module) -> None:
+    gm = operated(
+        nn.Sequential(nn.Conv2d(3, 16, 3), inner, nn.Conv2d(16, 16, 3)), images(4, 3, 9, 9)
+    )
+    folded, x = fold(gm), images(4, 3, 9, 9)
+    direction = torch.ones_like(x)
+    assert_same(torch.vmap(lambda one: folded(one[None])[0])(x), gm(x))
+    expected = torch.func.jvp(gm, (x,), (direction,))
+    assert_same(torch.func.jvp(folded, (x,), (direction,)), expected)
+
+
+class NormByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(input=self.conv(x))
+
+
+def test_norms_that_are_called_by_keyword_are_merged() -> None:
+    x = images(2, 3, 9, 9)
+    gm = operated(NormByName(), x)
+    folded = fold(gm, batch_norm=True)
+    assert "norm" not in dict(folded.named_modules())
+    assert_same(folded(x), gm(x))
+
+
+class PadsSamples(nn.Module):
+    """(N, 3, H, W) -> (N + 1, 4, H - 4, W - 4)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.pad(self.first(x), (0, 0, 0, 0, 0, 0, 0, 1)))
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_samples_that_are_padded(write: Any) -> None:
+    gm = operated(PadsSamples(), images(2, 3, 9, 9), write=write)
+    folded = fold(gm)
+    for batch in (1, 2, 5):
+        assert_same(folded(images(batch, 3, 9, 9)), gm(images(batch, 3, 9, 9)))
+
+
+@pytest.mark.parametrize("change", [lambda gm: gm, fold])
+def test_frozen_models_of_their_own_class_take_weights_from_elsewhere(change: Any) -> None:
+    x = images(2, 3, 9, 9)
+    gm = operated(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)), x, emit="module")
+    if change is not fold:
+        aim_surgery.freeze_base(gm)
+    changed = change(gm)
+    weights = {name: parameter * 1 for name, parameter in changed.named_parameters()}
+    assert_same(torch.func.functional_call(changed, weights, (x,)), changed(x))

@@ -956,3 +956,67 @@ def test_a_model_that_takes_derivatives_in_its_forward(inside: bool) -> None:
         transform(model, x, emit="graph")
     with pytest.raises(CaptureError, match=r"failed with the example inputs \(float32\[3, 5\]\)"):
         transform(model, torch.randn(3, 5), emit="module")
+
+
+class Result:
+    """Attributes of its own, some in slots; and itself, as a cycle."""
+
+    __slots__ = ("__dict__", "logits")
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        self.logits, self.itself, self.made_by = logits, self, nn.Identity()
+
+
+class GivesObjects(nn.Module):
+    """(N, 12) -> what `wrap` makes of (N, 4)."""
+
+    def __init__(self, wrap: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.wrap = nn.Linear(12, 16), nn.Linear(16, 4), wrap
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.wrap(self.second(self.first(x).relu()))
+
+
+@pytest.mark.parametrize("emit", ["auto", "module"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda logits: torch.distributions.Categorical(logits=logits),
+        Result,
+        lambda logits: {"a": (Result(logits), 1)},
+        lambda logits: logits.detach().numpy(),
+    ],
+)
+def test_tensors_in_objects_are_compared(wrap: Any, emit: Any) -> None:
+    torch.manual_seed(0)
+    model, x = GivesObjects(wrap), torch.randn(4, 12)
+    gm: Any = transform(model, x, emit=emit, config=FULL)
+    found = verify(model, gm, x)
+    assert found.ok, found
+    assert not any("not compared: output" in note for note in found.notes)
+    with torch.no_grad():
+        gm.get_submodule("second").weight.mul_(-3)
+    assert not verify(model, gm, x).equivalence.ok
+
+
+def test_what_can_not_be_looked_into_is_named() -> None:
+    model, x = GivesObjects(lambda logits: {logits}), torch.randn(4, 12)
+    notes = verify(model, transform(model, x, config=FULL), x).equivalence.notes
+    assert "outputs are not compared: output (set)" in notes
+    assert any("no outputs are left that would say anything" in note for note in notes)
+
+
+def test_python_floats_are_compared_as_tensors_are() -> None:
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = GivesObjects(lambda y: (y, y.sum().item(), complex(y.square().sum().item(), 1)))
+        gm: Any = transform(model, x, config=FULL)
+        found = verify(model, gm, x)
+        assert found.ok, found
+        assert found.equivalence.largest("gradients") is not None
+        gm.wrap = lambda y: (y, 1.0001 * y.sum().item(), complex(y.square().sum().item(), 1))
+        if not isinstance(gm, AimGraphModule):
+            offenders = verify(model, gm, x).equivalence.offenders
+            assert any("output[1]" in str(one) for one in offenders)

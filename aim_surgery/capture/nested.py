@@ -3,29 +3,83 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+# What has attributes, none of which are results.
+_CLOSED = (
+    torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType,
+    torch.Generator,
+)  # fmt: skip
 
 
 def named_leaves(value: Any, path: str = "output") -> dict[str, Any]:
     """What a nested output holds, by where it stands: `output['logits']`, `output[0].loss`.
 
     Args:
-        value: Tensors in tuples, lists, mappings and dataclasses.
+        value: Tensors in tuples, lists, mappings and dataclasses; in attributes of other objects.
         path: Where the value itself stands.
 
     Returns:
-        Tensors, literals and whatever else stands at the ends.
+        Tensors (of arrays, too), literals and whatever else stands at the ends; of an object that
+        holds tensors, these alone.
     """
-    if isinstance(value, Mapping):
-        parts = {f"{path}[{key!r}]": item for key, item in value.items()}
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = (field.name for field in dataclasses.fields(value))
-        parts = {f"{path}.{name}": getattr(value, name) for name in names}
-    elif isinstance(value, tuple | list):
-        parts = {f"{path}[{index}]": item for index, item in enumerate(value)}
-    else:
-        return {path: value}
-    return {
-        name: leaf for at, part in parts.items() for name, leaf in named_leaves(part, at).items()
+    return _leaves(value, path, ())
+
+
+def is_told(leaf: Any) -> bool:
+    """Whether a leaf is a tensor or a literal, and no object that nobody looks into."""
+    return isinstance(leaf, torch.Tensor | bool | int | float | complex | str | bytes | None)
+
+
+def _leaves(value: Any, path: str, around: tuple[Any, ...]) -> dict[str, Any]:
+    if any(value is other for other in around):
+        return {}  # what holds itself
+    parts, opened = _parts(value, path), False
+    if parts is None:
+        parts, opened = _attributes(value, path), True
+    found = {
+        name: leaf
+        for at, part in parts.items()
+        for name, leaf in _leaves(part, at, (*around, value)).items()
     }
+    if not opened:
+        return found
+    tensors = {name: leaf for name, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+    return tensors or {path: _as_tensor(value)}
+
+
+def _parts(value: Any, path: str) -> dict[str, Any] | None:
+    """What a container holds; None of anything else."""
+    if isinstance(value, Mapping):
+        return {f"{path}[{key!r}]": item for key, item in value.items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = (field.name for field in dataclasses.fields(value))
+        return {f"{path}.{name}": getattr(value, name) for name in names}
+    if isinstance(value, tuple | list):
+        return {f"{path}[{index}]": item for index, item in enumerate(value)}
+    return None
+
+
+def _attributes(value: Any, path: str) -> dict[str, Any]:
+    """What an object of a class that nobody knows holds, in its dict and its slots."""
+    if isinstance(value, _CLOSED):
+        return {}
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = [n for own in slots for n in ((own,) if isinstance(own, str) else own)]
+    held = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    held |= getattr(value, "__dict__", {})
+    held.pop("__dict__", None)
+    return {f"{path}.{name}": item for name, item in held.items()}
+
+
+def _as_tensor(value: Any) -> Any:
+    """The numbers of an array, which nothing else can be told of."""
+    if isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
+        return torch.as_tensor(np.array(value))
+    return value

@@ -18,7 +18,7 @@ from aim_surgery.capture.leaves import is_plain
 from aim_surgery.lowering.ownership import Ownership
 from aim_surgery.nn.graph_state import NOTE
 from aim_surgery.nn.layer_types import BATCH_NORM_TYPES, CONV_TRANSPOSE_TYPES, CONV_TYPES
-from aim_surgery.sites.graph import called_by
+from aim_surgery.sites.graph import argument_of, called_by
 from aim_surgery.surgery.notes import SiteNote
 
 _CONVS = (*CONV_TYPES, *CONV_TRANSPOSE_TYPES)
@@ -57,9 +57,9 @@ def fold_batch_norms(graph: fx.Graph, root: nn.Module) -> int:
         norm: Any = called_by(node, root)
         if not isinstance(norm, BATCH_NORM_TYPES) or not is_plain(norm) or norm.training:
             continue
-        if norm.running_mean is None or not isinstance(node.args[0], fx.Node):
+        source = argument_of(node, 0, "input")
+        if norm.running_mean is None or not isinstance(source, fx.Node):
             continue
-        source = node.args[0]
         products = _products(source)
         layers = [alone(product) for product in products]
         if len(source.users) > 1 or None in layers:

@@ -133,7 +133,8 @@ def _rule_of_function(writer: FoldWriter, node: fx.Node) -> Rule | None:
         return offsets.unchanged if trains is False else None
     if function is F.pad:
         nothing = argument_of(node, 3, "value") in (None, 0)
-        return offsets.linear if nothing and all(writer.known(n) for n in rest) else None
+        inside = nothing and _pads_behind_samples(writer, node)
+        return offsets.linear if inside and all(writer.known(n) for n in rest) else None
     if function in _LINEAR:
         return offsets.linear if all(writer.known(n) for n in rest) else None
     return None
@@ -144,6 +145,12 @@ def _matmul_rule(writer: FoldWriter, node: fx.Node) -> Rule | None:
     other = argument_of(node, 1, "other", "mat2")
     constant = isinstance(other, fx.Node) and other in writer.watched.constant
     return offsets.matmul if constant and ndim_of(writer, other) == 2 else None
+
+
+def _pads_behind_samples(writer: FoldWriter, node: fx.Node) -> bool:
+    """Whether the first axis, which offsets have of length one, is not padded."""
+    pads = argument_of(node, 1, "pad")
+    return isinstance(pads, list | tuple) and len(pads) < 2 * ndim_of(writer, node.args[0])
 
 
 def _alike(writer: FoldWriter, node: fx.Node) -> bool:

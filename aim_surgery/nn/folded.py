@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aim_surgery.errors import AimSurgeryError
-from aim_surgery.nn.eager import autocast_off
+from aim_surgery.nn.eager import autocast_off, is_watched
 from aim_surgery.nn.graph_state import graph_from_state, graph_state
 from aim_surgery.nn.spatial import channels_last_format
 
@@ -243,6 +243,5 @@ def _cast(value: Tensor, t: Tensor) -> Tensor:
 
 
 def _untracked(t: Tensor) -> bool:
-    """Whether a result may be written into a tensor: not where autograd or a compiler looks on."""
-    tracked = torch.is_grad_enabled() and t.requires_grad
-    return not tracked and not torch.compiler.is_compiling()
+    """Whether a result may be written into a tensor: not where autograd or others look on."""
+    return not is_watched() and not (torch.is_grad_enabled() and t.requires_grad)

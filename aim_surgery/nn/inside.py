@@ -244,7 +244,8 @@ class AddMemory(_Hook):
         A layer may be moved to another dtype inside the call (a router's) or be a replica on
         another device; its W_m is not.
         """
-        return self.view.for_input(x).to(self.beside.get_parameter("weight"))
+        weight: Any = self.beside.weight  # no parameter where `torch.func` or pruning put a tensor
+        return self.view.for_input(x).to(weight)
 
 
 def keep_in_evaluation(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """How far two results of one model are apart, leaf by leaf.
 
-difference(a, b) = max |a - b| / max |a|        of tensors; of other values whether they are equal
+difference(a, b) = max |a - b| / max |a|        of tensors and Python's floats; of other values
+                                                whether they are equal, or of one type
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+
+from aim_surgery.capture.nested import is_told
 
 
 def detached(outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -29,10 +32,10 @@ def differences_of(
 
 def difference(expected: Any, got: Any, floor: float) -> float | str:
     """Of one pair; tensors against their largest value, or `floor` where that is larger."""
+    expected, got = as_tensor(expected), as_tensor(got)
     if not isinstance(expected, torch.Tensor):
-        if isinstance(expected, bool | int | float | str | None):
-            same = expected == got or (expected != expected and got != got)
-            return 0.0 if same else f"is {got!r}, not {expected!r}"
+        if is_told(expected):
+            return 0.0 if expected == got else f"is {got!r}, not {expected!r}"
         return 0.0 if type(expected) is type(got) else f"is a {type(got).__name__}"
     if not isinstance(got, torch.Tensor):
         return f"is a {type(got).__name__}, not a tensor"
@@ -45,11 +48,21 @@ def difference(expected: Any, got: Any, floor: float) -> float | str:
     return number(largest(torch.where(same, 0, a - b)) / scale)
 
 
+def as_tensor(value: Any) -> Any:
+    """A computed number of Python's as a tensor; anything else as it is."""
+    if isinstance(value, float | complex):
+        wide = torch.complex128 if isinstance(value, complex) else torch.float64
+        return torch.tensor(value, dtype=wide)
+    return value
+
+
 def is_empty(outputs: Mapping[str, Any], *, except_for: Collection[str]) -> bool:
-    """Whether there are tensors among outputs, and nothing in any of them."""
-    tensors = {name: v for name, v in outputs.items() if isinstance(v, torch.Tensor)}
-    rest = (tensor for name, tensor in tensors.items() if name not in except_for)
-    return bool(tensors) and not any(tensor.numel() for tensor in rest)
+    """Whether outputs say nothing: tensors without entries, and what nobody looks into."""
+    rest = [value for name, value in outputs.items() if name not in except_for]
+    tensors = [value for value in outputs.values() if isinstance(value, torch.Tensor)]
+    if tensors:
+        return not any(isinstance(value, torch.Tensor) and value.numel() for value in rest)
+    return not any(is_told(value) and value is not None for value in rest)
 
 
 def largest(tensor: torch.Tensor) -> float:

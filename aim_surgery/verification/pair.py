@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from aim_surgery.capture.nested import named_leaves
-from aim_surgery.errors import in_one_line
+from aim_surgery.capture.nested import is_told, named_leaves
+from aim_surgery.errors import in_one_line, listed
 from aim_surgery.planning import Plan
 from aim_surgery.verification.buffer_differences import align_buffers, compare_buffers
 from aim_surgery.verification.comparison import TOLERANCES, Case, Comparison
@@ -136,6 +136,11 @@ class Pair:
             rests = {name: one.rest for name, one in unsure.items()}
             kept = {n: v for n, v in (differences | rests).items() if v is not None}
             found = Comparison.of("outputs", case, self.limits[0], kept)
+        closed = [name for name, value in expected.items() if not is_told(value)]
+        if closed:
+            kinds = {type(expected[name]).__name__ for name in closed}
+            note = f"outputs are not compared: {listed(closed)} ({', '.join(sorted(kinds))})"
+            notes += [note] if note not in notes else []
         if is_empty(expected, except_for=[n for n, one in unsure.items() if one.rest is None]):
             found = replace(found, judged=False)
             notes.append(f"{case}: no outputs are left that would say anything")
@@ -164,9 +169,10 @@ class Pair:
                 continue
             unsure[name] = one
             left = f"{name} is" if one.rest is None else f"{one.jumping} entries of {name} are"
-            size = f"{found:.1e}" if isinstance(found, float) else found
+            both = isinstance(found, float)
+            size = f"differs by {found:.1e}, and" if both else f"{found}, and differs"
             notes.append(
-                f"{case}: {left} not judged: it differs by {size}, and by {one.farthest:.1e} in "
+                f"{case}: {left} not judged: it {size} by {one.farthest:.1e} in "
                 f"the original alone when it is rounded otherwise"
             )
         return unsure

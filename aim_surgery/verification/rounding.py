@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from aim_surgery.verification.differences import largest
+from aim_surgery.verification.differences import as_tensor, largest
 from aim_surgery.verification.kernels import SUMS
 
 _ERROR = 2  # of products, in last bits of their usual size; measured: 1.2 to 2.4 for 64 to 12,544
@@ -110,7 +110,7 @@ def held_against(expected: Any, got: Any, nudged: Sequence[Any], limit: float) -
     Returns:
         What came of it.
     """
-    every = (expected, got, *nudged)
+    every = tuple(map(as_tensor, (expected, got, *nudged)))
     if not all(isinstance(value, torch.Tensor) for value in every):
         return _changed(any(_alike(value, got) and not _alike(value, expected) for value in nudged))
     e, g, *others = (value.detach().to_dense() for value in every)
