@@ -29,7 +29,7 @@ def named_leaves(value: Any, path: str = "output") -> dict[str, Any]:
         Tensors (of arrays, too), literals and whatever else stands at the ends; of an object that
         holds tensors, these alone.
     """
-    return _leaves(value, path, ())
+    return _leaves(value, path, (), {})
 
 
 def is_told(leaf: Any) -> bool:
@@ -37,21 +37,32 @@ def is_told(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor | bool | int | float | complex | str | bytes | None)
 
 
-def _leaves(value: Any, path: str, around: tuple[Any, ...]) -> dict[str, Any]:
-    if any(value is other for other in around):
-        return {}  # what holds itself
-    parts, opened = _parts(value, path), False
+def _leaves(
+    value: Any, path: str, around: tuple[Any, ...], opened: dict[int, Any]
+) -> dict[str, Any]:
+    """Of a value inside of others; each object is opened once, as they may hold one another."""
+    parts = _parts(value, path)
     if parts is None:
-        parts, opened = _attributes(value, path), True
-    found = {
+        if id(value) in opened:
+            return {}
+        attributes = _attributes(value, path)
+        opened |= {id(value): value} if attributes else {}
+        found = _leaves_of(attributes, around, opened)
+        tensors = {name: leaf for name, leaf in found.items() if isinstance(leaf, torch.Tensor)}
+        return tensors or {path: _as_tensor(value)}
+    if any(value is other for other in around):
+        return {}  # a list that holds itself
+    return _leaves_of(parts, (*around, value), opened)
+
+
+def _leaves_of(
+    parts: Mapping[str, Any], around: tuple[Any, ...], opened: dict[int, Any]
+) -> dict[str, Any]:
+    return {
         name: leaf
         for at, part in parts.items()
-        for name, leaf in _leaves(part, at, (*around, value)).items()
+        for name, leaf in _leaves(part, at, around, opened).items()
     }
-    if not opened:
-        return found
-    tensors = {name: leaf for name, leaf in found.items() if isinstance(leaf, torch.Tensor)}
-    return tensors or {path: _as_tensor(value)}
 
 
 def _parts(value: Any, path: str) -> dict[str, Any] | None:
