@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import aim_surgery
+from aim_surgery import AimConfig, transform
 from aim_surgery.capture.proxy import ValueProxy
 from tests.cases import assert_same
 
@@ -147,3 +148,39 @@ def test_the_model_is_as_it_was(act: str) -> None:
     Busy.cache["table"], Busy.calls, Busy.last = None, 0, None
     TABLES["kept"].clear()
     set_last(model, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda h: {"h": h},
+        lambda h: (h, [h]),
+        lambda h: collections.deque([{"h": h}]),
+        lambda h: torch.distributions.Normal(h, 1.0),
+    ],
+)
+def test_activations_that_a_model_keeps_are_copied_without_history(keep: Any) -> None:
+    class Keeps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.kept = nn.Linear(8, 8), nn.Linear(8, 2), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).relu()
+            self.kept = keep(hidden)
+            return self.second(hidden)
+
+    model, x = Keeps(), torch.randn(2, 8)
+    config = AimConfig(write="none", budget=None, memory=8)
+    for emit in ("auto", "module"):
+        gm: Any = transform(model, x, config=config, emit=emit)
+        expected = model(x), gm(x)  # both keep something with a history now
+        assert aim_surgery.verify(model, gm, x).ok
+        gm.eval()
+        for changed in (
+            aim_surgery.restore(gm),
+            aim_surgery.fold(gm),
+            aim_surgery.lower(gm, "split"),
+        ):
+            torch.testing.assert_close(changed(x), expected[1])
+        torch.testing.assert_close(transform(model, x, config=config, emit=emit)(x), expected[0])

@@ -1020,3 +1020,23 @@ def test_python_floats_are_compared_as_tensors_are() -> None:
         if not isinstance(gm, AimGraphModule):
             offenders = verify(model, gm, x).equivalence.offenders
             assert any("output[1]" in str(one) for one in offenders)
+
+
+class Siamese(nn.Module):
+    """(N, 8), (N, 8) -> (N, 1): what is alike in both is taken away."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 1)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.head((self.trunk(a) - self.trunk(b)).abs())
+
+
+def test_what_a_difference_takes_away_is_a_note() -> None:
+    model, x = Siamese(), (torch.randn(4, 8), torch.randn(4, 8))
+    config = AimConfig(write="none", budget=None, memory=8)
+    gradients = verify(model, transform(model, x, config=config), x).gradients
+    assert gradients.ok
+    assert any("only rounding" in note and "trunk.2.weight" in note for note in gradients.notes)

@@ -8,21 +8,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import types
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils._pytree import tree_map
 
 from aim_surgery.capture.belongings import Belonging, Belongings
 from aim_surgery.capture.inputs import ExampleInputs
 from aim_surgery.capture.opaque import failed
 
+# Modules are looked at one by one, graphs hold none; `deepcopy` doesn't copy the others.
+_CLOSED = (
+    nn.Module, fx.Graph, fx.Node, type, types.ModuleType, types.FunctionType, types.MethodType,
+)  # fmt: skip
+
 
 def derived_tensors(model: nn.Module) -> dict[int, Any]:
-    """Plain attributes that `deepcopy` refuses, since they have a history (pruned weights).
+    """What `deepcopy` refuses, since it has a history: pruned weights, activations that were kept.
+
+    In attributes, or as deep in collections and objects as they lie there.
 
     Args:
         model: Left unchanged.
@@ -30,10 +39,29 @@ def derived_tensors(model: nn.Module) -> dict[int, Any]:
     Returns:
         Copies without history by identity, to begin the memo of `deepcopy` with.
     """
-    values = [value for module in model.modules() for value in vars(module).values()]
-    values += [v for value in values if type(value) is list for v in value]  # of recurrent layers
-    tensors = (v for v in values if isinstance(v, torch.Tensor) and not v.is_leaf)
-    return {id(tensor): tensor.detach().clone() for tensor in tensors}
+    found: dict[int, Any] = {}
+    pending = [value for module in model.modules() for value in vars(module).values()]
+    opened: dict[int, Any] = {}  # kept alive, so that no other object gets its identity
+    while pending:
+        value = pending.pop()
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
+                found[id(value)] = value.detach().clone()
+        elif id(value) not in opened and (parts := _parts(value)):
+            opened[id(value)] = value
+            pending += parts
+    return found
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    """What `deepcopy` copies along with a value, of what may hold tensors that are no module's."""
+    if isinstance(value, dict):
+        return tuple(value.values())
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return tuple(value)
+    if isinstance(value, _CLOSED) or not hasattr(value, "__dict__"):
+        return ()
+    return tuple(vars(value).values())
 
 
 def keep_attributes(model: nn.Module, twin: nn.Module) -> None:

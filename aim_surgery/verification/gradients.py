@@ -210,8 +210,9 @@ def _why(refusals: list[str], mode: str, dtype: torch.dtype) -> list[str]:
 
 @dataclass
 class _Seen:
-    """What one parameter's gradients were."""
+    """What one parameter's gradients were, if any came."""
 
+    came: bool = False
     finite: bool = True
     new: float = 0.0
     old: float = 0.0
@@ -252,6 +253,7 @@ class _Steps:
             if gradient is None:
                 return
             old, new = _parts(gradient, read)
+            seen.came = True
             seen.finite &= bool(gradient.isfinite().all())
             seen.new = max(seen.new, _largest(new))
             seen.old = max(seen.old, _largest(old))
@@ -260,6 +262,11 @@ class _Steps:
             _step(parameter, gradient)
 
         return take
+
+    def _cancels(self, weight: str) -> bool:
+        """Whether nothing reaches a layer's own bias either, exactly: of |f(a) - f(b)|."""
+        bias = self._seen.get(f"{weight.rpartition('.')[0]}.bias")
+        return bias is not None and bias.came and not bias.old and not bias.new
 
     def result(self, mode: str, refusals: list[str]) -> Gradients:
         notes = list(refusals)
@@ -277,6 +284,8 @@ class _Steps:
                 reached.append(name)
                 if seen.new < _ROUNDING * layer:
                     cancelled.append(name)
+            elif layer and self._cancels(original):
+                cancelled.append(name)
             elif layer or not (original or name.startswith(unread)):
                 part = "the memory's part of it" if name == original else "it"
                 unreached.append((name, f"no gradient reaches {part}"))
@@ -286,8 +295,8 @@ class _Steps:
             notes.append(f"without gradient, as their layers in {mode} mode: {listed(idle, 4)}")
         if cancelled:
             notes.append(
-                f"only rounding reaches them in {mode} mode (norms and softmax take away what "
-                f"all samples or positions share): {listed(cancelled, 4)}"
+                f"only rounding, if that, reaches them in {mode} mode (norms, softmax and differences "
+                f"take away what all samples or positions share): {listed(cancelled, 4)}"
             )
         notes += self.broken
         share = float(self._floats.double().mean())
