@@ -295,8 +295,9 @@ class _Steps:
             notes.append(f"without gradient, as their layers in {mode} mode: {listed(idle, 4)}")
         if cancelled:
             notes.append(
-                f"only rounding, if that, reaches them in {mode} mode (norms, softmax and differences "
-                f"take away what all samples or positions share): {listed(cancelled, 4)}"
+                f"only rounding, if that, reaches them in {mode} mode (norms, softmax and "
+                f"differences take away what all samples or positions share): "
+                f"{listed(cancelled, 4)}"
             )
         notes += self.broken
         share = float(self._floats.double().mean())
