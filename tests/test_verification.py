@@ -1007,19 +1007,32 @@ def test_what_can_not_be_looked_into_is_named() -> None:
     assert any("no outputs are left that would say anything" in note for note in notes)
 
 
-def test_python_floats_are_compared_as_tensors_are() -> None:
-    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(0))
-    for seed in range(6):
-        torch.manual_seed(seed)
-        model = GivesObjects(lambda y: (y, y.sum().item(), complex(y.square().sum().item(), 1)))
-        gm: Any = transform(model, x, config=FULL)
-        found = verify(model, gm, x)
-        assert found.ok, found
-        assert found.equivalence.largest("gradients") is not None
-        gm.wrap = lambda y: (y, 1.0001 * y.sum().item(), complex(y.square().sum().item(), 1))
-        if not isinstance(gm, AimGraphModule):
-            offenders = verify(model, gm, x).equivalence.offenders
-            assert any("output[1]" in str(one) for one in offenders)
+class LogsNumbers(nn.Module):
+    """(N, 3, H, W) -> (N, 10), and numbers of Python's; `scale` makes one of them wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 48, 3), nn.Conv2d(48, 64, 3)
+        self.c, self.scale = nn.Linear(64, 10), 1.0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.c(self.b(self.a(x).relu()).relu().mean((2, 3)))
+        return y, self.scale * y.sum().item(), complex(y.square().sum().item() * 1e3, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_python_floats_are_compared_as_tensors_are(seed: int) -> None:
+    x = torch.randn(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(seed)
+    model = LogsNumbers()
+    gm = transform(model, x)
+    found = verify(model, gm, x)
+    assert found.ok, found
+    assert found.equivalence.largest("gradients") is not None
+    model.scale = 1.0001
+    offenders = verify(model, gm, x).equivalence.offenders
+    assert offenders
+    assert all("output[1]" in str(one) for one in offenders)
 
 
 class Siamese(nn.Module):
