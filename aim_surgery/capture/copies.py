@@ -8,24 +8,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
-import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils._pytree import tree_map
 
 from aim_surgery.capture.belongings import Belonging, Belongings
 from aim_surgery.capture.inputs import ExampleInputs
+from aim_surgery.capture.nested import attributes_of
 from aim_surgery.capture.opaque import failed
-
-# Modules are looked at one by one, graphs hold none; `deepcopy` doesn't copy the others.
-_CLOSED = (
-    nn.Module, fx.Graph, fx.Node, type, types.ModuleType, types.FunctionType, types.MethodType,
-)  # fmt: skip
 
 
 def derived_tensors(model: nn.Module) -> dict[int, Any]:
@@ -59,9 +54,7 @@ def _parts(value: Any) -> tuple[Any, ...]:
         return tuple(value.values())
     if isinstance(value, list | tuple | set | frozenset | deque):
         return tuple(value)
-    if isinstance(value, _CLOSED) or not hasattr(value, "__dict__"):
-        return ()
-    return tuple(vars(value).values())
+    return tuple(attributes_of(value).values())
 
 
 def keep_attributes(model: nn.Module, twin: nn.Module) -> None:

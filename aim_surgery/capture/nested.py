@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import fx, nn
 
-# What has attributes, none of which are results.
+# What has attributes, none of which are values of its own.
 _CLOSED = (
-    torch.Tensor, nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType,
-    torch.Generator,
+    bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.Generator, nn.Module,
+    fx.Graph, fx.Node, type, types.ModuleType, types.FunctionType, types.MethodType,
 )  # fmt: skip
+_NO_SLOTS = ("__dict__", "__weakref__")
 
 
 def named_leaves(value: Any, path: str = "output") -> dict[str, Any]:
@@ -37,6 +38,16 @@ def is_told(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor | bool | int | float | complex | str | bytes | None)
 
 
+def attributes_of(value: Any) -> dict[str, Any]:
+    """What an object of a class that nobody knows holds, in its slots and its dict."""
+    if isinstance(value, _CLOSED):
+        return {}
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = [n for own in slots for n in ((own,) if isinstance(own, str) else own)]
+    held = {n: getattr(value, n) for n in names if n not in _NO_SLOTS and hasattr(value, n)}
+    return held | getattr(value, "__dict__", {})
+
+
 def _leaves(
     value: Any, path: str, around: tuple[Any, ...], opened: dict[int, Any]
 ) -> dict[str, Any]:
@@ -45,7 +56,7 @@ def _leaves(
     if parts is None:
         if id(value) in opened:
             return {}
-        attributes = _attributes(value, path)
+        attributes = {f"{path}.{name}": item for name, item in attributes_of(value).items()}
         opened |= {id(value): value} if attributes else {}
         found = _leaves_of(attributes, around, opened)
         tensors = {name: leaf for name, leaf in found.items() if isinstance(leaf, torch.Tensor)}
@@ -75,18 +86,6 @@ def _parts(value: Any, path: str) -> dict[str, Any] | None:
     if isinstance(value, tuple | list):
         return {f"{path}[{index}]": item for index, item in enumerate(value)}
     return None
-
-
-def _attributes(value: Any, path: str) -> dict[str, Any]:
-    """What an object of a class that nobody knows holds, in its dict and its slots."""
-    if isinstance(value, _CLOSED):
-        return {}
-    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
-    names = [n for own in slots for n in ((own,) if isinstance(own, str) else own)]
-    held = {name: getattr(value, name) for name in names if hasattr(value, name)}
-    held |= getattr(value, "__dict__", {})
-    held.pop("__dict__", None)
-    return {f"{path}.{name}": item for name, item in held.items()}
 
 
 def _as_tensor(value: Any) -> Any:

@@ -169,8 +169,8 @@ class Pair:
                 continue
             unsure[name] = one
             left = f"{name} is" if one.rest is None else f"{one.jumping} entries of {name} are"
-            both = isinstance(found, float)
-            size = f"differs by {found:.1e}, and" if both else f"{found}, and differs"
+            measured = isinstance(found, float)
+            size = f"differs by {found:.1e}, and" if measured else f"{found}, and differs"
             notes.append(
                 f"{case}: {left} not judged: it {size} by {one.farthest:.1e} in "
                 f"the original alone when it is rounded otherwise"
